@@ -1,0 +1,288 @@
+"""Corpora, features, SpecAugment and batches. Knows nothing of models.
+
+A corpus is a folder with train.jsonl, valid.jsonl and test.jsonl in NeMo's manifest form: one JSON
+object a line with audio_filepath (relative to the manifest), text and, if known, duration and offset
+(seconds) and speaker. Whatever is wrong with a file is a DataError that names the file, and the line in a manifest.
+"""
+
+import itertools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+from torch import Tensor
+from tqdm import tqdm
+
+SAMPLE_RATE = 16_000
+BLANK = "<blank>"  # token 0, of CTC and of the transducer
+
+
+class DataError(ValueError):
+    """Something is wrong with a file of the user's; the message names it."""
+
+
+# ---------------------------------------------------------------------------- manifests
+
+
+@dataclass(frozen=True)
+class Utterance:
+    audio: Path
+    text: str
+    speaker: str = ""
+    offset: float = 0.0  # seconds
+    duration: float | None = None  # seconds
+
+
+def read_manifest(path: Path) -> list[Utterance]:
+    """The utterances of one manifest, in its order. Raises DataError naming file and line."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the manifest ({error.strerror})") from None
+    utterances = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not a JSON object in UTF-8 ({error})") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: not a JSON object")
+        for key in ("audio_filepath", "text"):
+            if not isinstance(row.get(key), str):
+                raise DataError(f"{where}: {key!r} must be a string, got {row.get(key)!r}")
+        text = " ".join(row["text"].split())
+        if not text:
+            raise DataError(f"{where}: the text is empty (every utterance needs at least one character)")
+        offset, duration = row.get("offset", 0.0), row.get("duration")
+        for key, value in (("offset", offset), ("duration", 0.0 if duration is None else duration)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise DataError(f"{where}: {key!r} must be a number of seconds, at least 0, got {value!r}")
+        audio = path.parent / row["audio_filepath"]
+        if not audio.is_file():
+            raise DataError(f"{where}: no such audio file: {audio}")
+        utterances.append(Utterance(audio, text, str(row.get("speaker", "")), offset, duration))
+    if not utterances:
+        raise DataError(f"{path}: the manifest is empty")
+    return utterances
+
+
+def read_corpus(folder: Path) -> dict[str, list[Utterance]]:
+    """{"train": [...], "valid": [...], "test": [...]}."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder (--data wants one with train.jsonl, valid.jsonl and test.jsonl)")
+    return {split: read_manifest(folder / f"{split}.jsonl") for split in ("train", "valid", "test")}
+
+
+# ---------------------------------------------------------------------------- tokens
+
+
+def tokens_of(utterances: list[Utterance]) -> list[str]:
+    """The blank, then the characters of the texts in code point order."""
+    return [BLANK] + sorted(set("".join(utterance.text for utterance in utterances)))
+
+
+def encode(text: str, tokens: list[str]) -> list[int]:
+    index = {token: i for i, token in enumerate(tokens)}
+    return [index[character] for character in text]
+
+
+def decode(ids: list[int], tokens: list[str]) -> str:
+    """Token ids to a text with single spaces."""
+    return " ".join("".join(tokens[i] for i in ids).split())
+
+
+def unseen_characters(utterances: list[Utterance], tokens: list[str]) -> dict[str, int]:
+    """Characters that no token stands for, with their counts. They stay in the reference, as errors."""
+    counts: dict[str, int] = {}
+    for character in "".join(utterance.text for utterance in utterances):
+        if character not in tokens:
+            counts[character] = counts.get(character, 0) + 1
+    return counts
+
+
+# ---------------------------------------------------------------------------- audio and features
+
+
+def load_audio(path: Path, offset: float = 0.0, duration: float | None = None) -> Tensor:
+    """(N,) float32 in [-1, 1], mono, 16 kHz. Any format soundfile reads: WAV, FLAC, Ogg, Opus, MP3, SPHERE.
+
+    offset: where to start, in seconds; a segment then ends after `duration`. Without an offset the whole
+    file is read, and `duration`, if given, is what it must last: a decoder does not notice every cut.
+    Raises DataError for a missing, empty, truncated or non-audio file and for NaN or infinite samples.
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            sample_rate, claimed = file.samplerate, file.frames / file.samplerate
+            if offset > 0:
+                file.seek(min(round(offset * sample_rate), file.frames))
+                claimed = min(duration or claimed, claimed - offset)
+            frames = round(duration * sample_rate) if offset > 0 and duration else -1
+            samples = file.read(frames, dtype="float32", always_2d=True)  # (N, channels)
+    except (soundfile.SoundFileError, OSError, RuntimeError, MemoryError, ValueError) as error:
+        raise DataError(f"{path}: cannot decode the audio ({str(error).strip()})") from None
+    seconds = len(samples) / sample_rate
+    if not len(samples):
+        raise DataError(f"{path}: no audio in it (0 samples from {offset} s on)")
+    # MP3 headers count up to two frames of 1152 samples that no decoder returns: hence 0.1 s, or 2 %.
+    for source, expected in (("its header", claimed), ("the manifest", duration or 0.0)):
+        if seconds < expected - max(0.1, 0.02 * expected):
+            raise DataError(f"{path}: truncated audio: {seconds:.2f} s decoded where {source} says {expected:.2f} s")
+    if not np.isfinite(samples).all():
+        raise DataError(f"{path}: a sample is NaN or infinite")
+    waveform = torch.from_numpy(samples).mean(1)
+    if sample_rate != SAMPLE_RATE:
+        waveform = torchaudio.functional.resample(waveform, sample_rate, SAMPLE_RATE)
+    return waveform
+
+
+def _checked(waveform: Tensor) -> Tensor:
+    if waveform.dim() != 1 or not len(waveform):
+        raise ValueError(f"waveform must be (N,) with N >= 1, got shape {tuple(waveform.shape)}")
+    return waveform
+
+
+def log_mel(waveform: Tensor) -> Tensor:
+    """80-bin log-mel features, 25 ms Hann window, 10 ms hop.
+
+    waveform: (N,) float in [-1, 1] at 16 kHz.  Returns (T, 80), T = 1 + N // 160, natural log.
+    Raises ValueError unless waveform is 1-D and not empty.
+    """
+    if "mel" not in _TRANSFORMS:
+        _TRANSFORMS["mel"] = torchaudio.transforms.MelSpectrogram(
+            SAMPLE_RATE, n_fft=512, win_length=400, hop_length=160, n_mels=80, pad_mode="constant"
+        )
+    return (_TRANSFORMS["mel"](_checked(waveform)) + 1e-6).log().T
+
+
+def log1p_stft(waveform: Tensor) -> Tensor:
+    """161-bin log1p magnitude spectrogram, 20 ms Hamming window, 10 ms hop: the paper's CNN-LSTM.
+
+    waveform: (N,) float in [-1, 1] at 16 kHz.  Returns (T, 161), T = 1 + N // 160.
+    Raises ValueError unless waveform is 1-D and not empty.
+    """
+    if "stft" not in _TRANSFORMS:
+        _TRANSFORMS["stft"] = torchaudio.transforms.Spectrogram(
+            n_fft=320, hop_length=160, window_fn=torch.hamming_window, power=1.0, pad_mode="constant"
+        )
+    return _TRANSFORMS["stft"](_checked(waveform)).log1p().T
+
+
+_TRANSFORMS: dict[str, torch.nn.Module] = {}  # built once: the filter banks cost more than an utterance
+FEATURES = {"log-mel": log_mel, "log1p-stft": log1p_stft}
+
+
+def normalize(features: Tensor) -> Tensor:
+    """(T, F) to zero mean and unit variance over the utterance, one mean and one variance a bin."""
+    return (features - features.mean(0)) / features.std(0, correction=0).clamp(min=1e-3)
+
+
+# ---------------------------------------------------------------------------- examples
+
+
+@dataclass
+class Example:
+    features: Tensor  # (T, F)
+    text: str
+    targets: list[int]  # token ids; characters without a token left out
+
+
+def load_examples(utterances: list[Utterance], tokens: list[str], kind: str, progress: str = "") -> list[Example]:
+    """Decode, compute features and encode the texts, one Example an utterance, in order."""
+    known = set(tokens)
+    examples = []
+    for utterance in tqdm(utterances, desc=progress, unit="utt", disable=None, leave=False):
+        features = normalize(FEATURES[kind](load_audio(utterance.audio, utterance.offset, utterance.duration)))
+        targets = encode("".join(c for c in utterance.text if c in known), tokens)
+        examples.append(Example(features, utterance.text, targets))
+    return examples
+
+
+def frames_needed(targets: list[int]) -> int:
+    """Frames that CTC needs at the least: one a token, one more between equal neighbours."""
+    return len(targets) + sum(a == b for a, b in itertools.pairwise(targets))
+
+
+# ---------------------------------------------------------------------------- SpecAugment and batches
+
+
+@dataclass(frozen=True)
+class SpecAugment:
+    """Park et al. 2019 without time warping: masks of random place and width, filled with the mean (0)."""
+
+    freq_masks: int
+    freq_width: int  # bins, at most
+    time_masks: int
+    time_width: int  # frames, at most
+    time_share: float = 1.0  # of the utterance, at most, a mask
+
+    def __call__(self, features: Tensor, rng: np.random.Generator) -> Tensor:
+        """features: (T, F). Returns a masked copy."""
+        features = features.clone()
+        frames, bins = features.shape
+        time_width = min(self.time_width, int(self.time_share * frames))
+        for _ in range(self.freq_masks):
+            width = int(rng.integers(0, min(self.freq_width, bins) + 1))
+            start = int(rng.integers(0, bins - width + 1))
+            features[:, start : start + width] = 0
+        for _ in range(self.time_masks):
+            width = int(rng.integers(0, time_width + 1))
+            start = int(rng.integers(0, frames - width + 1))
+            features[start : start + width] = 0
+        return features
+
+
+@dataclass
+class Batch:
+    features: Tensor  # (B, T, F), zero behind each utterance's end
+    input_lengths: Tensor  # (B,) int64, frames
+    targets: Tensor  # (B, U) int64, blank behind each end
+    target_lengths: Tensor  # (B,) int64
+    texts: list[str]
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = (t.to(device) for t in (self.features, self.input_lengths, self.targets, self.target_lengths))
+        return Batch(*moved, self.texts)
+
+
+def collate(examples: list[Example], features: list[Tensor] | None = None) -> Batch:
+    """Pad examples to one batch; `features` stands in for theirs (SpecAugment)."""
+    features = features or [example.features for example in examples]
+    targets = [torch.tensor(example.targets, dtype=torch.int64) for example in examples]
+    return Batch(
+        torch.nn.utils.rnn.pad_sequence(features, batch_first=True),
+        torch.tensor([len(f) for f in features]),
+        torch.nn.utils.rnn.pad_sequence(targets, batch_first=True),
+        torch.tensor([len(t) for t in targets]),
+        [example.text for example in examples],
+    )
+
+
+def train_batches(examples: list[Example], batch_size: int, seed: int, epoch: int, augment: SpecAugment | None):
+    """Batches of similar length in random order, each utterance once. Yields Batch.
+
+    Order and masks depend on (seed, epoch) alone, so an epoch is the same whatever ran before it.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    # Lengths jittered by up to 10 % before sorting: similar lengths meet, the same utterances do not always.
+    lengths = np.array([len(example.features) for example in examples]) * rng.uniform(0.9, 1.1, len(examples))
+    order = np.argsort(lengths, kind="stable")
+    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    for chunk in rng.permutation(len(chunks)):
+        chosen = [examples[i] for i in chunks[chunk]]
+        yield collate(chosen, [augment(e.features, rng) for e in chosen] if augment else None)
+
+
+def eval_batches(examples: list[Example], batch_size: int):
+    """All examples once, longest first. Yields (indices into examples, Batch)."""
+    order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].features), i))
+    for i in range(0, math.ceil(len(order) / batch_size)):
+        indices = order[i * batch_size : (i + 1) * batch_size]
+        yield indices, collate([examples[i] for i in indices])

@@ -1,0 +1,382 @@
+"""The three recognisers: CnnLstm (CTC), Transducer (RNN-T) and ConformerCtc. Knows nothing of masks.
+
+One interface, so that no caller asks which it has:
+
+    model(features, input_lengths, ...)                               log_probs or logits, for inspection
+    model.loss(features, input_lengths, targets, target_lengths)      scalar: sum over the batch / batch size
+    model.transcribe(features, input_lengths)                         list of token id lists, greedy
+    model.output_lengths(input_lengths)                               encoder frames; CTC needs enough of them
+    model.features                                                    which of data.FEATURES it reads
+
+features (B, T, F) float; input_lengths (B,) int64, 1 <= length <= T; targets (B, U)
+int64; target_lengths (B,) int64; token 0 is the blank. In evaluation mode no output depends on padding
+or on the other utterances of the batch.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.nn.functional as F
+import torchaudio
+from torch import Tensor, nn
+
+BLANK = 0
+
+
+def valid_frames(lengths: Tensor, frames: int) -> Tensor:
+    """(B,) lengths -> (B, frames) bool, True before each end."""
+    return torch.arange(frames, device=lengths.device) < lengths[:, None]
+
+
+def valid_rows(lengths: Tensor, frames: int) -> Tensor:
+    """Indices of the valid frames among the B * frames rows of a padded batch, (N,) int64."""
+    return valid_frames(lengths, frames).flatten().nonzero().squeeze(1)
+
+
+def without_padding(features: Tensor, input_lengths: Tensor) -> Tensor:
+    """features (B, T, F), set to zero behind each end."""
+    return torch.where(valid_frames(input_lengths, features.shape[1])[:, :, None], features, 0.0)
+
+
+def on_rows(layer, x: Tensor, rows: Tensor) -> Tensor:
+    """Apply `layer` to the valid rows of x (B, T, ...) alone; zeros elsewhere.
+
+    Batch norm sees no padding this way: neither in training, where the official code counts it, nor after.
+    """
+    y = layer(x.flatten(0, 1).index_select(0, rows))  # (N, ...)
+    out = y.new_zeros(x.shape[0] * x.shape[1], *y.shape[1:])
+    return out.index_copy(0, rows, y).unflatten(0, x.shape[:2])
+
+
+def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
+    """log_probs: (B, T, V). Sum over the batch / batch size, as the paper trains."""
+    loss = F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths, BLANK, reduction="sum")
+    return loss / len(lengths)
+
+
+def ctc_greedy(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
+    """Best token a frame, repeats merged, blanks dropped. log_probs: (B, T, V)."""
+    best = log_probs.argmax(-1).cpu()
+    collapsed = (row[:length].unique_consecutive() for row, length in zip(best, lengths.tolist()))
+    return [row[row != BLANK].tolist() for row in collapsed]
+
+
+# ---------------------------------------------------------------------------- CNN-LSTM with CTC
+
+
+class BiLstm(nn.Module):
+    """Bidirectional LSTM over padded batches; the two directions are summed.
+
+    The backward direction runs over each utterance flipped within its own length: the same numbers as a packed
+    nn.LSTM(bidirectional=True), about three times as fast on a CPU.
+    """
+
+    def __init__(self, inputs: int, hidden: int):
+        super().__init__()
+        self.ahead = nn.LSTM(inputs, hidden, batch_first=True)
+        self.back = nn.LSTM(inputs, hidden, batch_first=True)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, inputs) -> (B, T, hidden); what stands behind an end is undefined."""
+        time = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        flip = torch.where(time < lengths[:, None], lengths[:, None] - 1 - time, time)[:, :, None]  # (B, T, 1)
+        ahead = self.ahead(x)[0]
+        back = self.back(x.gather(1, flip.expand_as(x)))[0]
+        return ahead + back.gather(1, flip.expand_as(back))
+
+
+class CnnLstm(nn.Module):
+    """The paper's CNN-LSTM (Deep Speech 2): two convolutions, BiLSTM layers, CTC.
+
+    At size "paper" it is the published network, 86,618,400 parameters for 29 tokens: Conv2d 1->32 41x11 and
+    32->32 21x11, batch norm and Hardtanh(0, 20) after each, five BiLSTMs of 1024 with summed directions, batch
+    norm before layers 2-5, batch norm and a bias-free Linear. One thing differs from the official code: batch
+    norm takes its statistics over valid frames only. Convolution weights are (out, in, frequency, time).
+    """
+
+    SIZES = {
+        "demo": dict(
+            features="log-mel", channels=16, kernels=((21, 11), (11, 7)), strides=((2, 2), (2, 2)),
+            hidden=192, layers=2, dropout=0.2,
+        ),
+        "paper": dict(
+            features="log1p-stft", channels=32, kernels=((41, 11), (21, 11)), strides=((2, 2), (2, 1)),
+            hidden=1024, layers=5, dropout=0.0,
+        ),
+    }  # fmt: skip
+    BINS = {"log-mel": 80, "log1p-stft": 161}
+
+    def __init__(self, tokens: int, features, channels, kernels, strides, hidden, layers, dropout):
+        super().__init__()
+        self.features, self.time_strides = features, [stride[1] for stride in strides]
+        bins, self.convs, self.conv_norms = self.BINS[features], nn.ModuleList(), nn.ModuleList()
+        for i, (kernel, stride) in enumerate(zip(kernels, strides)):
+            padding = (kernel[0] // 2, kernel[1] // 2)
+            self.convs.append(nn.Conv2d(channels if i else 1, channels, kernel, stride, padding))
+            self.conv_norms.append(nn.BatchNorm1d(channels))
+            bins = (bins - 1) // stride[0] + 1
+        sizes = [channels * bins] + [hidden] * layers
+        self.lstms = nn.ModuleList(BiLstm(sizes[i], hidden) for i in range(layers))
+        self.lstm_norms = nn.ModuleList(nn.BatchNorm1d(hidden) for _ in range(layers))  # behind each layer
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(hidden, tokens, bias=False)
+
+    def output_lengths(self, input_lengths: Tensor) -> Tensor:
+        for stride in self.time_strides:
+            input_lengths = (input_lengths - 1) // stride + 1
+        return input_lengths
+
+    def forward(self, features: Tensor, input_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, F), (B,) -> log_probs (B, T', V), lengths (B,)."""
+        x = without_padding(features, input_lengths).transpose(1, 2)[:, None]  # (B, 1, F, T)
+        lengths = input_lengths
+        for conv, norm, stride in zip(self.convs, self.conv_norms, self.time_strides):
+            x = conv(x).permute(0, 3, 1, 2)  # (B, T', C, F')
+            lengths = (lengths - 1) // stride + 1
+            rows = valid_rows(lengths, x.shape[1])
+            x = on_rows(lambda frames: F.hardtanh(norm(frames), 0.0, 20.0), x, rows)  # noqa: B023
+            x = x.permute(0, 2, 3, 1)  # (B, C, F', T')
+        x = x.permute(0, 3, 1, 2).flatten(2)  # (B, T', C * F')
+        for lstm, norm in zip(self.lstms, self.lstm_norms):
+            x = self.dropout(on_rows(norm, lstm(x, lengths), rows))  # (B, T', hidden)
+        return self.output(x).log_softmax(-1), lengths
+
+    def loss(self, features: Tensor, input_lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
+        return ctc_loss(*self(features, input_lengths), targets, target_lengths)
+
+    def transcribe(self, features: Tensor, input_lengths: Tensor) -> list[list[int]]:
+        return ctc_greedy(*self(features, input_lengths))
+
+
+# ---------------------------------------------------------------------------- RNN-Transducer
+
+
+class Transducer(nn.Module):
+    """RNN-Transducer (Graves 2012): LSTM encoder, LSTM predictor, tanh joiner.
+
+    The encoder is unidirectional. A strided convolution makes one 40 ms frame out of a window of `window` feature
+    frames, so it looks (window - 4) * 10 ms ahead and can stream. The joiner sees every second frame (80 ms), which
+    halves its lattice. Training adds `ctc_weight` times a CTC loss on all encoder frames, whose output layer serves
+    for nothing else: without it the encoder learns slowly from little speech.
+    The paper's 132 M shape was never published: size "paper" is ours, five encoder layers and one predictor layer.
+    """
+
+    SIZES = {
+        "demo": dict(window=12, channels=192, hidden=256, layers=2, predictor=128, joiner=128, dropout=0.1),
+        "paper": dict(window=12, channels=768, hidden=1664, layers=5, predictor=1664, joiner=1024, dropout=0.1),
+    }
+    MAX_SYMBOLS = 8  # tokens an 80 ms frame may emit in `transcribe`
+    features = "log-mel"
+
+    def __init__(self, tokens: int, window, channels, hidden, layers, predictor, joiner, dropout, ctc_weight=0.5):
+        super().__init__()
+        self.window, self.ctc_weight = window, ctc_weight
+        self.subsample = nn.Conv1d(80, channels, window, stride=4)
+        sizes = [channels] + [hidden] * layers
+        self.encoder = nn.ModuleList(nn.LSTM(sizes[i], hidden, batch_first=True) for i in range(layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for size in sizes)  # before each layer, and behind the last
+        self.embedding = nn.Embedding(tokens, predictor)
+        self.predictor = nn.LSTM(predictor, predictor, batch_first=True)
+        self.encoder_projection = nn.Linear(hidden, joiner)
+        self.predictor_projection = nn.Linear(predictor, joiner, bias=False)
+        self.output = nn.Linear(joiner, tokens)
+        self.ctc_output = nn.Linear(hidden, tokens)
+        self.dropout = nn.Dropout(dropout)
+
+    def output_lengths(self, input_lengths: Tensor) -> Tensor:
+        return (input_lengths - 1) // 4 + 1
+
+    def encode(self, features: Tensor, input_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, 80), (B,) -> encoder_out (B, T', hidden), lengths (B,), T' = ceil(T / 4)."""
+        x = without_padding(features, input_lengths).transpose(1, 2)
+        x = F.pad(x, (0, self.window - 1))  # (B, 80, T + window - 1)
+        x = self.norms[0](self.subsample(x).transpose(1, 2).relu())  # (B, T', channels)
+        for lstm, norm in zip(self.encoder, self.norms[1:]):
+            x = self.dropout(norm(lstm(x)[0]))
+        return x, self.output_lengths(input_lengths)
+
+    def every_second(self, encoder_out: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """encoder_out (B, T', hidden) -> what the joiner adds to the predictor, (B, ceil(T' / 2), joiner), lengths."""
+        return self.encoder_projection(encoder_out[:, ::2]), (lengths + 1) // 2
+
+    def predict(self, tokens: Tensor, state=None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """tokens (B, U) -> what the joiner adds to the encoder, (B, U, joiner), and the LSTM's state."""
+        out, state = self.predictor(self.dropout(self.embedding(tokens)), state)
+        return self.predictor_projection(self.dropout(out)), state
+
+    def join(self, encoder_out: Tensor, predictor_out: Tensor) -> Tensor:
+        """Projected (..., joiner) twice, broadcast -> logits (..., V)."""
+        return self.output(torch.tanh(encoder_out + predictor_out))
+
+    def forward(self, features: Tensor, input_lengths: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, 80), (B,), (B, U) -> logits (B, T'', U + 1, V), lengths (B,), T'' = ceil(T / 8)."""
+        encoder_out, lengths = self.every_second(*self.encode(features, input_lengths))
+        predictor_out, _ = self.predict(F.pad(targets, (1, 0), value=BLANK))
+        return self.join(encoder_out[:, :, None], predictor_out[:, None]), lengths
+
+    def loss(self, features: Tensor, input_lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
+        encoder_out, lengths = self.encode(features, input_lengths)
+        log_probs = self.ctc_output(encoder_out).log_softmax(-1)
+        ctc = ctc_loss(log_probs, lengths, targets, target_lengths)
+        encoder_out, lengths = self.every_second(encoder_out, lengths)
+        predictor_out, _ = self.predict(F.pad(targets, (1, 0), value=BLANK))
+        # One utterance at a time: a padded (B, T'', U + 1, joiner) would be mostly padding.
+        logits = [
+            self.join(encoder_out[b, :t, None], predictor_out[b, None, : u + 1])[None]  # (1, t, u + 1, V)
+            for b, (t, u) in enumerate(zip(lengths.tolist(), target_lengths.tolist()))
+        ]
+
+        def rnnt_loss(b: int) -> Tensor:
+            return torchaudio.functional.rnnt_loss(
+                logits[b], targets[b : b + 1, : logits[b].shape[2] - 1].int(), lengths[b : b + 1].int(),
+                target_lengths[b : b + 1].int(), blank=BLANK, reduction="sum",
+            )  # fmt: skip
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # torchaudio's CPU kernel runs on one thread
+            losses = list((pool.map if features.device.type == "cpu" else map)(rnnt_loss, range(len(logits))))
+        return torch.stack(losses).sum() / len(lengths) + self.ctc_weight * ctc
+
+    def transcribe(self, features: Tensor, input_lengths: Tensor) -> list[list[int]]:
+        """Greedy: at each frame tokens are emitted until the blank wins, MAX_SYMBOLS at most.
+
+        Every utterance keeps its own frame pointer, so no step of the batch waits for another's frame.
+        """
+        encoder_out, lengths = self.every_second(*self.encode(features, input_lengths))  # (B, T'', joiner)
+        batch, rows = len(lengths), torch.arange(len(lengths), device=features.device)
+        frame = torch.zeros_like(lengths)  # (B,) where each utterance stands
+        emitted = torch.zeros_like(lengths)  # (B,) tokens out of this frame
+        predictor_out, state = self.predict(lengths.new_full((batch, 1), BLANK))
+        predictor_out = predictor_out[:, 0]  # (B, joiner)
+        steps = []
+        while (frame < lengths).any():
+            active = frame < lengths
+            logits = self.join(encoder_out[rows, frame.clamp(max=encoder_out.shape[1] - 1)], predictor_out)
+            best = torch.where(active, logits.argmax(-1), BLANK)
+            best = torch.where(emitted < self.MAX_SYMBOLS, best, BLANK)
+            steps.append(best)
+            emits = best != BLANK
+            frame, emitted = torch.where(emits, frame, frame + 1), torch.where(emits, emitted + 1, 0)
+            if emits.any():  # only those that emitted move on in the predictor
+                out, (h, c) = self.predict(best[:, None], state)
+                predictor_out = torch.where(emits[:, None], out[:, 0], predictor_out)
+                state = (torch.where(emits[:, None], h, state[0]), torch.where(emits[:, None], c, state[1]))
+        tokens = torch.stack(steps, 1).cpu()  # (B, steps)
+        return [row[row != BLANK].tolist() for row in tokens]
+
+
+# ---------------------------------------------------------------------------- Conformer with CTC
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021). x: (B, heads, T, d), d even."""
+    half = x.shape[-1] // 2
+    angle = torch.outer(
+        torch.arange(x.shape[-2], device=x.device, dtype=torch.float32),
+        10_000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half),
+    )  # (T, d / 2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with relative positions through rotation; padded keys are masked."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads, self.p = heads, dropout
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        """x: (B, T, width), valid: (B, T) bool -> (B, T, width)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, T, d)
+        p = self.p if self.training else 0.0
+        x = F.scaled_dot_product_attention(rotate(q), rotate(k), v, valid[:, None, None], dropout_p=p)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+class ConformerBlock(nn.Module):
+    """Gulati et al. 2020, Fig. 1: half a feed-forward, attention, convolution, half a feed-forward, layer norm."""
+
+    def __init__(self, width: int, heads: int, kernel: int, dropout: float):
+        super().__init__()
+        drop = nn.Dropout(dropout)
+
+        def feed_forward() -> nn.Sequential:
+            up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+            return nn.Sequential(nn.LayerNorm(width), up, nn.SiLU(), drop, down, drop)
+
+        self.feed_forward1, self.feed_forward2 = feed_forward(), feed_forward()
+        self.attention_norm, self.attention = nn.LayerNorm(width), Attention(width, heads, dropout)
+        self.conv_norm = nn.LayerNorm(width)
+        self.pointwise1 = nn.Conv1d(width, 2 * width, 1)
+        self.depthwise = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.batch_norm = nn.BatchNorm1d(width)
+        self.pointwise2 = nn.Conv1d(width, width, 1)
+        self.norm, self.drop = nn.LayerNorm(width), drop
+
+    def convolution(self, x: Tensor, valid: Tensor, rows: Tensor) -> Tensor:
+        x = F.glu(self.pointwise1(self.conv_norm(x).transpose(1, 2)), 1)  # (B, width, T)
+        x = self.depthwise(x * valid[:, None]).transpose(1, 2)  # masked: no padding leaks in
+        x = F.silu(on_rows(self.batch_norm, x, rows))  # (B, T, width)
+        return self.drop(self.pointwise2(x.transpose(1, 2)).transpose(1, 2))
+
+    def forward(self, x: Tensor, valid: Tensor, rows: Tensor) -> Tensor:
+        """x: (B, T, width), valid: (B, T) bool, rows: its indices -> (B, T, width)."""
+        x = x + 0.5 * self.feed_forward1(x)
+        x = x + self.drop(self.attention(self.attention_norm(x), valid))
+        x = x + self.convolution(x, valid, rows)
+        return self.norm(x + 0.5 * self.feed_forward2(x))
+
+
+class ConformerCtc(nn.Module):
+    """Conformer (Gulati et al. 2020) with CTC behind two strided convolutions (40 ms a frame).
+
+    Positions are rotary rather than Transformer-XL's. The paper used the Efficient Conformer at 65.8 M; size "paper"
+    is the plain Conformer at 66 M.
+    """
+
+    SIZES = {
+        "demo": dict(channels=32, width=128, heads=4, blocks=4, kernel=15, dropout=0.1),
+        "paper": dict(channels=256, width=416, heads=8, blocks=16, kernel=15, dropout=0.1),
+    }
+    features = "log-mel"
+
+    def __init__(self, tokens: int, channels, width, heads, blocks, kernel, dropout):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, channels, 3, 2, 1)  # (frequency, time)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 2, 1)
+        self.input = nn.Linear(channels * 20, width)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(ConformerBlock(width, heads, kernel, dropout) for _ in range(blocks))
+        self.output = nn.Linear(width, tokens)
+
+    def output_lengths(self, input_lengths: Tensor) -> Tensor:
+        return (input_lengths - 1) // 4 + 1
+
+    def forward(self, features: Tensor, input_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, 80), (B,) -> log_probs (B, T', V), lengths (B,), T' = ceil(T / 4)."""
+        x = without_padding(features, input_lengths).transpose(1, 2)[:, None]
+        x = self.conv1(x).relu()  # (B, C, 40, ceil(T / 2))
+        x = x * valid_frames((input_lengths - 1) // 2 + 1, x.shape[3])[:, None, None]
+        x = self.conv2(x).relu()  # (B, C, 20, T')
+        lengths = self.output_lengths(input_lengths)
+        valid, rows = valid_frames(lengths, x.shape[3]), valid_rows(lengths, x.shape[3])
+        x = self.dropout(self.input(x.permute(0, 3, 1, 2).flatten(2)))  # (B, T', width)
+        for block in self.blocks:
+            x = block(x, valid, rows)
+        return self.output(x).log_softmax(-1), lengths
+
+    def loss(self, features: Tensor, input_lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
+        return ctc_loss(*self(features, input_lengths), targets, target_lengths)
+
+    def transcribe(self, features: Tensor, input_lengths: Tensor) -> list[list[int]]:
+        return ctc_greedy(*self(features, input_lengths))
+
+
+BACKBONES = {"cnn-lstm": CnnLstm, "rnnt": Transducer, "conformer": ConformerCtc}
+
+
+def build(backbone: str, size: str, tokens: int) -> nn.Module:
+    """A freshly initialised network; draws from torch's global generator."""
+    return BACKBONES[backbone](tokens, **BACKBONES[backbone].SIZES[size])

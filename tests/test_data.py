@@ -1,0 +1,233 @@
+"""Corpora, features, SpecAugment, batches; and every way a file can be broken."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import data
+
+DEMO = Path(data.__file__).parent / "demo"
+SHARED = Path(data.__file__).parent.parent / "shared" / "corpora"
+
+
+def write_wav(path, samples, rate=16_000, **kwargs):
+    soundfile.write(path, np.asarray(samples, dtype="float32"), rate, **kwargs)
+    return path
+
+
+def noise(n, seed=0):
+    return np.random.default_rng(seed).uniform(-0.5, 0.5, n).astype("float32")
+
+
+def manifest(folder, *lines):
+    path = folder / "train.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+# ---------------------------------------------------------------------------- manifests
+
+
+def test_demo_corpus():
+    corpus = data.read_corpus(DEMO)
+    assert {split: len(rows) for split, rows in corpus.items()} == {"train": 408, "valid": 59, "test": 65}
+    tokens = data.tokens_of(corpus["train"])
+    assert tokens == [data.BLANK, " ", "'"] + [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    assert (DEMO / "COPYRIGHT").is_file()
+
+
+@pytest.mark.parametrize("name", ["prompts-en", "prompts-es", "prompts-fr", "prompts-it", "queen"])
+def test_other_corpora_load(name):
+    if not (SHARED / name).is_dir():
+        pytest.skip("needs ../shared/corpora, which is not part of the project")
+    corpus = data.read_corpus(SHARED / name)
+    tokens = data.tokens_of(corpus["train"])
+    examples = data.load_examples(corpus["test"][:5], tokens, "log-mel")
+    known = [e for e in examples if set(e.text) <= set(tokens)]
+    assert known and all(data.decode(e.targets, tokens) == e.text for e in known)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{not json", "train.jsonl, line 2: not a JSON object"),
+        ("[1]", "train.jsonl, line 2: not a JSON object"),
+        ({"text": "a"}, "line 2: 'audio_filepath' must be a string, got None"),
+        ({"audio_filepath": "a.wav"}, "line 2: 'text' must be a string"),
+        ({"audio_filepath": "a.wav", "text": "  "}, "line 2: the text is empty"),
+        ({"audio_filepath": "nope.wav", "text": "a"}, "line 2: no such audio file: .*nope.wav"),
+        ({"audio_filepath": "a.wav", "text": "a", "duration": "x"}, "line 2: 'duration' must be a number of seconds"),
+        ('{"audio_filepath": "a.wav", "text": "a", "offset": NaN}', "line 2: 'offset' must be a number of seconds"),
+    ],
+)
+def test_bad_manifest_lines(tmp_path, line, message):
+    write_wav(tmp_path / "a.wav", noise(1600))
+    path = manifest(tmp_path, {"audio_filepath": "a.wav", "text": "fine"}, line)
+    with pytest.raises(data.DataError, match=message):
+        data.read_manifest(path)
+
+
+def test_missing_and_empty_manifests(tmp_path):
+    with pytest.raises(data.DataError, match="no such folder"):
+        data.read_corpus(tmp_path / "nowhere")
+    with pytest.raises(data.DataError, match=r"train.jsonl: cannot read the manifest"):
+        data.read_corpus(tmp_path)
+    (tmp_path / "train.jsonl").write_text("\n\n")
+    with pytest.raises(data.DataError, match=r"train.jsonl: the manifest is empty"):
+        data.read_corpus(tmp_path)
+    (tmp_path / "train.jsonl").write_bytes(b'{"text": "\xff"}')
+    with pytest.raises(data.DataError, match="line 1: not a JSON object in UTF-8"):
+        data.read_corpus(tmp_path)
+
+
+def test_segments_by_offset(tmp_path):
+    samples = noise(32_000)
+    write_wav(tmp_path / "a.wav", samples, subtype="FLOAT")
+    row = {"audio_filepath": "a.wav", "text": "b", "offset": 0.5, "duration": 1.0}
+    (utterance,) = data.read_manifest(manifest(tmp_path, row))
+    waveform = data.load_audio(utterance.audio, utterance.offset, utterance.duration)
+    assert torch.equal(waveform, torch.from_numpy(samples[8000:24000]))
+    with pytest.raises(data.DataError, match=r"truncated audio: 0.50 s decoded where the manifest says 1.00 s"):
+        data.load_audio(utterance.audio, 1.5, 1.0)
+
+
+# ---------------------------------------------------------------------------- audio
+
+
+def test_stereo_and_other_rates(tmp_path):
+    mono = noise(8000)
+    path = write_wav(tmp_path / "a.wav", np.stack((mono, -mono / 2), 1), rate=16_000, subtype="FLOAT")
+    torch.testing.assert_close(data.load_audio(path), torch.from_numpy(mono / 4))
+    tone = np.sin(2 * np.pi * 440 * np.arange(11_025) / 11_025)
+    waveform = data.load_audio(write_wav(tmp_path / "b.wav", tone, rate=11_025))
+    assert waveform.shape == (16_000,)
+    spectrum = torch.fft.rfft(waveform).abs()
+    assert spectrum.argmax() == 440
+
+
+def test_every_format_decodes_and_every_cut_is_found(tmp_path):
+    whole = data.load_audio(DEMO / "audio" / "agent-alreadyon.opus").numpy()
+    for name, kwargs in {
+        "a.wav": {}, "a.flac": {}, "a.ogg": {"format": "OGG", "subtype": "OPUS"}, "a.mp3": {},
+    }.items():  # fmt: skip
+        path = write_wav(tmp_path / name, whole, **kwargs)
+        assert len(data.load_audio(path, duration=len(whole) / 16_000)) == pytest.approx(len(whole), abs=1700)
+        content = path.read_bytes()
+        for cut in (len(content) * 2 // 3, 60, 0):
+            path.write_bytes(content[:cut])
+            with pytest.raises(data.DataError, match=str(path)):
+                data.load_audio(path, duration=len(whole) / 16_000)
+
+
+def test_audio_that_is_not(tmp_path):
+    (tmp_path / "text.wav").write_text("hello " * 100)
+    with pytest.raises(data.DataError, match=r"text.wav: cannot decode the audio"):
+        data.load_audio(tmp_path / "text.wav")
+    with pytest.raises(data.DataError, match=r"gone.wav: cannot decode the audio"):
+        data.load_audio(tmp_path / "gone.wav")
+    with pytest.raises(data.DataError, match="cannot decode the audio"):
+        data.load_audio(tmp_path)
+    write_wav(tmp_path / "empty.wav", [])
+    with pytest.raises(data.DataError, match=r"empty.wav: no audio in it"):
+        data.load_audio(tmp_path / "empty.wav")
+    for bad in (np.nan, np.inf):
+        samples = noise(1600)
+        samples[100] = bad
+        write_wav(tmp_path / "bad.wav", samples, subtype="FLOAT")
+        with pytest.raises(data.DataError, match=r"bad.wav: a sample is NaN or infinite"):
+            data.load_audio(tmp_path / "bad.wav")
+
+
+# ---------------------------------------------------------------------------- features
+
+
+@pytest.mark.parametrize("samples", [1, 159, 160, 16_000])
+@pytest.mark.parametrize("kind, bins", [("log-mel", 80), ("log1p-stft", 161)])
+def test_features_shape_and_normalisation(samples, kind, bins):
+    features = data.FEATURES[kind](torch.from_numpy(noise(samples)))
+    assert features.shape == (1 + samples // 160, bins) and features.isfinite().all()
+    normal = data.normalize(features)
+    if samples == 16_000:
+        torch.testing.assert_close(normal.mean(0), torch.zeros(bins), atol=1e-4, rtol=0)
+        torch.testing.assert_close(normal.std(0, correction=0), torch.ones(bins), atol=1e-4, rtol=0)
+    assert data.normalize(data.FEATURES[kind](torch.zeros(4000))).abs().max() < 1e-2  # silence: no 0 / 0
+    with pytest.raises(ValueError, match=r"waveform must be \(N,\)"):
+        data.FEATURES[kind](torch.zeros(2, 4000))
+
+
+def test_log_mel_of_a_tone_peaks_in_its_bin():
+    t = torch.arange(16_000) / 16_000
+    low, high = (data.log_mel(torch.sin(2 * torch.pi * f * t)).mean(0).argmax() for f in (300, 3000))
+    assert low < high
+    # HTK mel: 80 triangles between 0 and 8 kHz; 3 kHz is at 1876 of 2840 mel, so in bin 1876 / 2840 * 81 - 1 = 52.5
+    assert abs(int(high) - 52.5) <= 1
+
+
+# ---------------------------------------------------------------------------- tokens
+
+
+def test_unseen_characters_are_counted_and_stay_in_the_reference(tmp_path):
+    write_wav(tmp_path / "a.wav", noise(1600))
+    utterance = data.Utterance(tmp_path / "a.wav", "añoñ")
+    tokens = [data.BLANK, "a", "o"]
+    assert data.unseen_characters([utterance], tokens) == {"ñ": 2}
+    (example,) = data.load_examples([utterance], tokens, "log-mel")
+    assert example.targets == [1, 2] and example.text == "añoñ"
+
+
+def test_frames_needed():
+    assert data.frames_needed([1, 2, 3]) == 3 and data.frames_needed([1, 1, 2, 2, 2]) == 8
+
+
+# ---------------------------------------------------------------------------- batches
+
+
+def examples(lengths):
+    return [data.Example(torch.full((n, 4), float(i + 1)), f"t{i}", [1] * (i % 3 + 1)) for i, n in enumerate(lengths)]
+
+
+def test_batches_lose_nobody_and_depend_on_seed_and_epoch_alone():
+    some = examples([10, 50, 20, 40, 30, 60, 25])
+
+    def epoch(seed, number):
+        return [(b.texts, b.features) for b in data.train_batches(some, 3, seed, number, data.SpecAugment(1, 3, 1, 9))]
+
+    first, again = epoch(0, 0), epoch(0, 0)
+    list(data.train_batches(some, 2, 5, 7, None))  # whatever ran between
+    assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
+    assert sorted(t for texts, _ in first for t in texts) == sorted(e.text for e in some)
+    assert [t for t, _ in first] != [t for t, _ in epoch(0, 1)] or [t for t, _ in first] != [t for t, _ in epoch(0, 2)]
+    assert [t for t, _ in first] != [t for t, _ in epoch(1, 0)] or [t for t, _ in first] != [t for t, _ in epoch(2, 0)]
+
+
+def test_batches_are_of_similar_length():
+    some = examples(range(10, 410))
+    for batch in data.train_batches(some, 8, 0, 0, None):
+        assert batch.input_lengths.max() <= 1.35 * batch.input_lengths.min() + 10
+        for b, n in enumerate(batch.input_lengths.tolist()):
+            assert (batch.features[b, n:] == 0).all() and (batch.features[b, :n] != 0).all()
+            u = int(batch.target_lengths[b])
+            assert batch.targets[b, :u].tolist() == [1] * u and (batch.targets[b, u:] == 0).all()
+
+
+def test_eval_batches_keep_their_indices():
+    some = examples([10, 50, 20, 40, 30])
+    seen = {}
+    for indices, batch in data.eval_batches(some, 2):
+        seen.update(zip(indices, batch.texts))
+    assert [seen[i] for i in range(5)] == [e.text for e in some]
+
+
+def test_spec_augment_masks_within_its_bounds():
+    rng, features = np.random.default_rng(0), torch.ones(100, 80)
+    widths = {"time": set(), "freq": set()}
+    for _ in range(300):
+        masked = data.SpecAugment(1, 27, 1, 70, 0.2)(features, rng)
+        widths["time"].add(int((masked == 0).all(1).sum()))
+        widths["freq"].add(int((masked == 0).all(0).sum()))
+    assert max(widths["time"]) == 20 and max(widths["freq"]) == 27 and 0 in widths["time"] and 0 in widths["freq"]
+    assert (features == 1).all()  # a copy was masked

@@ -1,0 +1,106 @@
+"""Runs of all three backbones on a few of the demo's recordings, through the command line."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import lottery
+import models
+import train
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for split, count in (("train", 24), ("valid", 5), ("test", 6)):
+        rows = [json.loads(line) for line in (ROOT / "demo" / f"{split}.jsonl").read_text().splitlines()]
+        short = [row for row in rows if row["duration"] < 1.5][:count]
+        for row in short:
+            row["audio_filepath"] = str(ROOT / "demo" / row["audio_filepath"])
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, short)))
+    return folder
+
+
+def run(corpus, out, *flags):
+    return train.main(["--data", str(corpus), "--out", str(out), "--epochs", "2", "--sparsity", "0.4", *flags])
+
+
+@pytest.mark.parametrize("backbone", list(models.BACKBONES))
+def test_from_speech_to_a_ticket(backbone, corpus, tmp_path, capsys):
+    assert run(corpus, tmp_path / "run", "--backbone", backbone) == 0
+    said = capsys.readouterr()
+    assert "against dense" in said.out and "ops: " in said.out
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"config.json", "ledger.jsonl", "ticket.safetensors", "report.md", "report.png"}
+    ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    total = ledger[0]["total"]
+    assert [row["kept"] for row in ledger] == [total, round(0.8 * total), round(0.64 * total), round(0.6 * total)]
+    assert [row["round"] for row in ledger] == [0, 1, 2, 3]
+    for parent, row in itertools.pairwise(ledger):
+        assert row["parent_sha256"] == parent["mask_sha256"] and row["rewind_sha256"] == parent["rewind_sha256"]
+        assert row["verdict"] in ("winning", "matching", "worse", "undecided")
+    for row in ledger:
+        assert sum(row["kept_per_layer"].values()) == row["kept"]
+        assert row["test_wer"] == sum(row["test_errors"]) / sum(row["test_words"])
+        assert {"remaining", "remaining_all", "valid_wer", "test_cer", "seconds", "seed"} <= set(row)
+
+    # The ticket: theta_0 comes from the seed alone, the masks are the last row's, the weights are tested again.
+    masks, rewind, trained, info = lottery.load_ticket(tmp_path / "run" / "ticket.safetensors")
+    assert lottery.sha256(masks) == ledger[-1]["mask_sha256"]
+    torch.manual_seed(0)
+    model = models.build(backbone, "demo", len(info["tokens"]))
+    for name, value in model.state_dict().items():
+        assert torch.equal(rewind[name], value.masked_fill(~masks[name], 0) if name in masks else value), name
+    model.load_state_dict(trained)
+    assert all((trained[name][~mask] == 0).all() for name, mask in masks.items())
+    utterances = data.read_corpus(corpus)["test"]
+    examples = data.load_examples(utterances, info["tokens"], info["features"])
+    hypotheses = train.recognise(model, examples, info["tokens"], 3, "cpu")
+    assert train.score([u.text for u in utterances], hypotheses)["errors"] == ledger[-1]["test_errors"]
+
+    # The same command on the finished run trains nothing and prints the table.
+    assert run(corpus, tmp_path / "run", "--backbone", backbone) == 0
+    again = capsys.readouterr().out
+    assert "is finished: nothing to train" in again and said.out.splitlines()[-5] in again
+    # Another setting on it is refused and named.
+    assert run(corpus, tmp_path / "run", "--backbone", backbone, "--seed", "3") == 2
+    assert "holds another run (seed 0 there, 3 now)" in capsys.readouterr().err
+
+
+def test_two_runs_of_one_seed_give_one_ledger(corpus, tmp_path):
+    ledgers = []
+    for name in ("a", "b"):
+        assert run(corpus, tmp_path / name, "--backbone", "rnnt", "--rewind-step", "3") == 0
+        rows = [json.loads(line) for line in (tmp_path / name / "ledger.jsonl").read_text().splitlines()]
+        ledgers.append([json.dumps({k: v for k, v in row.items() if k != "seconds"}) for row in rows])
+    assert ledgers[0] == ledgers[1]
+    tickets = [(tmp_path / name / "ticket.safetensors").read_bytes() for name in ("a", "b")]
+    assert tickets[0] == tickets[1]
+
+
+def test_an_epoch_is_the_same_whatever_ran_before(corpus, tmp_path):
+    """The dense round of a run to 40 % sparsity is the whole of a run to 0 %."""
+    for sparsity in ("0", "0.4"):
+        assert run(corpus, tmp_path / sparsity, "--backbone", "cnn-lstm", "--sparsity", sparsity) == 0
+    dense, first = (json.loads((tmp_path / s / "ledger.jsonl").read_text().splitlines()[0]) for s in ("0", "0.4"))
+    assert dense["test_errors"] == first["test_errors"] and dense["valid_wer"] == first["valid_wer"]
+    assert json.loads((tmp_path / "0.4" / "config.json").read_text())["sparsity"] == 0.4
+
+
+def test_an_unfinished_run_is_not_overwritten(corpus, tmp_path, capsys):
+    assert run(corpus, tmp_path / "run", "--backbone", "rnnt", "--sparsity", "0.2") == 0
+    ledger = tmp_path / "run" / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().splitlines()[0] + "\n")
+    assert run(corpus, tmp_path / "run", "--backbone", "rnnt", "--sparsity", "0.2") == 2
+    assert "holds an unfinished run (1 of 2 rounds)" in capsys.readouterr().err
+
+
+def test_rewind_step_beyond_the_round(corpus, tmp_path, capsys):
+    assert run(corpus, tmp_path / "run", "--rewind-step", "7") == 2
+    assert "--rewind-step 7: a round has only 6 steps" in capsys.readouterr().err

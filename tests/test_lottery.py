@@ -1,0 +1,339 @@
+"""Algorithm 1 and its invariants, on models whose masks can be checked in the head."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lottery
+
+NAN, INF = float("nan"), float("inf")
+
+
+def bits(*rows):
+    return torch.tensor(rows, dtype=torch.bool)
+
+
+# ---------------------------------------------------------------------------- three rounds by hand
+
+
+class Toy(nn.Module):
+    """Ten prunable weights in two layers, and two biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 2), nn.Linear(4, 1)
+        with torch.no_grad():
+            self.a.weight.copy_(torch.tensor([[1.0, -2, 3], [-4, 5, -6]]))
+            self.b.weight.copy_(torch.tensor([[7.0, -8, 9, -10]]))
+            self.a.bias.fill_(0.25)
+            self.b.bias.fill_(-0.25)
+
+
+# One SGD step at rate 1 subtracts these, so every round ends at
+# a = [[1, -2, 0.5], [-3, 0.5, -6]], b = [[1, -8, 0.5, -10]] where weights are kept.
+SLOPE_A = torch.tensor([[0.0, 0, 2.5], [-1, 4.5, 0]])
+SLOPE_B = torch.tensor([[6.0, 0, 8.5, 0]])
+
+
+def train_toy(ticket):
+    model = ticket.model
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer.zero_grad()
+    ((model.a.weight * SLOPE_A).sum() + (model.b.weight * SLOPE_B).sum() + model.a.bias.sum()).backward()
+    ticket.hold()
+    optimizer.step()
+    ticket.stepped()
+
+
+def test_three_rounds_by_hand():
+    model, seen = Toy(), []
+    for found in lottery.find_ticket(model, train_toy, lambda m: {"probe": 1}, sparsity=0.5, prune_rate=0.2):
+        masks = {name: mask.clone() for name, mask in found.ticket.masks.items()}
+        seen.append((masks, copy.deepcopy(model.state_dict()), found.row))
+
+    assert [row["kept"] for _, _, row in seen] == [10, 8, 6, 5]
+    # Round 1 removes two of three tied 0.5s: the earliest, a[0][2], is kept.
+    # Round 2 removes that one, and b[0][0] rather than a[0][0], tied at 1. Round 3 removes a[0][0].
+    expected = [
+        (bits([1, 1, 1], [1, 1, 1]), bits([1, 1, 1, 1])),
+        (bits([1, 1, 1], [1, 0, 1]), bits([1, 1, 0, 1])),
+        (bits([1, 1, 0], [1, 0, 1]), bits([0, 1, 0, 1])),
+        (bits([0, 1, 0], [1, 0, 1]), bits([0, 1, 0, 1])),
+    ]
+    for (masks, _, _), (a, b) in zip(seen, expected):
+        assert torch.equal(masks["a.weight"], a) and torch.equal(masks["b.weight"], b)
+    last = seen[-1][1]
+    assert last["a.weight"].tolist() == [[0, -2, 0], [-3, 0, -6]]
+    assert last["b.weight"].tolist() == [[0, -8, 0, -10]]
+    assert last["a.bias"].tolist() == [-0.75, -0.75]  # rewound to 0.25 and trained once, not four times
+    row = seen[-1][2]
+    assert row["round"] == 3 and row["total"] == 10 and row["remaining"] == 0.5 and row["probe"] == 1
+    assert row["remaining_all"] == pytest.approx(8 / 13)  # 5 weights and 3 biases of 13 parameters
+    assert row["kept_per_layer"] == {"a.weight": 3, "b.weight": 2}
+    assert row["parent_sha256"] == seen[2][2]["mask_sha256"] != row["mask_sha256"]
+    assert len({r["rewind_sha256"] for _, _, r in seen}) == 1
+
+
+def test_late_rewinding_restores_the_step():
+    model = Toy()
+
+    def train(ticket):
+        train_toy(ticket)
+        train_toy(ticket)
+
+    rounds = lottery.find_ticket(model, train, lambda m: {}, sparsity=0.2, rewind_step=1)
+    next(rounds)
+    found = next(rounds)
+    assert found.ticket.rewind_state["a.weight"].tolist() == [[1, -2, 0.5], [-3, 0.5, -6]]  # after one step of round 0
+    with pytest.raises(lottery.LotteryError, match="rewind_step 3 was never reached: round 0 took 2 steps"):
+        next(lottery.find_ticket(Toy(), train, lambda m: {}, sparsity=0.2, rewind_step=3))
+
+
+def test_pruning_uses_the_last_weights_not_the_evaluated_ones():
+    """The state that `train` returns is what evaluate and the consumer see; the next round prunes the last epoch."""
+    model = Toy()
+
+    def train(ticket):
+        best = lottery.copy_state(ticket.model)
+        best["b.weight"].fill_(0.001)  # would lose its four weights if it were pruned
+        train_toy(ticket)
+        return best
+
+    rounds = lottery.find_ticket(model, train, lambda m: {"b": m.b.weight.tolist()}, sparsity=0.2)
+    assert next(rounds).row["b"] == [[pytest.approx(0.001)] * 4]
+    assert next(rounds).row["kept_per_layer"] == {"a.weight": 5, "b.weight": 3}
+
+
+def test_rewinding_restores_batch_norm_statistics():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+    def train(ticket):
+        ticket.model.train()
+        ticket.model(torch.randn(8, 4) + 3)
+        return None
+
+    for found in lottery.find_ticket(model, train, lambda m: {}, sparsity=0.5):
+        assert int(model[1].num_batches_tracked) == 1, found.row["round"]
+
+
+# ---------------------------------------------------------------------------- counts
+
+
+@pytest.mark.parametrize(
+    "total, sparsity, counts",
+    [
+        (1000, 0.0, [1000]),
+        (1000, 0.2, [1000, 800]),
+        (1000, 0.9, [1000, 800, 640, 512, 410, 328, 262, 210, 168, 134, 107, 100]),
+        (10, 0.9, [10, 8, 6, 5, 4, 3, 2, 1]),
+        (3, 0.5, [3, 2]),
+    ],
+)
+def test_kept_counts(total, sparsity, counts):
+    assert lottery.kept_counts(total, sparsity, 0.2) == counts
+
+
+@pytest.mark.parametrize(
+    "sparsity, rate, message",
+    [
+        (1.5, 0.2, r"sparsity must be in \[0, 1\), got 1.5 \(it is the fraction removed, not kept\)"),
+        (-0.1, 0.2, "sparsity must be in"),
+        (NAN, 0.2, "sparsity must be in"),
+        (0.5, 0.0, r"prune_rate must be in \(0, 1\), got 0.0"),
+        (0.5, 1.0, "prune_rate must be in"),
+        (0.9999, 0.2, "keeps none of 100 weights"),
+    ],
+)
+def test_impossible_counts(sparsity, rate, message):
+    with pytest.raises(lottery.LotteryError, match=message):
+        lottery.kept_counts(100, sparsity, rate)
+
+
+# ---------------------------------------------------------------------------- the pruning op
+
+
+def brute_force(weights, masks, keep):
+    """Sort all survivors by (-|w|, tensor, flat index) in Python."""
+    ranked = sorted(
+        (-abs(value), i, j)
+        for i, (w, m) in enumerate(zip(weights, masks))
+        for j, (value, kept) in enumerate(zip(w.flatten().tolist(), m.flatten().tolist()))
+        if kept
+    )
+    new = [torch.zeros_like(m).flatten() for m in masks]
+    for _, i, j in ranked[:keep]:
+        new[i][j] = True
+    return [n.view(m.shape) for n, m in zip(new, masks)]
+
+
+@pytest.mark.parametrize("levels", [2, 5, 10_000])  # few distinct magnitudes: many ties
+def test_pruning_equals_a_sort(levels):
+    generator = torch.Generator().manual_seed(levels)
+    for _ in range(40):
+        shapes = [tuple(torch.randint(0, 9, (2,), generator=generator).tolist()) for _ in range(4)]
+        weights = [torch.randint(-levels, levels + 1, shape, generator=generator) / levels for shape in shapes]
+        masks = [torch.rand(shape, generator=generator) < 0.7 for shape in shapes]
+        survivors = sum(int(m.sum()) for m in masks)
+        keep = int(torch.randint(0, survivors + 1, (1,), generator=generator))
+        for got, want in zip(
+            lottery.ops.global_magnitude_masks(weights, masks, keep), brute_force(weights, masks, keep)
+        ):
+            assert torch.equal(got, want)
+
+
+def test_pruning_ignores_pruned_weights_however_large():
+    assert lottery.ops.global_magnitude_masks([torch.tensor([9.0, 1, 2])], [bits(0, 1, 1)], 1)[0].tolist() == [0, 0, 1]
+
+
+def test_pruning_refuses():
+    for keep in (-1, 3):
+        with pytest.raises(ValueError, match=f"keep must be between 0 and the 2 surviving weights, got {keep}"):
+            lottery.ops.global_magnitude_masks([torch.tensor([9.0, 1, 2])], [bits(0, 1, 1)], keep)
+    for bad in (NAN, INF, -INF):
+        model = Toy()
+        model.b.weight.data[0, 1] = bad
+        ticket = lottery.Ticket(model)
+        with pytest.raises(lottery.LotteryError, match=r"b.weight has a NaN or infinite weight"):
+            ticket.prune(5)
+
+
+# ---------------------------------------------------------------------------- holding
+
+
+def test_held_weights_stay_zero_under_adamw_and_nan_gradients():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    ticket = lottery.Ticket(model)
+    ticket.prune(30)
+    ticket.rewind()
+    order = [id(p) for p in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.1)
+    for step in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(4, 8)).square().sum().backward()
+        if step == 2:  # at a pruned place: must not spread
+            name = next(n for n, m in ticket.masks.items() if not m.all())
+            ticket.weights[name].grad[~ticket.masks[name]] = NAN
+        ticket.hold()
+        optimizer.step()
+        ticket.check()
+    assert sum(int((w != 0).sum()) for w in ticket.weights.values()) == 30
+    assert [id(p) for p in model.parameters()] == order and "0.weight" in model.state_dict()
+    copy.deepcopy(model)
+
+
+def test_a_loop_that_does_not_hold_is_found_out():
+    def train(ticket):
+        for w in ticket.weights.values():
+            w.data.add_(1.0)
+
+    rounds = lottery.find_ticket(Toy(), train, lambda m: {}, sparsity=0.5)
+    next(rounds)
+    with pytest.raises(lottery.LotteryError, match=r"weight: a pruned weight is not 0"):
+        next(rounds)
+
+
+def test_broken_masks_are_refused(monkeypatch):
+    ticket = lottery.Ticket(Toy())
+    ticket.prune(6)
+    everything = [torch.ones_like(m) for m in ticket.masks.values()]
+    monkeypatch.setattr(lottery, "ops", lottery.ops._replace(global_magnitude_masks=lambda *_: everything))
+    with pytest.raises(lottery.LotteryError, match="pruning kept 10 weights instead of 5"):
+        ticket.prune(5)
+    regrown = [bits([1, 1, 0], [0, 1, 1]), bits([0, 0, 0, 1])]
+    monkeypatch.setattr(lottery, "ops", lottery.ops._replace(global_magnitude_masks=lambda *_: regrown))
+    with pytest.raises(lottery.LotteryError, match=r"a.weight: the new mask keeps a weight that was pruned before"):
+        ticket.prune(5)
+
+
+# ---------------------------------------------------------------------------- scope
+
+
+def test_scope_names_every_parameter_and_why_not():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(5, 4)
+            self.conv, self.norm = nn.Conv1d(4, 4, 3), nn.LayerNorm(4)
+            self.lstm, self.attention = nn.LSTM(4, 4, bidirectional=True), nn.MultiheadAttention(4, 2)
+            self.tied = nn.Linear(4, 5, bias=False)
+            self.tied.weight = self.embedding.weight
+            self.free = nn.Parameter(torch.zeros(3, 3))
+
+    net = Net()
+    rows = lottery.scope(net)
+    assert [row.name for row in rows] == [name for name, _ in net.named_parameters()] or {r.name for r in rows} == {
+        name for name, _ in net.named_parameters()
+    }
+    assert {row.name for row in rows if row.verdict == "pruned"} == {
+        "conv.weight", "attention.in_proj_weight", "attention.out_proj.weight",
+        "lstm.weight_ih_l0", "lstm.weight_hh_l0", "lstm.weight_ih_l0_reverse", "lstm.weight_hh_l0_reverse",
+    }  # fmt: skip
+    why = {row.name: row.verdict for row in rows}
+    assert why["conv.bias"] == "a bias"
+    assert why["norm.weight"].startswith("in LayerNorm") and why["embedding.weight"].startswith("in Embedding")
+    assert why["free"].startswith("in Net")
+    with pytest.raises(lottery.LotteryError, match="no weight to prune"):
+        lottery.prunable(nn.LayerNorm(3))
+
+
+# ---------------------------------------------------------------------------- verdict
+
+
+def test_verdict_words():
+    words = [10] * 50
+    worse, better = [3] * 50, [1] * 50
+    assert lottery.verdict(better, worse, words) == ("winning", -0.2, -0.2)
+    assert lottery.verdict(worse, better, words) == ("worse", 0.2, 0.2)
+    assert lottery.verdict(worse, worse, words) == ("matching", 0, 0)
+    mixed = lottery.verdict([0, 4] * 25, [2] * 50, words)
+    assert mixed.word == "undecided" and mixed.low < 0 < mixed.high
+    # the interval of a difference of +-2 errors in 10 words over 50 utterances: 1.96 * 0.2 / sqrt(50) = 0.055
+    assert mixed.high == pytest.approx(0.055, abs=0.008)
+    assert lottery.verdict([0, 4] * 25, [2] * 50, words, margin=0.1).word == "matching"
+
+
+def test_verdict_pools_seeds_and_pairs_utterances():
+    words = [10] * 50
+    seeds = lottery.verdict([[1] * 50, [3] * 50], [[2] * 50, [2] * 50], words)
+    assert seeds == ("matching", 0, 0)
+    with pytest.raises(lottery.LotteryError, match="a paired test needs the same utterances"):
+        lottery.verdict([1] * 49, [1] * 50, words)
+
+
+# ---------------------------------------------------------------------------- ticket files
+
+
+def ticket_file(path):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(7, 3), nn.BatchNorm1d(3))
+    ticket = lottery.Ticket(model)
+    ticket.prune(5)
+    ticket.rewind()
+    lottery.save_ticket(path, ticket.masks, ticket.rewind_state, model.state_dict(), {"tokens": ["é"]})
+    return ticket, model
+
+
+def test_a_ticket_comes_back_bit_for_bit(tmp_path):
+    ticket, model = ticket_file(tmp_path / "t.safetensors")
+    masks, rewind, trained, info = lottery.load_ticket(tmp_path / "t.safetensors")
+    assert info == {"tokens": ["é"]} and lottery.sha256(masks) == lottery.sha256(ticket.masks)
+    assert torch.equal(rewind["0.weight"], ticket.rewind_state["0.weight"] * masks["0.weight"])
+    assert set(trained) == set(model.state_dict())
+    for name, value in model.state_dict().items():
+        assert torch.equal(trained[name], value)
+    assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]  # no temporary file left
+
+
+def test_broken_ticket_files_are_refused(tmp_path):
+    path = tmp_path / "t.safetensors"
+    ticket_file(path)
+    whole = path.read_bytes()
+    with pytest.raises(lottery.LotteryError, match="cannot read the ticket"):
+        lottery.load_ticket(tmp_path / "missing.safetensors")
+    for broken in (b"", whole[:20], whole[:-1], whole.replace(b"lottery ticket 1", b"lottery ticket 9")):
+        path.write_bytes(broken)
+        with pytest.raises(lottery.LotteryError, match=r"t.safetensors: "):
+            lottery.load_ticket(path)

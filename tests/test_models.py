@@ -1,0 +1,140 @@
+"""Padding, neighbours, published sizes, and the transducer against a slow oracle."""
+
+import pytest
+import torch
+from torch import nn
+
+import lottery
+import models
+
+BACKBONES = list(models.BACKBONES)
+
+
+def small(backbone, tokens=7):
+    torch.manual_seed(0)
+    model = models.build(backbone, "demo", tokens)
+    for module in model.modules():  # batch norm as after training: statistics that are not 0 and 1
+        if isinstance(module, nn.BatchNorm1d):
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def arguments(backbone, features, lengths, targets):
+    return (features, lengths, targets) if backbone == "rnnt" else (features, lengths)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_output_does_not_depend_on_padding_or_neighbours(backbone):
+    model = small(backbone)
+    lengths = torch.tensor([93, 41, 1, 64])
+    features, targets = torch.randn(4, 120, 80), torch.randint(1, 7, (4, 5))
+    features[:, 93:] = 1e3  # what stands behind an end must not matter
+    with torch.no_grad():
+        batch, out_lengths = model(*arguments(backbone, features, lengths, targets))
+        for b, length in enumerate(lengths.tolist()):
+            alone = features[b : b + 1, :length]
+            single, single_length = model(*arguments(backbone, alone, lengths[b : b + 1], targets[b : b + 1]))
+            assert single_length.item() == out_lengths[b].item() == single.shape[1]
+            torch.testing.assert_close(batch[b, : single.shape[1]], single[0], atol=1e-5, rtol=0)
+        if backbone != "rnnt":
+            assert torch.equal(out_lengths, model.output_lengths(lengths))
+        texts = model.transcribe(features, lengths)
+        assert texts == [
+            model.transcribe(features[b : b + 1, :n], lengths[b : b + 1])[0] for b, n in enumerate(lengths)
+        ]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_batch_is_learnt(backbone):
+    torch.manual_seed(1)
+    model = models.build(backbone, "demo", 5)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    features, lengths = torch.randn(2, 80, 80), torch.tensor([80, 64])
+    targets, target_lengths = torch.tensor([[1, 2, 2, 3], [4, 1, 0, 0]]), torch.tensor([4, 2])
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model.loss(features, lengths, targets, target_lengths).backward()
+        optimizer.step()
+    for p in model.parameters():
+        assert p.grad is not None and p.grad.isfinite().all()
+    model.eval()
+    with torch.no_grad():
+        assert model.transcribe(features, lengths) == [[1, 2, 2, 3], [4, 1]]
+
+
+def test_bilstm_equals_packed():
+    torch.manual_seed(0)
+    ours, theirs = models.BiLstm(6, 5), nn.LSTM(6, 5, batch_first=True, bidirectional=True)
+    with torch.no_grad():
+        for name, p in ours.ahead.named_parameters():
+            getattr(theirs, name).copy_(p)
+        for name, p in ours.back.named_parameters():
+            getattr(theirs, name + "_reverse").copy_(p)
+    x, lengths = torch.randn(3, 9, 6), torch.tensor([9, 4, 1])
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+    want, _ = nn.utils.rnn.pad_packed_sequence(theirs(packed)[0], batch_first=True)
+    got = ours(x, lengths)
+    for b, n in enumerate(lengths.tolist()):
+        torch.testing.assert_close(got[b, :n], want[b, :n, :5] + want[b, :n, 5:], atol=1e-6, rtol=1e-5)
+
+
+def test_batch_norm_sees_valid_rows_only():
+    norm, x = nn.BatchNorm1d(3), torch.randn(2, 5, 3)
+    lengths = torch.tensor([5, 2])
+    out = models.on_rows(norm, x, models.valid_rows(lengths, 5))
+    want = nn.BatchNorm1d(3)(torch.cat((x[0], x[1, :2])))
+    torch.testing.assert_close(torch.cat((out[0], out[1, :2])), want)
+    assert (out[1, 2:] == 0).all()
+
+
+def test_paper_sizes():
+    with torch.device("meta"):
+        cnn_lstm = models.build("cnn-lstm", "paper", 29)
+        rnnt, conformer = models.build("rnnt", "paper", 29), models.build("conformer", "paper", 29)
+    count = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
+    assert count(cnn_lstm) == 86_618_400
+    assert sum(w.numel() for w in lottery.prunable(cnn_lstm).values()) == 86_526_048
+    assert count(rnnt) == pytest.approx(132.23e6, rel=0.01) and len(rnnt.encoder) == 5
+    assert count(conformer) == pytest.approx(65.84e6, rel=0.02)
+    for backbone in BACKBONES:
+        assert 1e6 <= count(models.build(backbone, "demo", 29)) <= 2e6
+
+
+def test_transducer_loss_equals_a_slow_oracle():
+    """Sum over all alignments by the forward recursion of Graves 2012, eq. 16, in double, one cell at a time."""
+    model = small("rnnt", tokens=4)
+    model.ctc_weight = 0.0
+    features, lengths = torch.randn(2, 40, 80), torch.tensor([40, 23])
+    targets, target_lengths = torch.tensor([[1, 3, 3], [2, 0, 0]]), torch.tensor([3, 1])
+    with torch.no_grad():
+        logits, out_lengths = model(features, lengths, targets)
+        log_probs = logits.double().log_softmax(-1)
+        total = 0.0
+        for b in range(2):
+            t_end, u_end = int(out_lengths[b]), int(target_lengths[b])
+            alpha = {(0, 0): torch.zeros((), dtype=torch.double)}
+            for t in range(t_end):
+                for u in range(u_end + 1):
+                    ways = []
+                    if t:
+                        ways.append(alpha[t - 1, u] + log_probs[b, t - 1, u, 0])
+                    if u:
+                        ways.append(alpha[t, u - 1] + log_probs[b, t, u - 1, targets[b, u - 1]])
+                    if ways:
+                        alpha[t, u] = torch.stack(ways).logsumexp(0)
+            total -= alpha[t_end - 1, u_end] + log_probs[b, t_end - 1, u_end, 0]
+        loss = model.loss(features, lengths, targets, target_lengths)
+    torch.testing.assert_close(loss.double(), total / 2, rtol=1e-5, atol=1e-4)
+
+
+def test_transducer_caps_symbols_per_frame():
+    model = small("rnnt")
+    with torch.no_grad():
+        model.output.weight.zero_()
+        model.output.bias.copy_(torch.tensor([0.0, 0, 0, 1, 0, 0, 0]))  # never the blank
+        out = model.transcribe(torch.randn(1, 24, 80), torch.tensor([24]))
+    assert out == [[3] * (3 * model.MAX_SYMBOLS)]  # 24 features, 6 encoder frames, 3 joiner frames

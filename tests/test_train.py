@@ -1,0 +1,146 @@
+"""The command line: flags, messages, scores, run folders."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import lottery
+import models
+import train
+
+ROOT = Path(train.__file__).parent
+
+
+def refused(capsys, *argv) -> str:
+    """Run main; it must print one line on stderr and give exit code 2. Returns the line."""
+    try:
+        code = train.main([str(a) for a in argv])
+    except SystemExit as error:
+        code = error.code
+    captured = capsys.readouterr()
+    assert code == 2 and captured.err.count("\n") == 1, captured.err
+    assert captured.err.startswith("train.py: error: ")
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--sparsity", "1.5"], "sparsity must be in [0, 1), got 1.5 (it is the fraction removed, not kept)"),
+        (["--sparsity", "nan"], "sparsity must be in [0, 1), got nan"),
+        (["--sparsity", "x"], "argument --sparsity: invalid float value: 'x'"),
+        (["--prune-rate", "0"], "prune_rate must be in (0, 1), got 0.0"),
+        (["--backbone", "whisper"], "argument --backbone: invalid choice: 'whisper'"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--batch-size", "-3"], "--batch-size must be at least 1"),
+        (["--lr", "inf"], "--lr must be above 0, got inf"),
+        (["--lr", "0"], "--lr must be above 0, got 0.0"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--rewind-step", "-1"], "--rewind-step must be at least 0"),
+        (["--margin", "nan"], "--margin must be at least 0"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["--data", "/nowhere/at/all"], "/nowhere/at/all: no such folder"),
+    ],
+)
+def test_unusable_flags(capsys, tmp_path, argv, message):
+    assert message in refused(capsys, "--out", tmp_path / "run", *argv)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unusable_out(capsys, tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert "is a file, not a folder" in refused(capsys, "--out", tmp_path / "file")
+    assert "Not a directory" in refused(capsys, "--out", tmp_path / "file" / "run")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    assert "is not empty and holds no run" in refused(capsys, "--out", tmp_path / "full")
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+
+
+def test_no_cuda(capsys, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    assert "torch finds no CUDA device" in refused(capsys, "--device", "cuda", "--out", tmp_path / "run")
+
+
+def test_help_fits_a_screen_and_shows_defaults():
+    text = subprocess.run([sys.executable, "train.py", "--help"], capture_output=True, text=True, cwd=ROOT).stdout
+    assert text.count("\n") <= 40
+    for flag in ("backbone", "sparsity", "data", "size", "prune-rate", "epochs", "batch-size", "lr", "rewind-step"):
+        assert f"--{flag}" in text
+    assert text.count("default") >= 12
+
+
+def test_paper_recipe():
+    for backbone in models.BACKBONES:
+        recipe = train.parse(["--size", "paper", "--backbone", backbone]).recipe
+        assert (recipe.lr, recipe.betas, recipe.weight_decay, recipe.clip) == (3e-4, (0.9, 0.999), 1e-5, 400)
+        assert (recipe.batch_size, recipe.epochs, recipe.schedule) == (32, 16, "anneal")
+
+
+def test_score_counts_by_hand():
+    scored = train.score(["a b c", "d e"], ["a x c d", ""])
+    assert scored["errors"] == [2, 2] and scored["words"] == [3, 2] and scored["wer"] == pytest.approx(4 / 5)
+    assert scored["cer"] == pytest.approx((3 + 3) / 8)  # b -> x and " d" inserted; "d e" deleted
+
+
+class Counter(torch.nn.Module):
+    """A stand-in model whose loss is its one weight's square, and whose transcripts follow a script."""
+
+    features = "log-mel"
+
+    def __init__(self, scripts):
+        super().__init__()
+        self.linear, self.scripts = torch.nn.Linear(2, 2), iter(scripts)
+
+    def loss(self, features, input_lengths, targets, target_lengths):
+        return self.linear.weight.square().sum()
+
+    def transcribe(self, features, input_lengths):
+        return next(self.scripts)
+
+
+def small_corpus():
+    corpus = train.Corpus.__new__(train.Corpus)
+    example = data.Example(torch.zeros(10, 80), "a b", [1, 2, 1])
+    corpus.tokens, corpus.train, corpus.valid = [data.BLANK, "a", " ", "b"], [example] * 3, [example]
+    return corpus
+
+
+def test_best_epoch_is_chosen_on_valid_and_the_model_keeps_the_last():
+    a_b, a, nothing = [[1, 2, 3]], [[1]], [[]]
+    model = Counter([nothing, a_b, a_b, a])
+    recipe = train.Recipe(4, 2, 1e-2, "anneal", 400.0, data.SpecAugment(0, 0, 0, 0))
+    ticket = lottery.Ticket(model)
+    wer, epoch, state = train.train_round(ticket, small_corpus(), recipe, 0, "cpu")
+    assert (wer, epoch) == (0.0, 3)  # of two equal epochs the later
+    assert ticket.steps == 8  # 3 utterances in batches of 2: two steps an epoch, nobody lost
+    assert not torch.equal(state["linear.weight"], model.linear.weight)
+
+
+def test_a_diverging_loss_is_named():
+    recipe = train.Recipe(3, 2, 1e30, "anneal", 1e30, data.SpecAugment(0, 0, 0, 0))
+    with pytest.raises(lottery.LotteryError, match=r"round 0, epoch \d: the loss is (nan|inf): try a lower --lr"):
+        train.train_round(lottery.Ticket(Counter([[[]]] * 9)), small_corpus(), recipe, 0, "cpu")
+
+
+def test_corpus_says_what_it_leaves_out(tmp_path, capsys):
+    for split, texts in {"train": ["added", "x" * 90], "valid": ["ñandú"], "test": ["x" * 90]}.items():
+        rows = [
+            {"audio_filepath": str(ROOT / "demo" / "audio" / "added.opus"), "text": text, "duration": 0.723}
+            for text in texts
+        ]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    utterances = data.read_corpus(tmp_path)
+    tokens = data.tokens_of(utterances["train"])
+    corpus = train.Corpus(utterances, tokens, models.build("cnn-lstm", "demo", len(tokens)))
+    said = capsys.readouterr().out
+    assert "1 left out of training: fewer encoder frames than CTC needs" in said
+    assert "valid has characters that train has not, counted as errors: 'n' x 2" not in said
+    assert "'n' x 1" in said and "'ñ' x 1" in said and "'ú' x 1" in said
+    assert len(corpus.train) == 1 and len(corpus.test) == 1  # a test utterance is never dropped
