@@ -192,6 +192,7 @@ class Example:
     features: Tensor  # (T, F)
     text: str
     targets: list[int]  # token ids; characters without a token left out
+    seconds: float = 0.0
 
 
 def load_examples(utterances: list[Utterance], tokens: list[str], kind: str, progress: str = "") -> list[Example]:
@@ -199,9 +200,10 @@ def load_examples(utterances: list[Utterance], tokens: list[str], kind: str, pro
     known = set(tokens)
     examples = []
     for utterance in tqdm(utterances, desc=progress, unit="utt", disable=None, leave=False):
-        features = normalize(FEATURES[kind](load_audio(utterance.audio, utterance.offset, utterance.duration)))
+        waveform = load_audio(utterance.audio, utterance.offset, utterance.duration)
+        features = normalize(FEATURES[kind](waveform))
         targets = encode("".join(c for c in utterance.text if c in known), tokens)
-        examples.append(Example(features, utterance.text, targets))
+        examples.append(Example(features, utterance.text, targets, len(waveform) / SAMPLE_RATE))
     return examples
 
 

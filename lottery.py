@@ -403,7 +403,7 @@ def load_ticket(path: Path) -> tuple[Masks, State, State, dict]:
             about = json.loads((file.metadata() or {}).get("ticket", "{}"))
             if about.get("format") != TICKET_FORMAT:
                 raise LotteryError(f"{path}: not a ticket (format {about.get('format')!r}, not {TICKET_FORMAT!r})")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         masks: Masks = {}
         for name, shape in about["shapes"].items():
             bits = np.unpackbits(tensors[f"mask/{name}"].numpy(), count=int(np.prod(shape)), bitorder="little")

@@ -81,6 +81,7 @@ def test_paper_recipe():
         recipe = train.parse(["--size", "paper", "--backbone", backbone]).recipe
         assert (recipe.lr, recipe.betas, recipe.weight_decay, recipe.clip) == (3e-4, (0.9, 0.999), 1e-5, 400)
         assert (recipe.batch_size, recipe.epochs, recipe.schedule) == (32, 16, "anneal")
+        assert recipe.seconds == (1, 15)
 
 
 def test_score_counts_by_hand():
@@ -115,7 +116,7 @@ def small_corpus():
 def test_best_epoch_is_chosen_on_valid_and_the_model_keeps_the_last():
     a_b, a, nothing = [[1, 2, 3]], [[1]], [[]]
     model = Counter([nothing, a_b, a_b, a])
-    recipe = train.Recipe(4, 2, 1e-2, "anneal", 400.0, data.SpecAugment(0, 0, 0, 0))
+    recipe = train.Recipe(4, 2, 1e-2, "anneal", 400.0, (0, 9), data.SpecAugment(0, 0, 0, 0))
     ticket = lottery.Ticket(model)
     wer, epoch, state = train.train_round(ticket, small_corpus(), recipe, 0, "cpu")
     assert (wer, epoch) == (0.0, 3)  # of two equal epochs the later
@@ -124,7 +125,7 @@ def test_best_epoch_is_chosen_on_valid_and_the_model_keeps_the_last():
 
 
 def test_a_diverging_loss_is_named():
-    recipe = train.Recipe(3, 2, 1e30, "anneal", 1e30, data.SpecAugment(0, 0, 0, 0))
+    recipe = train.Recipe(3, 2, 1e30, "anneal", 1e30, (0, 9), data.SpecAugment(0, 0, 0, 0))
     with pytest.raises(lottery.LotteryError, match=r"round 0, epoch \d: the loss is (nan|inf): try a lower --lr"):
         train.train_round(lottery.Ticket(Counter([[[]]] * 9)), small_corpus(), recipe, 0, "cpu")
 
@@ -140,7 +141,10 @@ def test_corpus_says_what_it_leaves_out(tmp_path, capsys):
     tokens = data.tokens_of(utterances["train"])
     corpus = train.Corpus(utterances, tokens, models.build("cnn-lstm", "demo", len(tokens)))
     said = capsys.readouterr().out
-    assert "1 left out of training: fewer encoder frames than CTC needs" in said
+    assert "1 train utterances left out of training: fewer encoder frames than CTC needs" in said
     assert "valid has characters that train has not, counted as errors: 'n' x 2" not in said
     assert "'n' x 1" in said and "'ñ' x 1" in said and "'ú' x 1" in said
     assert len(corpus.train) == 1 and len(corpus.test) == 1  # a test utterance is never dropped
+    with pytest.raises(data.DataError, match="no train utterance is left"):
+        train.Corpus(utterances, tokens, models.build("cnn-lstm", "demo", len(tokens)), (1.0, 9.0))
+    assert "2 train utterances left out of training: not between 1 and 9 s long" in capsys.readouterr().out
