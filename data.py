@@ -8,6 +8,7 @@ object a line with audio_filepath (relative to the manifest), text and, if known
 import itertools
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Utterance:
     audio: Path
     text: str
     speaker: str = ""
-    offset: float = 0.0  # seconds
+    offset: float | None = None  # seconds; None: the whole file
     duration: float | None = None  # seconds
 
 
@@ -61,14 +62,16 @@ def read_manifest(path: Path) -> list[Utterance]:
         text = " ".join(row["text"].split())
         if not text:
             raise DataError(f"{where}: the text is empty (every utterance needs at least one character)")
-        offset, duration = row.get("offset", 0.0), row.get("duration")
-        for key, value in (("offset", offset), ("duration", 0.0 if duration is None else duration)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise DataError(f"{where}: {key!r} must be a number of seconds, at least 0, got {value!r}")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise DataError(f"{where}: the text has half a surrogate pair, which no UTF-8 file can hold: {text!r}")
+        seconds = {key: row[key] for key in ("offset", "duration") if row.get(key) is not None}
+        for key, value in seconds.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e7:
+                raise DataError(f"{where}: {key!r} must be a number of seconds from 0 to 1e7, got {str(value)[:40]!r}")
         audio = path.parent / row["audio_filepath"]
         if not audio.is_file():
             raise DataError(f"{where}: no such audio file: {audio}")
-        utterances.append(Utterance(audio, text, str(row.get("speaker", "")), offset, duration))
+        utterances.append(Utterance(audio, text, str(row.get("speaker", "")), **seconds))
     if not utterances:
         raise DataError(f"{path}: the manifest is empty")
     return utterances
@@ -111,35 +114,47 @@ def unseen_characters(utterances: list[Utterance], tokens: list[str]) -> dict[st
 # ---------------------------------------------------------------------------- audio and features
 
 
-def load_audio(path: Path, offset: float = 0.0, duration: float | None = None) -> Tensor:
+def load_audio(path: Path, offset: float | None = None, duration: float | None = None) -> Tensor:
     """(N,) float32 in [-1, 1], mono, 16 kHz. Any format soundfile reads: WAV, FLAC, Ogg, Opus, MP3, SPHERE.
 
-    offset: where to start, in seconds; a segment then ends after `duration`. Without an offset the whole
-    file is read, and `duration`, if given, is what it must last: a decoder does not notice every cut.
+    offset: where a segment starts, in seconds; it ends after `duration`. Without an offset the whole file is read, and
+    `duration`, if given, is what it must last: a decoder does not notice every cut, least of all in Ogg.
     Raises DataError for a missing, empty, truncated or non-audio file and for NaN or infinite samples.
     """
     try:
         with soundfile.SoundFile(path) as file:
             sample_rate, claimed = file.samplerate, file.frames / file.samplerate
-            if offset > 0:
+            cut = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.M)  # libsndfile's log, of a WAV
+            frames = -1
+            if offset is not None:
                 file.seek(min(round(offset * sample_rate), file.frames))
-                claimed = min(duration or claimed, claimed - offset)
-            frames = round(duration * sample_rate) if offset > 0 and duration else -1
+                claimed = min(claimed - offset, claimed if duration is None else duration)
+                frames = max(0, round(claimed * sample_rate))
             samples = file.read(frames, dtype="float32", always_2d=True)  # (N, channels)
-    except (soundfile.SoundFileError, OSError, RuntimeError, MemoryError, ValueError) as error:
+    except (soundfile.SoundFileError, OSError, RuntimeError, TypeError, ValueError, MemoryError) as error:
         raise DataError(f"{path}: cannot decode the audio ({str(error).strip()})") from None
-    seconds = len(samples) / sample_rate
     if not len(samples):
-        raise DataError(f"{path}: no audio in it (0 samples from {offset} s on)")
+        raise DataError(f"{path}: no audio in it{'' if offset is None else f' from {offset} s on'}")
+    if cut and int(cut[2]) < int(cut[1]) < 0x7FFF0000:  # larger sizes stand for "unknown" in WAVs written to a pipe
+        raise DataError(f"{path}: truncated audio: {cut[2]} bytes of data where its header says {cut[1]}")
+    seconds = len(samples) / sample_rate
     # MP3 headers count up to two frames of 1152 samples that no decoder returns: hence 0.1 s, or 2 %.
     for source, expected in (("its header", claimed), ("the manifest", duration or 0.0)):
         if seconds < expected - max(0.1, 0.02 * expected):
             raise DataError(f"{path}: truncated audio: {seconds:.2f} s decoded where {source} says {expected:.2f} s")
     if not np.isfinite(samples).all():
         raise DataError(f"{path}: a sample is NaN or infinite")
-    waveform = torch.from_numpy(samples).mean(1)
+    return to_sample_rate(torch.from_numpy(samples).mean(1), sample_rate, path)
+
+
+def to_sample_rate(waveform: Tensor, sample_rate: int, path: Path) -> Tensor:
+    """(N,) at sample_rate -> (N',) at 16 kHz. Raises DataError, naming the file, for an absurd rate."""
+    if not 1_000 <= sample_rate <= 768_000:
+        raise DataError(f"{path}: a sample rate of {sample_rate} Hz (1,000 to 768,000 are read)")
     if sample_rate != SAMPLE_RATE:
-        waveform = torchaudio.functional.resample(waveform, sample_rate, SAMPLE_RATE)
+        # A divisor below 25 Hz makes a filter of thousands of phases: round such rates, by 0.2 % at most from 8 kHz on.
+        rate = sample_rate if math.gcd(sample_rate, SAMPLE_RATE) >= 25 else round(sample_rate / 25) * 25
+        waveform = torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
     return waveform
 
 
@@ -202,6 +217,8 @@ def load_examples(utterances: list[Utterance], tokens: list[str], kind: str, pro
     for utterance in tqdm(utterances, desc=progress, unit="utt", disable=None, leave=False):
         waveform = load_audio(utterance.audio, utterance.offset, utterance.duration)
         features = normalize(FEATURES[kind](waveform))
+        if not features.isfinite().all():
+            raise DataError(f"{utterance.audio}: its samples are too large (features are not finite; full scale is 1)")
         targets = encode("".join(c for c in utterance.text if c in known), tokens)
         examples.append(Example(features, utterance.text, targets, len(waveform) / SAMPLE_RATE))
     return examples

@@ -15,6 +15,7 @@ where a weight is kept, round 0 is dense. The invariants that are asserted as it
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -75,8 +76,31 @@ class Ops(NamedTuple):
     path: str  # which path this is, for the line at start-up
 
 
-# The one place that chooses: everything below calls ops.NAME.
-ops = Ops(reference_hold_ticket_, reference_global_magnitude_masks, "pure PyTorch")
+def choose_ops() -> Ops:
+    """The operators of csrc/ where they are built, the reference elsewhere: the one place that chooses."""
+    try:
+        import _lottery  # registers torch.ops.audio_lottery
+    except ImportError as error:
+        return Ops(reference_hold_ticket_, reference_global_magnitude_masks, f"pure PyTorch ({error})")
+    compiled, facts = torch.ops.audio_lottery, _lottery.build_facts()
+    torch.library.register_fake("audio_lottery::hold_ticket_", lambda weights, grads, masks: None)
+    torch.library.register_fake(
+        "audio_lottery::global_magnitude_masks", lambda weights, masks, keep: [torch.empty_like(mask) for mask in masks]
+    )
+
+    def on_its_devices(op, reference):  # a build without CUDA leaves tensors on a GPU to the reference
+        devices = {"cpu", "cuda"} if facts["cuda"] else {"cpu"}
+        return lambda weights, *rest: (op if weights[0].device.type in devices else reference)(weights, *rest)
+
+    return Ops(
+        on_its_devices(compiled.hold_ticket_, reference_hold_ticket_),
+        on_its_devices(compiled.global_magnitude_masks, reference_global_magnitude_masks),
+        f"compiled C++ ({facts['instructions']}, {'OpenMP' if facts['openmp'] else 'one thread'})"
+        + (f" and CUDA ({facts['cuda']})" if facts["cuda"] else ""),
+    )
+
+
+ops = choose_ops()  # everything below calls ops.NAME
 
 
 # ---------------------------------------------------------------------------- scope: what is pruned
@@ -135,15 +159,23 @@ def kept_after(total: int, rounds: int, prune_rate: float) -> int:
     return round(total * (1 - prune_rate) ** rounds)
 
 
-def kept_counts(total: int, sparsity: float, prune_rate: float = 0.2) -> list[int]:
-    """Kept counts of rounds 0, 1, ...; the last is exactly round(total * (1 - sparsity)).
-
-    Raises LotteryError unless 0 <= sparsity < 1, 0 < prune_rate < 1 and at least one weight is kept.
-    """
+def check_rates(sparsity: float, prune_rate: float) -> None:
+    """Raise LotteryError unless 0 <= sparsity < 1, 0 < prune_rate < 1, and 1,000 rounds are enough."""
     if not 0 <= sparsity < 1:
         raise LotteryError(f"sparsity must be in [0, 1), got {sparsity} (it is the fraction removed, not kept)")
     if not 0 < prune_rate < 1:
         raise LotteryError(f"prune_rate must be in (0, 1), got {prune_rate} (the share of survivors removed a round)")
+    rounds = math.log(1 - sparsity) / math.log1p(-prune_rate)
+    if rounds > 1000:
+        raise LotteryError(f"prune_rate {prune_rate} takes {rounds:.0f} rounds to sparsity {sparsity} (1,000 at most)")
+
+
+def kept_counts(total: int, sparsity: float, prune_rate: float = 0.2) -> list[int]:
+    """Kept counts of rounds 0, 1, ...; the last is exactly round(total * (1 - sparsity)).
+
+    Raises LotteryError as check_rates does, and if no weight would be kept.
+    """
+    check_rates(sparsity, prune_rate)
     last = round(total * (1 - sparsity))
     if last < 1:
         raise LotteryError(f"sparsity {sparsity} keeps none of {total} weights (at least 1 must be kept)")
@@ -295,6 +327,7 @@ def find_ticket(
         last = copy_state(model)
         if trained is not None:
             model.load_state_dict(trained)
+            ticket.check()
         masks = sha256(ticket.masks)
         row = {
             "round": ticket.round,
@@ -341,9 +374,11 @@ def verdict(ticket_errors, dense_errors, words, margin: float = 0.01, resamples:
             f"(seeds, utterances), {words.shape} words"
         )
     difference = (ticket_errors - dense_errors).mean(0)  # per utterance, mean over seeds
-    rng = np.random.default_rng(0)
-    picks = rng.integers(0, len(words), (resamples, len(words)))
-    low, high = np.percentile(difference[picks].sum(1) / words[picks].sum(1), [2.5, 97.5])
+    rng, rates = np.random.default_rng(0), np.empty(resamples)
+    for i in range(resamples):
+        picks = rng.integers(0, len(words), len(words))
+        rates[i] = difference[picks].sum() / words[picks].sum()
+    low, high = np.percentile(rates, [2.5, 97.5])
     if high < 0:
         word = "winning"
     elif high <= margin:
@@ -396,6 +431,7 @@ def save_ticket(path: Path, masks: Masks, rewind: State, trained: State, info: d
 def load_ticket(path: Path) -> tuple[Masks, State, State, dict]:
     """Returns masks, the rewind state, the trained state (full tensors, 0 where pruned) and info.
 
+    A parameter with two names is masked under its first alone: hold the ticket after loading a state into such a model.
     Raises LotteryError, naming the file, if it is missing or not a whole ticket.
     """
     try:

@@ -1,5 +1,74 @@
-"""Installs the one module that is of use outside this folder: lottery. pyproject.toml says the rest."""
+"""Builds csrc/ into the module _lottery; pyproject.toml says the rest.
+
+C++ where a compiler is, CUDA too where torch has CUDA and an nvcc of its major version is found; never by whether a GPU
+is present. USE_CUDA=0 refuses CUDA, TORCH_CUDA_ARCH_LIST chooses the architectures. Without a compiler nothing is built
+and lottery.py runs in pure PyTorch.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from glob import glob
 
 from setuptools import setup
 
-setup()
+try:
+    import torch
+except ImportError:
+    raise SystemExit("setup.py needs torch: pip install -r requirements.txt, then --no-build-isolation") from None
+
+
+def cuda_home() -> str | None:
+    """The toolkit to build with, or None. (torch's own guess takes /usr for a link /usr/bin/nvcc.)"""
+    if os.environ.get("USE_CUDA", "1") == "0" or torch.version.cuda is None:
+        return None
+    nvcc = shutil.which("nvcc")
+    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and os.path.dirname(os.path.dirname(nvcc))):
+        if home and os.path.isfile(f"{home}/bin/nvcc") and os.path.isfile(f"{home}/include/cuda_runtime.h"):
+            said = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
+            major = re.search(r"release (\d+)", said)
+            if major and major[1] == torch.version.cuda.split(".")[0]:
+                return home
+    return None
+
+
+def extensions() -> list:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler or not os.path.isfile(sysconfig.get_path("include") + "/Python.h"):
+        print("no C++ compiler or no Python.h: csrc/ is not built, lottery.py will run in pure PyTorch")
+        return []
+    home = cuda_home()
+    if home:
+        os.environ["CUDA_HOME"] = home  # before cpp_extension is imported: it reads it once
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    sources = ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
+    version = re.search(r'^version = "(.*)"', open("pyproject.toml").read(), re.M)[1]
+    flags = [
+        "-O3",
+        "-fopenmp",
+        "-Wall",
+        f'-DAUDIO_LOTTERY_VERSION="{version}"',
+        *os.environ.get("CXXFLAGS", "").split(),
+    ]
+    if not home:
+        return [CppExtension("_lottery", sources, extra_compile_args=flags, extra_link_args=["-fopenmp"])]
+    define = f'-DAUDIO_LOTTERY_CUDA="{os.environ["TORCH_CUDA_ARCH_LIST"]}"'
+    return [
+        CUDAExtension(
+            "_lottery", sources + sorted(glob("csrc/cuda/*.cu")), extra_link_args=["-fopenmp"],
+            extra_compile_args={"cxx": [*flags, define], "nvcc": ["-O3", "--extra-device-vectorization"]},
+        )
+    ]  # fmt: skip
+
+
+ext_modules = extensions()
+if ext_modules:
+    from torch.utils.cpp_extension import BuildExtension
+
+    setup(ext_modules=ext_modules, cmdclass={"build_ext": BuildExtension})
+else:
+    setup()

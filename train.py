@@ -104,7 +104,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not 0 < args.recipe.lr < math.inf:
         p.error(f"--lr must be above 0, got {args.recipe.lr}")
     try:
-        lottery.kept_counts(10**12, args.sparsity, args.prune_rate)
+        lottery.check_rates(args.sparsity, args.prune_rate)
     except lottery.LotteryError as error:
         p.error(str(error))
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -122,7 +122,10 @@ def configuration(args: argparse.Namespace) -> dict:
         k: getattr(args, k) for k in ("backbone", "sparsity", "size", "prune_rate", "rewind_step", "seed", "margin")
     }
     config["data"] = "demo" if args.data == HERE / "demo" else str(args.data.resolve())
-    return json.loads(json.dumps({**config, **dataclasses.asdict(args.recipe)}))
+    config |= dataclasses.asdict(args.recipe)
+    # Not compared when a run is met again, but results are bit for bit the same only on the same machine.
+    config["machine"] = {"device": args.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return json.loads(json.dumps(config))
 
 
 # ---------------------------------------------------------------------------- recognise and score
@@ -165,7 +168,7 @@ class Corpus:
         low, high = seconds
         long_enough = [e for e in self.train if low <= e.seconds <= high]
         frames = model.output_lengths(torch.tensor([len(e.features) for e in long_enough])).tolist()
-        fits = [e for n, e in zip(frames, long_enough) if n >= data.frames_needed(e.targets)]
+        fits = [e for n, e in zip(frames, long_enough) if n >= max(2, data.frames_needed(e.targets))]  # 2: batch norm
         for gone, why in (
             (len(self.train) - len(long_enough), f"not between {low:g} and {high:g} s long"),
             (len(long_enough) - len(fits), "fewer encoder frames than CTC needs for the text"),
@@ -191,7 +194,9 @@ def train_round(ticket: lottery.Ticket, corpus: Corpus, recipe: Recipe, seed: in
     optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, recipe.betas, weight_decay=recipe.weight_decay)
     steps = steps_an_epoch(corpus, recipe)
     if recipe.schedule == "one-cycle":
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=steps * recipe.epochs)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, recipe.lr, total_steps=steps * recipe.epochs, cycle_momentum=False
+        )
     else:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.1 ** -(step // steps))
     label = f"round {ticket.round}"
@@ -236,35 +241,31 @@ def steps_an_epoch(corpus: Corpus, recipe: Recipe) -> int:
 # ---------------------------------------------------------------------------- the run folder
 
 
-def open_run(out: Path, config: dict, rounds: int) -> list[dict]:
-    """Make the run folder, or recognise it. Returns the ledger of a finished run, [] for a new one.
+def read_run(out: Path, config: dict, rounds: int) -> list[dict]:
+    """The ledger of the finished run in the folder `out`, [] if there is none yet. Writes nothing.
 
     Raises LotteryError if the folder holds anything else.
     """
     if out.exists() and not out.is_dir():
         raise lottery.LotteryError(f"--out {out}: is a file, not a folder")
-    if out.exists() and any(out.iterdir()):
-        try:
-            old = json.loads((out / "config.json").read_text(encoding="utf-8"))
-            ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError):
-            raise lottery.LotteryError(
-                f"--out {out}: the folder is not empty and holds no run: choose another"
-            ) from None
-        for key in config:
-            if old.get(key) != config[key]:
-                what = f"{key} {old.get(key)} there, {config[key]} now"
-                raise lottery.LotteryError(f"--out {out}: holds another run ({what}): choose another folder")
-        if len(ledger) < rounds:
-            what = f"{len(ledger)} of {rounds} rounds"
-            raise lottery.LotteryError(
-                f"--out {out}: holds an unfinished run ({what}): remove it or choose another folder"
-            )
-        return ledger
-    out.mkdir(parents=True, exist_ok=True)
-    lottery.write_atomically(out / "ledger.jsonl", b"")
-    lottery.write_atomically(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    return []
+    if not out.exists() or not any(out.iterdir()):
+        return []
+    try:
+        old = dict(json.loads((out / "config.json").read_text(encoding="utf-8")))
+        lines = (out / "ledger.jsonl").read_text(encoding="utf-8").splitlines()
+        ledger = [dict(json.loads(line)) for line in lines]
+    except (OSError, ValueError, TypeError):
+        raise lottery.LotteryError(
+            f"--out {out}: the folder is not empty and holds no whole run: choose another"
+        ) from None
+    for key, value in config.items():
+        if key != "machine" and old.get(key) != value:
+            what = f"{key} {old.get(key)} there, {value} now"
+            raise lottery.LotteryError(f"--out {out}: holds another run ({what}): choose another folder")
+    if 0 < len(ledger) < rounds:
+        what = f"{len(ledger)} of {rounds} rounds"
+        raise lottery.LotteryError(f"--out {out}: holds an unfinished run ({what}): remove it or choose another folder")
+    return ledger
 
 
 def append(path: Path, row: dict) -> None:
@@ -302,7 +303,7 @@ def summary(ledger: list[dict]) -> list[str]:
     good = [row for row in tickets if row["verdict"] in ("winning", "matching")]
     for name, rows, key in (
         ("sparsest winning or matching ticket", good, lambda row: row["remaining"]),
-        ("best ticket on valid", tickets, lambda row: (row["valid_wer"], row["remaining"])),
+        ("ticket with the best valid WER", tickets, lambda row: (row["valid_wer"], row["remaining"])),
     ):
         if rows:
             row = min(rows, key=key)
@@ -312,7 +313,8 @@ def summary(ledger: list[dict]) -> list[str]:
             )
         elif tickets:
             lines.append(f"{name}: none")
-    return lines
+    seeds_and_utterances = f"1 seed, {len(dense['test_words'])} test utterances"
+    return [*lines, f"95 % intervals of WER(ticket) - WER(dense): {seeds_and_utterances}, each ticket tested once"]
 
 
 def write_report(out: Path, config: dict, ledger: list[dict]) -> None:
@@ -378,7 +380,7 @@ def run(args: argparse.Namespace) -> None:
     model = models.build(args.backbone, args.size, len(tokens))
     total = sum(weight.numel() for weight in lottery.prunable(model).values())
     rounds = len(lottery.kept_counts(total, args.sparsity, args.prune_rate))
-    ledger = open_run(args.out, config, rounds)
+    ledger = read_run(args.out, config, rounds)
     print("config: " + ", ".join(f"{key} {value}" for key, value in config.items()))
     if ledger:
         print(f"{args.out} is finished: nothing to train")
@@ -392,21 +394,22 @@ def run(args: argparse.Namespace) -> None:
     steps = steps_an_epoch(corpus, recipe) * recipe.epochs
     if args.rewind_step > steps:
         raise lottery.LotteryError(f"--rewind-step {args.rewind_step}: a round has only {steps} steps")
+    args.out.mkdir(parents=True, exist_ok=True)
+    lottery.write_atomically(args.out / "ledger.jsonl", b"")
+    lottery.write_atomically(args.out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    print(text_line(COLUMNS), flush=True)
     for found in search(model.to(device), corpus, args):
+        info = {**config, "tokens": tokens, "features": model.features, "round": found.row["round"]}
+        masks, rewind = found.ticket.masks, found.ticket.rewind_state
+        lottery.save_ticket(args.out / "ticket.safetensors", masks, rewind, model.state_dict(), info)
         ledger.append(found.row)
-        append(args.out / "ledger.jsonl", found.row)
-        if not found.row["round"]:
-            print(text_line(COLUMNS))
+        if len(ledger) == rounds:
+            write_report(args.out, config, ledger)
+        append(args.out / "ledger.jsonl", found.row)  # last: a ledger that has all rounds is a finished run
         print(text_line(cells(found.row)), flush=True)
         for name, kept in found.row["kept_per_layer"].items():
             if kept == 0:
                 print(f"  {name}: no weight is left in this layer", flush=True)
-        info = {**config, "tokens": tokens, "features": model.features, "round": found.row["round"]}
-        ticket = found.ticket
-        lottery.save_ticket(
-            args.out / "ticket.safetensors", ticket.masks, ticket.rewind_state, model.state_dict(), info
-        )
-    write_report(args.out, config, ledger)
     print("\n".join(summary(ledger)))
     print(f"{args.out}: ledger.jsonl, ticket.safetensors, report.md, report.png")
 

@@ -62,6 +62,9 @@ def test_other_corpora_load(name):
         ({"audio_filepath": "nope.wav", "text": "a"}, "line 2: no such audio file: .*nope.wav"),
         ({"audio_filepath": "a.wav", "text": "a", "duration": "x"}, "line 2: 'duration' must be a number of seconds"),
         ('{"audio_filepath": "a.wav", "text": "a", "offset": NaN}', "line 2: 'offset' must be a number of seconds"),
+        ({"audio_filepath": "a.wav", "text": "a", "duration": 1e305}, "line 2: 'duration' must be a number of seconds"),
+        ({"audio_filepath": "a.wav", "text": "a", "offset": 10**400}, "line 2: 'offset' must be a number of seconds"),
+        ('{"audio_filepath": "a.wav", "text": "a\\ud800"}', "line 2: the text has half a surrogate pair"),
     ],
 )
 def test_bad_manifest_lines(tmp_path, line, message):
@@ -91,6 +94,10 @@ def test_segments_by_offset(tmp_path):
     (utterance,) = data.read_manifest(manifest(tmp_path, row))
     waveform = data.load_audio(utterance.audio, utterance.offset, utterance.duration)
     assert torch.equal(waveform, torch.from_numpy(samples[8000:24000]))
+    first = data.load_audio(utterance.audio, 0, 0.5)
+    assert torch.equal(first, torch.from_numpy(samples[:8000]))
+    with pytest.raises(data.DataError, match=r"no audio in it from 2.5 s on"):
+        data.load_audio(utterance.audio, 2.5, 1.0)
     with pytest.raises(data.DataError, match=r"truncated audio: 0.50 s decoded where the manifest says 1.00 s"):
         data.load_audio(utterance.audio, 1.5, 1.0)
 
@@ -107,6 +114,10 @@ def test_stereo_and_other_rates(tmp_path):
     assert waveform.shape == (16_000,)
     spectrum = torch.fft.rfft(waveform).abs()
     assert spectrum.argmax() == 440
+    odd = data.load_audio(write_wav(tmp_path / "c.wav", tone, rate=11_027))  # shares no divisor with 16 kHz
+    assert abs(len(odd) - 16_000) < 40
+    with pytest.raises(data.DataError, match=r"d.wav: a sample rate of 300 Hz"):
+        data.load_audio(write_wav(tmp_path / "d.wav", tone, rate=300))
 
 
 def test_every_format_decodes_and_every_cut_is_found(tmp_path):
@@ -123,7 +134,22 @@ def test_every_format_decodes_and_every_cut_is_found(tmp_path):
                 data.load_audio(path, duration=len(whole) / 16_000)
 
 
+def test_a_cut_wav_is_found_without_a_duration(tmp_path):
+    path = write_wav(tmp_path / "a.wav", noise(16_000))
+    path.write_bytes(path.read_bytes()[:20_000])
+    with pytest.raises(
+        data.DataError, match=r"a.wav: truncated audio: 19956 bytes of data where its header says 32000"
+    ):
+        data.load_audio(path)
+
+
 def test_audio_that_is_not(tmp_path):
+    (tmp_path / "x.raw").write_bytes(bytes(3200))
+    with pytest.raises(data.DataError, match=r"x.raw: cannot decode the audio"):
+        data.load_audio(tmp_path / "x.raw")
+    write_wav(tmp_path / "huge.wav", np.full(1600, 1e25), subtype="FLOAT")
+    with pytest.raises(data.DataError, match=r"huge.wav: its samples are too large"):
+        data.load_examples([data.Utterance(tmp_path / "huge.wav", "a")], [data.BLANK, "a"], "log-mel")
     (tmp_path / "text.wav").write_text("hello " * 100)
     with pytest.raises(data.DataError, match=r"text.wav: cannot decode the audio"):
         data.load_audio(tmp_path / "text.wav")

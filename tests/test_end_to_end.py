@@ -84,15 +84,6 @@ def test_two_runs_of_one_seed_give_one_ledger(corpus, tmp_path):
     assert tickets[0] == tickets[1]
 
 
-def test_an_epoch_is_the_same_whatever_ran_before(corpus, tmp_path):
-    """The dense round of a run to 40 % sparsity is the whole of a run to 0 %."""
-    for sparsity in ("0", "0.4"):
-        assert run(corpus, tmp_path / sparsity, "--backbone", "cnn-lstm", "--sparsity", sparsity) == 0
-    dense, first = (json.loads((tmp_path / s / "ledger.jsonl").read_text().splitlines()[0]) for s in ("0", "0.4"))
-    assert dense["test_errors"] == first["test_errors"] and dense["valid_wer"] == first["valid_wer"]
-    assert json.loads((tmp_path / "0.4" / "config.json").read_text())["sparsity"] == 0.4
-
-
 def test_an_unfinished_run_is_not_overwritten(corpus, tmp_path, capsys):
     assert run(corpus, tmp_path / "run", "--backbone", "rnnt", "--sparsity", "0.2") == 0
     ledger = tmp_path / "run" / "ledger.jsonl"

@@ -104,6 +104,18 @@ def test_paper_sizes():
         assert 1e6 <= count(models.build(backbone, "demo", 29)) <= 2e6
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_paper_size_runs(backbone):
+    torch.manual_seed(0)
+    model = models.build(backbone, "paper", 29)
+    features, lengths = torch.randn(2, 60, 161 if model.features == "log1p-stft" else 80), torch.tensor([60, 40])
+    loss = model.loss(features, lengths, torch.tensor([[3, 4], [5, 0]]), torch.tensor([2, 1]))
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None for p in model.parameters())
+    with torch.no_grad():
+        assert len(model.eval().transcribe(features, lengths)) == 2
+
+
 def test_transducer_loss_equals_a_slow_oracle():
     """Sum over all alignments by the forward recursion of Graves 2012, eq. 16, in double, one cell at a time."""
     model = small("rnnt", tokens=4)

@@ -52,13 +52,48 @@ def test_unusable_flags(capsys, tmp_path, argv, message):
     assert not (tmp_path / "run").exists()
 
 
+def tiny_corpus(folder, **rows):
+    """A corpus of one recording a split; rows replaces what stands in a manifest."""
+    row = {"audio_filepath": str(ROOT / "demo" / "audio" / "added.opus"), "text": "added", "duration": 0.723}
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.jsonl").write_text(json.dumps({**row, **rows.get(split, {})}))
+    return folder
+
+
+def test_broken_files_end_in_one_line_and_leave_no_run(capsys, tmp_path):
+    (tmp_path / "noise.wav").write_bytes(b"RIFF" + bytes(500))
+    for rows, message in (
+        ({"test": {"audio_filepath": str(tmp_path / "noise.wav")}}, "noise.wav: cannot decode the audio"),
+        ({"valid": {"text": ""}}, "valid.jsonl, line 1: the text is empty"),
+        ({"train": {"text": "x" * 90}}, "no train utterance is left to train on"),
+    ):
+        folder = tiny_corpus(tmp_path, **rows)
+        assert message in refused(capsys, "--data", folder, "--out", tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    tiny_corpus(tmp_path)
+    (tmp_path / "train.jsonl").write_text("{oops")
+    assert "train.jsonl, line 1: not a JSON object" in refused(capsys, "--data", tmp_path, "--out", tmp_path / "run")
+
+
+def test_no_disk(capsys, tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(lottery, "write_atomically", full)
+    assert "No space left on device" in refused(capsys, "--data", tiny_corpus(tmp_path), "--out", tmp_path / "run")
+
+
 def test_unusable_out(capsys, tmp_path):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text("[1]")
+    (tmp_path / "odd" / "ledger.jsonl").write_text("")
+    assert "holds no whole run" in refused(capsys, "--out", tmp_path / "odd")
     (tmp_path / "file").write_text("x")
     assert "is a file, not a folder" in refused(capsys, "--out", tmp_path / "file")
     assert "Not a directory" in refused(capsys, "--out", tmp_path / "file" / "run")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    assert "is not empty and holds no run" in refused(capsys, "--out", tmp_path / "full")
+    assert "is not empty and holds no whole run" in refused(capsys, "--out", tmp_path / "full")
     assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
 
 
@@ -122,6 +157,30 @@ def test_best_epoch_is_chosen_on_valid_and_the_model_keeps_the_last():
     assert (wer, epoch) == (0.0, 3)  # of two equal epochs the later
     assert ticket.steps == 8  # 3 utterances in batches of 2: two steps an epoch, nobody lost
     assert not torch.equal(state["linear.weight"], model.linear.weight)
+
+
+def test_every_round_trains_alike():
+    """After a rewind with full masks the same numbers come again: optimizer, schedule, order, dropout start afresh."""
+    torch.manual_seed(0)
+    model = models.build("rnnt", "demo", 4)
+    corpus, recipe = small_corpus(), train.Recipe(2, 2, 1e-2, "one-cycle", 5.0, (0, 9), data.SpecAugment(1, 9, 1, 3))
+    ticket = lottery.Ticket(model)
+    states = []
+    for _ in range(2):
+        states.append(train.train_round(ticket, corpus, recipe, 0, "cpu")[2])
+        torch.rand(17)  # whatever draws from the global generator between
+        ticket.rewind()
+    assert lottery.sha256(states[0]) == lottery.sha256(states[1]) != lottery.sha256(model.state_dict())
+
+
+def test_long_utterances_leave_training_alone(capsys):
+    utterances = {split: data.read_manifest(ROOT / "demo" / f"{split}.jsonl") for split in ("train", "valid", "test")}
+    short = {split: [u for u in rows if u.duration < 0.9 or u.duration > 10] for split, rows in utterances.items()}
+    tokens = data.tokens_of(utterances["train"])
+    corpus = train.Corpus(short, tokens, models.build("cnn-lstm", "demo", len(tokens)), (0.0, 10.0))
+    assert "10 train utterances left out of training: not between 0 and 10 s long" in capsys.readouterr().out
+    assert len(corpus.test) == len(short["test"]) and max(e.seconds for e in corpus.test) > 10
+    assert len(corpus.train) == len(short["train"]) - 10 and max(e.seconds for e in corpus.train) < 10
 
 
 def test_a_diverging_loss_is_named():

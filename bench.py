@@ -1,0 +1,220 @@
+"""Side-by-side measurements: `python bench.py ops` validates first and then times. Tables go to RESULTS.md.
+
+All figures of a row come from one process, in turns, as medians; what counts is the ratio.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+import lottery
+import models
+
+
+def clock(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def in_turns(device: str, repeats: int, **functions) -> dict[str, float]:
+    """Median seconds of each function, called in turns after one warm-up each."""
+    times = {name: [] for name in functions}
+    for turn in range(repeats + 1):
+        for name, function in functions.items():
+            start = clock(device)
+            function()
+            if turn:
+                times[name].append(clock(device) - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_memory(function) -> int:
+    """Bytes of resident memory that a call adds at its peak, over what was there before (Linux)."""
+
+    def status(key: str) -> int:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # resets VmHWM, the high-water mark
+    before = status("VmRSS")
+    function()
+    return status("VmHWM") - before
+
+
+# ---------------------------------------------------------------------------- ops
+
+
+def cnn_lstm_weights(hidden: int, device: str) -> list[torch.Tensor]:
+    """The pruned weights of the paper's CNN-LSTM (hidden 1024) or a narrower one, at theta_0 plus a little training.
+
+    Layers differ in scale as they do in the network: the bounds of theta_0 lie between 0.0116 and 0.047.
+    """
+    torch.manual_seed(0)
+    model = models.CnnLstm(29, **{**models.CnnLstm.SIZES["paper"], "hidden": hidden})
+    weights = [w.detach() for w in lottery.prunable(model).values()]
+    return [(w + torch.randn_like(w) * 0.3 * w.std()).to(device) for w in weights]
+
+
+def masks_of_round(weights: list[torch.Tensor], rounds: int) -> list[torch.Tensor]:
+    masks = [torch.ones_like(w, dtype=torch.bool) for w in weights]
+    total = sum(w.numel() for w in weights)
+    for r in range(1, rounds + 1):
+        masks = lottery.ops.global_magnitude_masks(weights, masks, lottery.kept_after(total, r, 0.2))
+    return masks
+
+
+class Holder(nn.Module):
+    """One weight, as torch.nn.utils.prune wants it."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight.clone())
+
+
+def torch_prune(weights: list[torch.Tensor], masks: list[torch.Tensor], keep: int) -> float:
+    """Seconds of one torch.nn.utils.prune.global_unstructured to `keep` weights."""
+    holders = [Holder(w) for w in weights]
+    if not all(bool(m.all()) for m in masks):
+        for holder, mask in zip(holders, masks):
+            prune.custom_from_mask(holder, "weight", mask)
+    amount = sum(int(m.sum()) for m in masks) - keep
+    start = clock(weights[0].device.type)
+    prune.global_unstructured([(h, "weight") for h in holders], prune.L1Unstructured, amount=amount)
+    return clock(weights[0].device.type) - start
+
+
+def validate_ops(device: str) -> None:
+    torch.manual_seed(0)
+    for levels in (10**6, 3):
+        weights = [(torch.randint(-levels, levels, (n,)) / levels).to(device) for n in (1, 100_003, 2_000_000)]
+        masks = [torch.rand_like(w) < 0.9 for w in weights]
+        keep = sum(int(m.sum()) for m in masks) // 2
+        ours = lottery.ops.global_magnitude_masks(weights, masks, keep)
+        reference = lottery.reference_global_magnitude_masks(weights, masks, keep)
+        if not all(torch.equal(a, b) for a, b in zip(ours, reference)):
+            sys.exit("bench.py: the compiled masks differ from the reference: nothing was timed")
+        held, by_hand = [w.clone() for w in weights], [w.clone() for w in weights]
+        lottery.ops.hold_ticket_(held, [], masks)
+        lottery.reference_hold_ticket_(by_hand, [], masks)
+        if not all(torch.equal(a, b) for a, b in zip(held, by_hand)):
+            sys.exit("bench.py: the held weights differ from the reference: nothing was timed")
+    print(f"validated against the reference on {device}: masks and held weights equal, bit for bit")
+
+
+def bench_pruning(device: str, hidden: int, rounds: int, repeats: int, peers: bool) -> str:
+    weights = cnn_lstm_weights(hidden, device)
+    total = sum(w.numel() for w in weights)
+    masks = masks_of_round(weights, rounds - 1)
+    keep = lottery.kept_after(total, rounds, 0.2)
+    tied = [torch.where(w > 0, 1.0, 2.0) for w in weights]  # two magnitudes, cut between them: the fall-back
+    survivors = [torch.ones_like(m) for m in masks]
+    keep_tied = sum(int((w == 2).sum()) for w in tied)
+    functions = {
+        "ours": lambda: lottery.ops.global_magnitude_masks(weights, masks, keep),
+        "fallback": lambda: lottery.ops.global_magnitude_masks(tied, survivors, keep_tied),
+        "read": lambda: [w.sum() for w in weights],
+    }
+    t = in_turns(device, repeats, **functions)
+    line = f"{total / 1e6:6.1f} M  round {rounds:2d}  {torch.get_num_threads()} threads  ours {t['ours'] * 1e3:8.2f} ms"
+    line += f"  {t['ours'] / t['read']:5.2f} reads  fall-back {t['fallback'] / t['read']:5.2f} reads"
+    if device == "cpu":
+        extra = peak_memory(functions["ours"]) - total
+        line += f"  extra memory {extra / 1e6:5.1f} MB"
+        joined = torch.cat([w.flatten() for w in weights]).abs().numpy()
+        partition = statistics.median(_timed(lambda: np.partition(joined, total - keep)) for _ in range(3))
+        line += f"  numpy.partition {partition / t['ours']:6.1f} x"
+    if peers:
+        line += f"  torch.nn.utils.prune {torch_prune(weights, masks, keep) / t['ours']:7.0f} x"
+    return line
+
+
+def _timed(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def bench_holding(device: str, hidden: int, rounds: int, repeats: int) -> tuple[str, float]:
+    weights = cnn_lstm_weights(hidden, device)
+    masks = masks_of_round(weights, rounds)
+    lottery.ops.hold_ticket_(weights, [], masks)
+    grads = [torch.randn_like(w) for w in weights]
+    from_weights, from_grads = [w.clone() for w in weights], [g.clone() for g in grads]
+
+    def copy() -> None:
+        for to, source in zip(weights + grads, from_weights + from_grads):
+            to.copy_(source)
+
+    # Each turn's copy restores the gradients, as backward() overwrites them; the weights are held already.
+    t = in_turns(
+        device,
+        repeats,
+        copy=copy,
+        ours=lambda: lottery.ops.hold_ticket_(weights, grads, masks),
+        copy_again=copy,
+        foreach=lambda: (torch._foreach_mul_(weights, masks), torch._foreach_mul_(grads, masks)),
+    )
+    total = sum(w.numel() for w in weights)
+    line = f"{total / 1e6:6.1f} M  round {rounds:2d}  {torch.get_num_threads()} threads  ours {t['ours'] * 1e3:8.2f} ms"
+    line += f"  {t['ours'] / t['copy']:5.2f} copies  torch._foreach_mul_ {t['foreach'] / t['ours']:5.1f} x"
+    return line, t["ours"]
+
+
+def training_step(device: str) -> float:
+    """Median seconds of a step of the paper's CNN-LSTM: 4 utterances of 5 s, AdamW, no ticket held."""
+    torch.manual_seed(0)
+    model = models.build("cnn-lstm", "paper", 29).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-4)
+    features, lengths = torch.randn(4, 500, 161, device=device), torch.full((4,), 500, device=device)
+    targets, target_lengths = torch.randint(1, 29, (4, 60), device=device), torch.full((4,), 60, device=device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model.loss(features, lengths, targets, target_lengths).backward()
+        optimizer.step()
+
+    return in_turns(device, 3, step=step)["step"]
+
+
+def bench_ops(args: argparse.Namespace) -> None:
+    print(f"torch {torch.__version__}, ops: {lottery.ops.path}")
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    if devices == ["cpu"]:
+        print("no GPU here: CUDA not timed")
+    for device in devices:
+        validate_ops(device)
+        for threads in (1, 2) if device == "cpu" else (torch.get_num_threads(),):
+            torch.set_num_threads(threads)
+            print(f"\n{device}: pruning to the next round's count (global_magnitude_masks)")
+            for hidden in (58, 294, 1024):
+                for rounds in (1, 10):
+                    print(bench_pruning(device, hidden, rounds, args.repeats, args.peers), flush=True)
+            print(f"\n{device}: holding weights and gradients (hold_ticket_)")
+            for hidden in (58, 294, 1024):
+                for rounds in (1, 10):
+                    line, seconds = bench_holding(device, hidden, rounds, args.repeats)
+                    print(line, flush=True)
+            step = training_step(device)
+            print(f"a training step at paper size: {step:.2f} s; holding is {seconds / step:.2%} of it", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("what", choices=["ops"])
+    parser.add_argument("--repeats", type=int, default=21, help="turns a median is taken over (default: 21)")
+    parser.add_argument(
+        "--no-peers", dest="peers", action="store_false", help="without torch.nn.utils.prune, which takes minutes"
+    )
+    bench_ops(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

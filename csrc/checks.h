@@ -1,0 +1,66 @@
+// Checks shared by the CPU and CUDA operators: each message has the position, both values and the rule.
+
+#pragma once
+
+#include <ATen/ATen.h>
+
+namespace audio_lottery {
+
+using at::Tensor;
+using at::TensorList;
+
+inline void check_dtype(const Tensor& weight, size_t i) {
+  auto t = weight.scalar_type();
+  TORCH_CHECK_TYPE(t == at::kFloat || t == at::kBFloat16 || t == at::kHalf || t == at::kDouble, "weights[", i,
+                   "] must be float32, bfloat16, float16 or float64, got ", t);
+}
+
+// One mask a weight: bool, of its shape, on its device; all weights on one device.
+inline void check_masks(TensorList weights, TensorList masks) {
+  TORCH_CHECK_VALUE(weights.size() == masks.size(), "weights and masks must be as many, got ", weights.size(), " and ",
+                    masks.size());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check_dtype(weights[i], i);
+    TORCH_CHECK_TYPE(masks[i].scalar_type() == at::kBool, "masks[", i, "] must be bool, got ", masks[i].scalar_type());
+    TORCH_CHECK_VALUE(weights[i].sizes() == masks[i].sizes(), "masks[", i, "] must have the shape of weights[", i,
+                      "], got ", masks[i].sizes(), " and ", weights[i].sizes());
+    TORCH_CHECK_VALUE(weights[i].device() == weights[0].device(), "all weights must be on one device: weights[0] is on ",
+                      weights[0].device(), ", weights[", i, "] on ", weights[i].device());
+    TORCH_CHECK_VALUE(masks[i].device() == weights[i].device(), "masks[", i, "] must be on the device of weights[", i,
+                      "], got ", masks[i].device(), " and ", weights[i].device());
+  }
+}
+
+// No gradients at all, or one a weight with its dtype, shape and device.
+inline void check_grads(TensorList weights, TensorList grads) {
+  TORCH_CHECK_VALUE(grads.empty() || grads.size() == weights.size(), "grads must be empty or as many as weights, got ",
+                    grads.size(), " and ", weights.size());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    TORCH_CHECK_TYPE(grads[i].scalar_type() == weights[i].scalar_type(), "grads[", i, "] must have the dtype of weights[",
+                     i, "], got ", grads[i].scalar_type(), " and ", weights[i].scalar_type());
+    TORCH_CHECK_VALUE(grads[i].sizes() == weights[i].sizes(), "grads[", i, "] must have the shape of weights[", i,
+                      "], got ", grads[i].sizes(), " and ", weights[i].sizes());
+    TORCH_CHECK_VALUE(grads[i].device() == weights[i].device(), "grads[", i, "] must be on the device of weights[", i,
+                      "], got ", grads[i].device(), " and ", weights[i].device());
+  }
+}
+
+// Magnitudes are compared as bits, so they must be of one dtype.
+inline void check_one_dtype(TensorList weights) {
+  for (size_t i = 1; i < weights.size(); ++i) {
+    TORCH_CHECK_TYPE(weights[i].scalar_type() == weights[0].scalar_type(),
+                     "all weights must have one dtype: weights[0] is ", weights[0].scalar_type(), ", weights[", i, "] ",
+                     weights[i].scalar_type());
+  }
+}
+
+inline void check_finite(bool finite, size_t i) {
+  TORCH_CHECK_VALUE(finite, "weights[", i, "] has a NaN or infinite value (magnitudes must be finite to be ranked)");
+}
+
+inline void check_keep(int64_t keep, int64_t survivors) {
+  TORCH_CHECK_VALUE(keep >= 0 && keep <= survivors, "keep must be between 0 and the ", survivors,
+                    " surviving weights, got ", keep);
+}
+
+}  // namespace audio_lottery

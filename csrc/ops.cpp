@@ -1,0 +1,43 @@
+// All operators of Audio Lottery. Implementations: cpu/*.cpp and cuda/*.cu, names mirrored; checks: checks.h;
+// the slow reference they are tested against: lottery.py.
+
+#include <torch/extension.h>
+#include <torch/library.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+TORCH_LIBRARY(audio_lottery, m) {
+  // Zero weights and gradients where the mask is false, in place. grads may be empty.
+  m.def("hold_ticket_(Tensor(a!)[] weights, Tensor(b!)[] grads, Tensor[] masks) -> ()");
+  // Masks of the `keep` largest |w| among surviving weights; ties: earlier tensor, then lower flat index, is kept.
+  m.def("global_magnitude_masks(Tensor[] weights, Tensor[] masks, int keep) -> Tensor[]");
+}
+
+// Facts about this build; tensors go through the dispatcher.
+PYBIND11_MODULE(_lottery, m) {
+  m.def("build_facts", [] {
+    pybind11::dict facts;
+    facts["version"] = AUDIO_LOTTERY_VERSION;
+#ifdef AUDIO_LOTTERY_CUDA
+    facts["cuda"] = AUDIO_LOTTERY_CUDA;  // the architectures
+#else
+    facts["cuda"] = pybind11::none();
+#endif
+#ifdef _OPENMP
+    facts["openmp"] = true;
+#else
+    facts["openmp"] = false;
+#endif
+    facts["compiler"] = __VERSION__;
+    facts["torch"] = TORCH_VERSION;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    facts["instructions"] = __builtin_cpu_supports("avx512f") ? "AVX-512" : __builtin_cpu_supports("avx2") ? "AVX2" : "SSE2";
+#else
+    facts["instructions"] = "baseline";
+#endif
+    return facts;
+  });
+}

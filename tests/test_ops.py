@@ -1,0 +1,404 @@
+"""The compiled operators against the pure-PyTorch reference, bit for bit."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lottery
+
+pytestmark = pytest.mark.skipif("pure" in lottery.ops.path, reason=f"the extension is not built: {lottery.ops.path}")
+compiled = torch.ops.audio_lottery
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(
+            not (torch.cuda.is_available() and "CUDA" in lottery.ops.path), reason="no GPU here, or built without CUDA"
+        ),
+    ),
+]
+# around every vector (2 to 64 elements), flag word (8), block (512, 2,048) and chunk (16,384, 32,768) tail
+SIZES = [0, 1, 2, 7, 8, 9, 15, 17, 31, 33, 63, 64, 65, 511, 513, 2047, 2048, 2049, 16383, 16385, 32767, 32768, 32769]
+SIZES += [100_003]
+
+
+def bits(tensor):
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def random_masks(weights, share=0.7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.rand(w.shape, generator=generator) < share).to(w.device) for w in weights]
+
+
+def same_masks(weights, masks, keep):
+    got = compiled.global_magnitude_masks(weights, masks, keep)
+    want = lottery.reference_global_magnitude_masks(weights, masks, keep)
+    assert sum(int(g.sum()) for g in got) == keep
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        assert g.dtype == torch.bool and g.device == w.device and torch.equal(g, w), (i, weights[i].shape, keep)
+    return got
+
+
+# ---------------------------------------------------------------------------- hold_ticket_
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hold_equals_reference(dtype, device):
+    torch.manual_seed(0)
+    weights = [torch.randn(n).to(device, dtype) for n in SIZES]
+    grads = [torch.randn(n).to(device, dtype) for n in SIZES]
+    masks = random_masks(weights)
+    for grad, mask in zip(
+        grads, masks
+    ):  # NaN, infinity and -0.0 under a false mask become +0, and stay under a true one
+        for i, value in enumerate((float("nan"), float("inf"), -0.0)):
+            if len(grad) > 9:
+                grad[i], grad[i + 3] = value, value
+                mask[i], mask[i + 3] = False, True
+    for with_grads in (True, False):
+        ours = [t.clone() for t in weights], [t.clone() for t in grads] if with_grads else []
+        reference = [t.clone() for t in weights], [t.clone() for t in grads] if with_grads else []
+        for _ in range(2):  # the second time the weights are clean already
+            compiled.hold_ticket_(*ours, masks)
+            lottery.reference_hold_ticket_(*reference, masks)
+            for a, b in zip(ours[0] + ours[1], reference[0] + reference[1], strict=True):
+                assert torch.equal(bits(a), bits(b))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_hold_non_contiguous(device):
+    base = torch.randn(40, 30, device=device)
+    cases = [
+        base.t(),
+        base[:, ::2],
+        base[3:7],
+        torch.randn(2, 3, 5, 7, device=device).to(memory_format=torch.channels_last),
+    ]
+    for weight in cases:
+        for mask_like in (weight, weight.contiguous()):
+            mask = torch.rand(weight.shape, device=device) < 0.5
+            mask = torch.empty_like(mask_like, dtype=torch.bool).copy_(mask)
+            weight_, grad = weight.clone(), torch.randn(weight.shape, device=device)
+            want = weight_ * mask, grad * mask
+            compiled.hold_ticket_([weight_], [grad], [mask])
+            assert torch.equal(weight_, want[0]) and torch.equal(grad, want[1])
+    view = base.clone()[:, ::2]
+    mask = torch.rand(view.shape, device=device) < 0.5
+    want = view * mask
+    compiled.hold_ticket_([view], [], [mask])
+    assert torch.equal(view, want)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_hold_hundreds_of_tensors(device):
+    weights = [torch.randn(i % 50, i % 7, device=device) for i in range(350)]
+    masks, want = random_masks(weights), None
+    want = [w * m for w, m in zip(weights, masks)]
+    compiled.hold_ticket_(weights, [], masks)
+    assert all(torch.equal(a, b) for a, b in zip(weights, want))
+
+
+def test_hold_is_seen_by_autograd():
+    x = torch.ones(3)
+    w = torch.ones(3, requires_grad=True)
+    y = (w * x).sum()
+    with torch.no_grad():
+        compiled.hold_ticket_([x], [], [torch.tensor([True, False, True])])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+# ---------------------------------------------------------------------------- global_magnitude_masks
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pruning_equals_reference(dtype, device):
+    torch.manual_seed(1)
+    weights = [torch.randn(n).to(device, dtype) * 0.05 for n in SIZES]
+    masks = random_masks(weights)
+    survivors = sum(int(m.sum()) for m in masks)
+    for keep in (0, 1, 2, survivors // 10, survivors // 2, round(0.8 * survivors), survivors - 1, survivors):
+        same_masks(weights, masks, keep)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n", SIZES[1:])
+def test_pruning_one_tensor(n, device):
+    weight = torch.randn(n, device=device)
+    for keep in {0, 1, n // 3, n}:
+        same_masks([weight], [torch.ones(n, dtype=torch.bool, device=device)], keep)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("levels", [1, 2, 3, 10, 1000])
+def test_pruning_ties(levels, dtype, device):
+    """Few magnitudes: the order of tensors and flat indices decides. Two million of them overflow the candidates."""
+    torch.manual_seed(levels)
+    weights = [(torch.randint(1, levels + 1, (n,), device=device) * 0.125).to(dtype) for n in (5, 70_000, 0, 1_930_001)]
+    for weight in weights:
+        weight[::3] *= -1
+    masks = random_masks(weights, 0.9)
+    survivors = sum(int(m.sum()) for m in masks)
+    boundary = sum(int((m & (w.abs() > levels * 0.0625)).sum()) for w, m in zip(weights, masks))
+    for keep in {1, survivors // 2, boundary, min(boundary + 1, survivors), survivors - 1}:
+        same_masks(weights, masks, keep)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pruning_where_the_sample_misleads(device):
+    """Layers of very different scale and size, sorted weights, and a level that fills the bracket."""
+    torch.manual_seed(2)
+    big = torch.randn(3_000_000, device=device) * 1e-6
+    unbalanced = [
+        big,
+        torch.randn(1000, device=device),
+        torch.zeros(50_000, device=device),
+        torch.randn(3, device=device) * 1e6,
+    ]
+    sorted_weights = [torch.linspace(-1, 1, 4_000_001, device=device)]
+    two_levels = [torch.where(torch.arange(4_000_000, device=device) % 2 == 0, 1.0, 2.0)]
+    nearly = [torch.cat([1 + torch.arange(2_500_000, device=device) % 3 * 2**-23, torch.rand(100_000, device=device)])]
+    for weights in (unbalanced, sorted_weights, two_levels, nearly):
+        total = sum(w.numel() for w in weights)
+        masks = [torch.ones_like(w, dtype=torch.bool) for w in weights]
+        for keep in (1, 1002, total // 5, total // 2, total - 40_000, total - 1):
+            same_masks(weights, masks, keep)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pruning_denormals_zeros_and_extremes(dtype, device):
+    info = torch.finfo(dtype)
+    tiny = info.smallest_normal * info.eps  # the smallest denormal
+    values = [0.0, -0.0, tiny, -tiny, 3 * tiny, info.smallest_normal, -info.max, info.max, 1.0, -1.0] * 7
+    weights = [torch.tensor(values, dtype=torch.float64).to(dtype).to(device)]
+    masks = random_masks(weights, 0.8)
+    for keep in range(int(masks[0].sum()) + 1):
+        same_masks(weights, masks, keep)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pruning_random_shapes(device):
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    for case in range(150):
+        dtype, levels = DTYPES[draw(0, 4)], (2, 30, 10**6)[draw(0, 3)]
+        weights = []
+        for _ in range(draw(1, 8)):
+            shape = [draw(0, (4000, 70, 16)[dims]) for dims in [draw(0, 3)] for _ in range(dims + 1)]
+            weight = (torch.randint(-levels, levels + 1, shape, generator=generator) / levels).to(device, dtype)
+            weights.append(weight.transpose(0, -1) if draw(0, 2) else weight)
+        masks = random_masks(weights, (0.1, 0.5, 1.0)[draw(0, 3)], case)
+        survivors = sum(int(m.sum()) for m in masks)
+        same_masks(weights, masks, draw(0, survivors + 1))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rounds_are_nested(device):
+    torch.manual_seed(4)
+    weights = [torch.randn(300, 400, device=device), torch.randn(1000, device=device).round(decimals=1)]
+    masks = [torch.ones_like(w, dtype=torch.bool) for w in weights]
+    keep = 121_000
+    for _ in range(10):
+        keep = int(0.8 * keep)
+        new = same_masks(weights, masks, keep)
+        assert not any((n & ~m).any() for n, m in zip(new, masks))
+        masks = new
+
+
+def test_threads_do_not_matter():
+    torch.manual_seed(5)
+    cases = [torch.randn(400_000), torch.randint(1, 4, (400_000,)).float(), torch.ones(400_000)]
+    threads = torch.get_num_threads()
+    try:
+        for weight in cases:
+            masks, results = random_masks([weight]), []
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                held = weight.clone()
+                compiled.hold_ticket_([held], [], masks)
+                results.append((compiled.global_magnitude_masks([weight], masks, 100_000)[0], held))
+            assert all(torch.equal(r[0], results[0][0]) and torch.equal(r[1], results[0][1]) for r in results)
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------------------- what is refused
+
+W, M = torch.randn(4, 4), torch.ones(4, 4, dtype=torch.bool)
+M2 = M.view(2, 8)
+
+
+@pytest.mark.parametrize(
+    "error, message, arguments",
+    [
+        (ValueError, "weights and masks must be as many, got 1 and 2", ([W], [], [M, M])),
+        (TypeError, r"masks\[0\] must be bool, got Float", ([W], [], [M.float()])),
+        (TypeError, r"weights\[1\] must be float32, bfloat16, float16 or float64, got Int", ([W, W.int()], [], [M, M])),
+        (ValueError, r"masks\[0\] must have the shape of weights\[0\], got \[2, 8\] and \[4, 4\]", ([W], [], [M2])),
+        (ValueError, "grads must be empty or as many as weights, got 2 and 1", ([W], [W, W], [M])),
+        (TypeError, r"grads\[0\] must have the dtype of weights\[0\], got Double and Float", ([W], [W.double()], [M])),
+        (ValueError, r"grads\[0\] must have the shape of weights\[0\], got \[2, 4\] and", ([W], [W[:2]], [M])),
+    ],
+)
+def test_hold_refuses(error, message, arguments):
+    with pytest.raises(error, match=message):
+        compiled.hold_ticket_(*arguments)
+
+
+NAN = torch.tensor([1.0, float("nan")])
+SURVIVORS = "keep must be between 0 and the %d surviving weights, got %d"
+
+
+@pytest.mark.parametrize(
+    "error, message, arguments",
+    [
+        (ValueError, SURVIVORS % (16, 17), ([W], [M], 17)),
+        (ValueError, SURVIVORS % (16, -1), ([W], [M], -1)),
+        (ValueError, SURVIVORS % (0, 1), ([W], [~M], 1)),
+        (ValueError, SURVIVORS % (0, 1), ([W[:0]], [M[:0]], 1)),
+        (ValueError, r"weights\[1\] has a NaN or infinite value", ([W, NAN], [M, torch.tensor([True, True])], 2)),
+        (ValueError, r"weights\[1\] has a NaN or infinite value", ([W, NAN], [M, torch.tensor([True, False])], 2)),
+        (ValueError, r"weights\[0\] has a NaN or infinite", ([torch.tensor([float("-inf")])], [M[0, :1]], 1)),
+        (
+            TypeError,
+            r"all weights must have one dtype: weights\[0\] is Float, weights\[1\] Half",
+            ([W, W.half()], [M, M], 2),
+        ),
+        (TypeError, r"masks\[1\] must be bool", ([W, W], [M, M.int()], 2)),
+    ],
+)
+def test_pruning_refuses(error, message, arguments):
+    with pytest.raises(error, match=message):
+        compiled.global_magnitude_masks(*arguments)
+    if error is ValueError:
+        with pytest.raises(error, match=message):
+            lottery.reference_global_magnitude_masks(*arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinity_is_refused_in_every_dtype(dtype):
+    weight = torch.ones(5000, dtype=dtype)
+    compiled.global_magnitude_masks([weight], [torch.ones(5000, dtype=torch.bool)], 10)
+    weight[4999] = float("inf")
+    with pytest.raises(ValueError, match=r"weights\[0\] has a NaN or infinite value"):
+        compiled.global_magnitude_masks([weight], [torch.ones(5000, dtype=torch.bool)], 10)
+
+
+# ---------------------------------------------------------------------------- registrations
+
+
+def test_opcheck():
+    weights, masks = [torch.randn(5, 3), torch.randn(7)], [torch.rand(5, 3) < 0.5, torch.rand(7) < 0.5]
+    survivors = sum(int(m.sum()) for m in masks)
+    torch.library.opcheck(compiled.global_magnitude_masks, (weights, masks, survivors // 2))
+    torch.library.opcheck(compiled.hold_ticket_, (weights, [torch.randn(5, 3), torch.randn(7)], masks))
+    torch.library.opcheck(compiled.hold_ticket_, (weights, [], masks))
+
+
+def test_compiled_step():
+    torch.manual_seed(0)
+    weight, mask = torch.randn(6, 4), torch.rand(6, 4) < 0.5
+
+    def step(weight, grad, x):
+        compiled.hold_ticket_([weight], [grad], [mask])
+        return (x @ (weight - 0.1 * grad).t()).sum()
+
+    arguments = weight, torch.randn(6, 4), torch.randn(3, 4)
+    eager, graph = [a.clone() for a in arguments], [a.clone() for a in arguments]
+    want = step(*eager)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(*graph)
+    torch.testing.assert_close(got, want)
+    assert torch.equal(eager[0], graph[0]) and torch.equal(eager[1], graph[1])
+
+
+# ---------------------------------------------------------------------------- the same as masked copies
+
+
+class TwoWay(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.output = nn.LSTM(6, 5, bidirectional=True), nn.Linear(10, 3)
+
+    def forward(self, x):
+        return self.output(self.lstm(x)[0])
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1),
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01),
+    ],
+)
+def test_training_equals_masked_copies(optimizer):
+    """In-place holding, deepcopy and state_dict between, against masks multiplied by hand."""
+    torch.manual_seed(0)
+    ours = TwoWay()
+    theirs = copy.deepcopy(ours)
+    ticket = lottery.Ticket(ours)
+    ticket.prune(150)
+    ticket.rewind()
+    masks = [ticket.masks.get(name) for name, _ in theirs.named_parameters()]
+    with torch.no_grad():
+        for p, mask in zip(theirs.parameters(), masks):
+            if mask is not None:
+                p.mul_(mask)
+    our_optimizer, their_optimizer = optimizer(ours.parameters()), optimizer(theirs.parameters())
+    for _ in range(6):
+        x = torch.randn(7, 2, 6)
+        our_optimizer.zero_grad()
+        ours(x).square().sum().backward()
+        ticket.hold()
+        our_optimizer.step()
+        their_optimizer.zero_grad()
+        theirs(x).square().sum().backward()
+        with torch.no_grad():
+            for p, mask in zip(theirs.parameters(), masks):
+                if mask is not None:
+                    p.grad.mul_(mask)
+        their_optimizer.step()
+        with torch.no_grad():
+            for p, mask in zip(theirs.parameters(), masks):
+                if mask is not None:
+                    p.mul_(mask)
+    ticket.check()
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        assert torch.equal(a, b)
+    twin = copy.deepcopy(ours)
+    twin.load_state_dict(ours.state_dict())
+    assert torch.equal(twin(x), ours(x))
+
+
+def test_a_ticket_under_ddp(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        plain = TwoWay()
+        wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+        results = []
+        for model, ticket in ((plain, lottery.Ticket(plain)), (wrapped, lottery.Ticket(wrapped.module))):
+            ticket.prune(100)
+            ticket.rewind()
+            optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+            torch.manual_seed(1)
+            for _ in range(4):
+                optimizer.zero_grad()
+                model(torch.randn(7, 2, 6)).square().sum().backward()
+                ticket.hold()
+                optimizer.step()
+            ticket.check()
+            results.append(ticket.model.state_dict())
+        assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    finally:
+        torch.distributed.destroy_process_group()
