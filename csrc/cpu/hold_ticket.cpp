@@ -41,16 +41,8 @@ struct Chunk {
   int64_t width;
 };
 
-// Appends the chunks of one tensor; false if its memory does not run along with the mask's.
-bool add_chunks(std::vector<Chunk>& chunks, const Tensor& x, const Tensor& mask) {
-  if (x.strides() != mask.strides() || !x.is_non_overlapping_and_dense()) return false;
-  auto* data = static_cast<char*>(x.data_ptr());
-  auto* bits = static_cast<const uint8_t*>(mask.const_data_ptr());
-  for (int64_t start = 0; start < x.numel(); start += CHUNK) {
-    chunks.push_back({data + start * x.element_size(), bits + start, std::min(CHUNK, x.numel() - start),
-                      static_cast<int64_t>(x.element_size())});
-  }
-  return true;
+bool runs_along(const Tensor& x, const Tensor& mask) {
+  return x.strides() == mask.strides() && x.is_non_overlapping_and_dense();
 }
 
 void hold_ticket_(TensorList weights, TensorList grads, TensorList masks) {
@@ -58,16 +50,26 @@ void hold_ticket_(TensorList weights, TensorList grads, TensorList masks) {
   check_grads(weights, grads);
   std::vector<Chunk> chunks;
   for (size_t i = 0; i < weights.size(); ++i) {
+    std::vector<Tensor> dense;
     for (const auto& list : {weights, grads}) {
       if (list.empty()) continue;
-      if (add_chunks(chunks, list[i], masks[i])) {
+      if (runs_along(list[i], masks[i])) {
+        dense.push_back(list[i]);
         list[i].unsafeGetTensorImpl()->bump_version();  // autograd must see that it was written
       } else {
         list[i].masked_fill_(masks[i].logical_not(), 0);
       }
     }
+    const auto* mask = static_cast<const uint8_t*>(masks[i].const_data_ptr());
+    for (int64_t start = 0; start < masks[i].numel(); start += CHUNK) {
+      for (const auto& x : dense) {  // weight, then gradient, while the mask is in the cache
+        const auto width = static_cast<int64_t>(x.element_size());
+        auto* data = static_cast<char*>(x.data_ptr()) + start * width;
+        chunks.push_back({data, mask + start, std::min(CHUNK, x.numel() - start), width});
+      }
+    }
   }
-  at::parallel_for(0, chunks.size(), 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, static_cast<int64_t>(chunks.size()), 2, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const auto& [data, mask, n, width] = chunks[c];
       if (width == 2) hold16(static_cast<uint16_t*>(data), mask, n);
