@@ -1,5 +1,6 @@
 # make demo   everything from nothing: environment, package, a winning ticket on the embedded corpus
-# make test   the tests        make lint   ruff        make clean   the environment and builds away
+# make test   the tests        make sanitize   the operators under ASan and UBSan
+# make lint   ruff             make clean      the environment and builds away
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,19 +11,27 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
+# the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, CPU form
+sanitize: $(VENV)/installed
+	rm -rf build/sanitize
+	PATH=$(abspath $(BIN)):$$PATH USE_CUDA=0 CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
+	-fno-sanitize-recover=all" $(BIN)/python setup.py build_ext --build-temp build/sanitize/temp --build-lib build/sanitize
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -o pythonpath="build/sanitize ." tests/test_ops.py
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-$(VENV)/installed: requirements.txt setup.py pyproject.toml
+$(VENV)/installed: requirements.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	@$(PYTHON) -c 'import ensurepip' || { echo "the venv module is missing: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info *.so
 
-.PHONY: demo test lint clean
+.PHONY: demo test sanitize lint clean
