@@ -1,5 +1,5 @@
 # make demo   everything from nothing: environment, package, a winning ticket on the embedded corpus
-# make test   the tests        make sanitize   the operators under ASan and UBSan
+# make test   the tests        make soak   kills and damage at length      make sanitize   operators under ASan, UBSan
 # make lint   ruff             make clean      the environment and builds away
 PYTHON ?= python3
 VENV := .venv
@@ -11,13 +11,20 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
+# what must never break, tried at length: about half an hour
+soak: $(VENV)/installed
+	$(BIN)/python tests/soak.py audio 30000
+	$(BIN)/python tests/soak.py tickets 1000000
+	$(BIN)/python tests/soak.py ledgers 10000
+	$(BIN)/python tests/soak.py kills 1000
+
 # the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, CPU form
 sanitize: $(VENV)/installed
 	rm -rf build/sanitize
 	PATH=$(abspath $(BIN)):$$PATH USE_CUDA=0 CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
 	-fno-sanitize-recover=all" $(BIN)/python setup.py build_ext --build-temp build/sanitize/temp --build-lib build/sanitize
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -o pythonpath="build/sanitize ." tests/test_ops.py
+	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -o pythonpath="build/sanitize . tests" tests/test_ops.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -34,4 +41,4 @@ $(VENV)/installed: requirements.txt setup.py pyproject.toml $(wildcard csrc/*.* 
 clean:
 	rm -rf $(VENV) build *.egg-info *.so
 
-.PHONY: demo test sanitize lint clean
+.PHONY: demo test soak sanitize lint clean

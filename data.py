@@ -5,6 +5,7 @@ object a line with audio_filepath (relative to the manifest), text and, if known
 (seconds) and speaker. Whatever is wrong with a file is a DataError that names the file, and the line in a manifest.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -82,6 +83,16 @@ def read_corpus(folder: Path) -> dict[str, list[Utterance]]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder (--data wants one with train.jsonl, valid.jsonl and test.jsonl)")
     return {split: read_manifest(folder / f"{split}.jsonl") for split in ("train", "valid", "test")}
+
+
+def corpus_sha256(folder: Path, corpus: dict[str, list[Utterance]]) -> str:
+    """Hash of the three manifests and of the bytes of every recording, in their order."""
+    digest = hashlib.sha256()
+    for split, utterances in corpus.items():
+        digest.update((folder / f"{split}.jsonl").read_bytes())
+        for utterance in utterances:
+            digest.update(hashlib.sha256(utterance.audio.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------- tokens

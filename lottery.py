@@ -13,17 +13,19 @@ where a weight is kept, round 0 is dense. The invariants that are asserted as it
     I3  a rewound weight is theta_k * mask, bit for bit
 """
 
+import argparse
 import hashlib
 import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -194,9 +196,9 @@ def copy_state(model: nn.Module) -> State:
 
 
 def sha256(tensors: dict[str, Tensor]) -> str:
-    """Hash of names, dtypes, shapes and bytes, in the order of the dict."""
+    """Hash of names, dtypes, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -239,6 +241,7 @@ class Ticket:
         self.model, self.rewind_step, self.steps, self.round = model, rewind_step, 0, 0
         self.weights = prunable(model)
         self.masks: Masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in self.weights.items()}
+        self.threshold = 0.0  # the smallest magnitude that the last pruning kept
         self.rewind_state: State | None = copy_state(model) if rewind_step == 0 else None
 
     @property
@@ -265,6 +268,8 @@ class Ticket:
     def prune(self, keep: int) -> None:
         """Prune to `keep` weights by the magnitudes the model has now; call it on the last epoch's."""
         self.masks = prune(self.weights, self.masks, keep)
+        kept = (w.detach()[self.masks[name]].abs() for name, w in self.weights.items())
+        self.threshold = min(float(w.min()) for w in kept if w.numel())
 
     def rewind(self) -> None:
         """Restore all parameters and buffers to the kept state and apply the masks (step 4)."""
@@ -277,6 +282,13 @@ class Ticket:
             if not torch.equal(weight.detach(), self.rewind_state[name].masked_fill(~self.masks[name], 0)):
                 raise LotteryError(f"{name}: the rewound weights are not theta_k * mask")
         self.steps = 0
+
+    def start_state(self) -> State:
+        """What a round starts from: theta_k * mask, and the kept state of all that is not pruned."""
+        return {
+            name: value.masked_fill(~self.masks[name], 0) if name in self.masks else value
+            for name, value in self.rewind_state.items()
+        }
 
     def check(self) -> None:
         """Raise LotteryError unless every pruned weight is exactly 0 (I4)."""
@@ -304,6 +316,7 @@ def find_ticket(
     sparsity: float,
     prune_rate: float = 0.2,
     rewind_step: int = 0,
+    resume: Callable[[Ticket], str] | None = None,
 ) -> Iterator[Found]:
     """Iterative magnitude pruning with rewinding, Algorithm 1. Yields a Found a round, the dense round 0 first.
 
@@ -311,13 +324,19 @@ def find_ticket(
         and ticket.stepped() as Ticket says. It leaves the last epoch's weights, which are what is pruned, and
         returns the state to evaluate (that of the best epoch on validation data, say) or None for the last.
     evaluate(model): what to add to the round's row. It is called once a round.
+    resume(ticket): goes on in the middle of a round: sets ticket.round, masks, threshold, steps and rewind_state and
+        the model's weights to what they were there, and returns the hash of the masks of the round before.
     """
     ticket = Ticket(model, rewind_step)
     total = ticket.kept
     rest = sum(p.numel() for p in model.parameters()) - total  # never pruned: biases, norms, embeddings
     parent = sha256(ticket.masks)
-    for ticket.round, keep in enumerate(kept_counts(total, sparsity, prune_rate)):
-        if ticket.round:
+    counts = kept_counts(total, sparsity, prune_rate)
+    if resume:
+        parent = resume(ticket)
+    for index, keep in list(enumerate(counts))[ticket.round :]:
+        if index != ticket.round:
+            ticket.round = index
             ticket.prune(keep)
             ticket.rewind()
         trained = train(ticket)
@@ -339,6 +358,10 @@ def find_ticket(
             "mask_sha256": masks,
             "parent_sha256": parent,
             "rewind_sha256": sha256(ticket.rewind_state),
+            "start_sha256": sha256(ticket.start_state()),
+            "last_sha256": sha256(last),
+            "trained_sha256": sha256(model.state_dict()),
+            "threshold": ticket.threshold,
             **evaluate(model),
         }
         yield Found(ticket, row)
@@ -391,70 +414,325 @@ def verdict(ticket_errors, dense_errors, words, margin: float = 0.01, resamples:
 
 
 # ---------------------------------------------------------------------------- files
+#
+# Every file of tensors is a safetensors file with one metadata entry, "about": a SHA-256 of the whole file, its own
+# digits taken as zeros, and JSON. Nothing is parsed before the hash holds, so damage has one outcome: LotteryError.
 
-TICKET_FORMAT = "audio-lottery ticket 1"
+FORMAT = "audio-lottery 1"
+SEAL = b'"about":"sha256:'
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary file, fsync, rename, fsync the folder: the file is whole, old or new, at any instant."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
-def save_ticket(path: Path, masks: Masks, rewind: State, trained: State, info: dict) -> None:
+def _digest(content: bytes, at: int) -> str:
+    """SHA-256 of content with the 64 digits at `at` as zeros."""
+    digest = hashlib.sha256(memoryview(content)[:at])
+    digest.update(b"0" * 64)
+    digest.update(memoryview(content)[at + 64 :])
+    return digest.hexdigest()
+
+
+def write_sealed(path: Path, kind: str, tensors: dict[str, Tensor], about: dict) -> None:
+    """Write tensors and JSON to one file, whole or not at all."""
+    metadata = {"about": f"sha256:{'0' * 64} " + json.dumps({"format": FORMAT, "kind": kind, **about})}
+    ready = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    content = safetensors.torch.save(ready, metadata)
+    at = content.index(SEAL) + len(SEAL)
+    digest = _digest(content, at).encode()
+    write_atomically(path, content[:at] + digest + content[at + 64 :])
+
+
+def read_sealed(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
+    """Returns tensors and JSON. Raises LotteryError, naming the file, unless it is whole, and of this kind."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise LotteryError(f"{path}: cannot read the {kind} ({error.strerror})") from None
+    try:
+        at = content.index(SEAL) + len(SEAL)
+        if content[at : at + 64] != _digest(content, at).encode():
+            raise ValueError("its content does not have the hash it states")
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        about = json.loads(header["__metadata__"]["about"][len("sha256:") + 65 :])
+        if (about["format"], about["kind"]) != (FORMAT, kind):
+            raise ValueError(f"it is a {about['kind']} of format {about['format']!r}, not a {kind} of {FORMAT!r}")
+        return safetensors.torch.load(content), about
+    except Exception as error:  # whatever damage makes the readers above raise
+        raise LotteryError(f"{path}: not a whole {kind}: {error}") from None
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A mask as bits, (ceil(n / 8),) uint8, the lowest bit first."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy(), bitorder="little"))
+
+
+def unpack(bits: Tensor, shape: list[int]) -> Tensor:
+    """Raises ValueError unless `bits` are as many as the shape needs, the unused ones 0."""
+    mask = torch.from_numpy(np.unpackbits(bits.numpy(), bitorder="little").astype(bool))
+    n = math.prod(shape)
+    if bits.dim() != 1 or len(bits) != (n + 7) // 8 or mask[n:].any():
+        raise ValueError(f"{len(bits)} bytes of mask for the shape {shape}")
+    return mask[:n].view(shape)
+
+
+def save_masks(path: Path, masks: Masks) -> None:
+    """Write masks alone, as bits."""
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    write_sealed(path, "masks", {name: pack(mask) for name, mask in masks.items()}, {"shapes": shapes})
+
+
+def load_masks(path: Path) -> Masks:
+    tensors, about = read_sealed(path, "masks")
+    return _unpacked(path, tensors, about["shapes"])
+
+
+def _unpacked(path: Path, tensors: dict[str, Tensor], shapes: dict[str, list[int]]) -> Masks:
+    try:
+        return {name: unpack(tensors[name], shape) for name, shape in shapes.items()}
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise LotteryError(f"{path}: masks and shapes do not fit: {error}") from None
+
+
+class TicketFile(NamedTuple):
+    masks: Masks
+    rewind: State | None  # full tensors, 0 where pruned; None in a ticket without it
+    trained: State
+    info: dict
+
+
+def save_ticket(path: Path, masks: Masks, rewind: State | None, trained: State, info: dict) -> None:
     """Write a ticket: masks as bits, rewind and trained values at kept places only, all else (biases, norms) whole.
 
-    info: whatever rebuilds the model (JSON), kept in the file's metadata.
+    rewind: None leaves it out.  info: whatever rebuilds the model (JSON), kept in the file's metadata.
     """
-    tensors = {f"mask/{n}": torch.from_numpy(np.packbits(m.cpu().numpy(), bitorder="little")) for n, m in masks.items()}
-    for part, state in (("rewind", rewind), ("trained", trained)):
+    tensors = {f"mask/{name}": pack(mask) for name, mask in masks.items()}
+    for part, state in (("rewind", rewind or {}), ("trained", trained)):
         for name, value in state.items():
-            value = value.detach().cpu()
-            tensors[f"{part}/{name}"] = (value[masks[name].cpu()] if name in masks else value).clone().contiguous()
+            tensors[f"{part}/{name}"] = value[masks[name]] if name in masks else value
     about = {
-        "format": TICKET_FORMAT,
         "shapes": {name: list(mask.shape) for name, mask in masks.items()},
-        "mask_sha256": sha256(masks),
+        "mask_sha256": {name: sha256({name: mask}) for name, mask in masks.items()},
+        "masks_sha256": sha256(masks),
         "info": info,
     }
-    metadata = {"ticket": json.dumps(about, ensure_ascii=False)}  # one entry: safetensors writes several in any order
-    write_atomically(path, safetensors.torch.save(tensors, metadata))
+    write_sealed(path, "ticket", tensors, about)
 
 
-def load_ticket(path: Path) -> tuple[Masks, State, State, dict]:
-    """Returns masks, the rewind state, the trained state (full tensors, 0 where pruned) and info.
+def load_ticket(path: Path, model: nn.Module | None = None) -> TicketFile:
+    """Read and check a ticket: its hash, its masks' hashes and shapes, and, given a model, the model's scope.
 
     A parameter with two names is masked under its first alone: hold the ticket after loading a state into such a model.
-    Raises LotteryError, naming the file, if it is missing or not a whole ticket.
+    Raises LotteryError, naming the file, for anything that is not a whole ticket (for this model).
+    """
+    tensors, about = read_sealed(path, "ticket")
+    masks = _unpacked(path, {n[5:]: t for n, t in tensors.items() if n.startswith("mask/")}, about["shapes"])
+    if sha256(masks) != about["masks_sha256"]:
+        raise LotteryError(f"{path}: the masks do not have the hash the ticket states")
+    states: dict[str, State] = {"rewind": {}, "trained": {}}
+    for key, value in tensors.items():
+        part, name = key.split("/", 1)
+        if part not in states:
+            continue
+        if name in masks:
+            if value.shape != (int(masks[name].sum()),):
+                raise LotteryError(
+                    f"{path}: {key} has {tuple(value.shape)} values for {int(masks[name].sum())} kept places"
+                )
+            value = torch.zeros(masks[name].shape, dtype=value.dtype).masked_scatter_(masks[name], value)
+        states[part][name] = value
+    if model is not None:
+        shapes = {name: tuple(w.shape) for name, w in prunable(model).items()}
+        if shapes != {name: tuple(mask.shape) for name, mask in masks.items()}:
+            raise LotteryError(f"{path}: the ticket's masks are not of this model's prunable weights")
+        expected = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
+        if expected != {name: (value.shape, value.dtype) for name, value in states["trained"].items()}:
+            raise LotteryError(f"{path}: the ticket's parameters are not this model's")
+    return TicketFile(masks, states["rewind"] or None, states["trained"], about["info"])
+
+
+# ---------------------------------------------------------------------------- the ledger
+#
+# One JSON object a line, a line a round. "previous" is the hash of the line before (in the first line of the
+# configuration): the chain. It leaves out "seconds", "resumed" and "timing_sha256", so that an interrupted run has the
+# chain of an uninterrupted one; "timing_sha256" covers those two.
+
+TIMING = ("seconds", "resumed", "timing_sha256")
+
+
+def hash_json(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def row_hash(row: dict) -> str:
+    return hash_json({key: value for key, value in row.items() if key not in TIMING})
+
+
+def timing_hash(row: dict) -> str:
+    return hash_json([row_hash(row), row.get("seconds"), row.get("resumed")])
+
+
+def ledger_line(row: dict) -> bytes:
+    return (json.dumps(row) + "\n").encode()
+
+
+def read_ledger(path: Path) -> list[dict]:
+    """The whole lines of a ledger; a last line without its newline was being written and does not count.
+
+    Raises LotteryError, naming file and line, for a line that is no row.
     """
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("ticket", "{}"))
-            if about.get("format") != TICKET_FORMAT:
-                raise LotteryError(f"{path}: not a ticket (format {about.get('format')!r}, not {TICKET_FORMAT!r})")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        masks: Masks = {}
-        for name, shape in about["shapes"].items():
-            bits = np.unpackbits(tensors[f"mask/{name}"].numpy(), count=int(np.prod(shape)), bitorder="little")
-            masks[name] = torch.from_numpy(bits.astype(bool)).view(shape)
-        if sha256(masks) != about["mask_sha256"]:
-            raise LotteryError(f"{path}: corrupt ticket: the masks do not have the hash the file states")
-        states: dict[str, State] = {"rewind": {}, "trained": {}}
-        for key, value in tensors.items():
-            part, name = key.split("/", 1)
-            if part in states and name in masks:
-                value = torch.zeros(masks[name].shape, dtype=value.dtype).masked_scatter_(masks[name], value)
-            if part in states:
-                states[part][name] = value
-        return masks, states["rewind"], states["trained"], about["info"]
-    except LotteryError:
-        raise
-    except Exception as error:  # whatever a broken file makes the readers above raise
-        raise LotteryError(f"{path}: cannot read the ticket ({error})") from None
+        content = path.read_bytes()
+    except OSError as error:
+        raise LotteryError(f"{path}: cannot read the ledger ({error.strerror})") from None
+    rows = []
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            rows.append(dict(json.loads(line.decode())))
+        except (ValueError, TypeError, RecursionError):
+            raise LotteryError(f"{path}, line {number}: not a row of a ledger") from None
+    return rows
+
+
+def append_row(path: Path, rows: list[dict], row: dict, config: dict) -> None:
+    """Chain a row to the ledger and to `rows`, and write it to the disk.
+
+    A round that is there already (an interrupted run came back to it) must be the same and is not written again.
+    """
+    row = {**row, "previous": row_hash(rows[row["round"] - 1]) if row["round"] else hash_json(config)}
+    row["timing_sha256"] = timing_hash(row)
+    if row["round"] < len(rows):
+        if row_hash(rows[row["round"]]) != row_hash(row):
+            raise LotteryError(f"{path}: round {row['round']} came out differently than the ledger says")
+        return
+    whole = path.read_bytes().rfind(b"\n") + 1  # behind it: a line that was being written
+    with open(path, "r+b") as file:
+        file.truncate(whole)
+        file.seek(whole)
+        file.write(ledger_line(row))
+        file.flush()
+        os.fsync(file.fileno())
+    rows.append(row)
+
+
+# ---------------------------------------------------------------------------- verify
+
+
+def verify(run: Path) -> list[tuple[str, str]]:
+    """Check a finished run from its files alone. Returns (check, "" or what is wrong) in order.
+
+    Files: config.json, ledger.jsonl, rewind.safetensors (theta_k), masks/ROUND.safetensors, ticket.safetensors.
+    """
+    checks: list[tuple[str, str]] = []
+
+    def check(name: str, function: Callable[[], str]) -> None:
+        try:
+            checks.append((name, function()))
+        except (LotteryError, OSError) as error:
+            checks.append((name, str(error)))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            checks.append((name, f"a value is missing or of the wrong kind ({type(error).__name__}: {error})"))
+
+    found: dict = {}
+
+    def chain() -> str:
+        found["config"] = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        settings = {key: value for key, value in found["config"].items() if key != "machine"}
+        rows = found["rows"] = read_ledger(run / "ledger.jsonl")
+        if (run / "ledger.jsonl").read_bytes() != b"".join(map(ledger_line, rows)):
+            return "it is not as this program writes it"
+        previous = hash_json(settings)
+        for number, row in enumerate(rows):
+            if row["round"] != number:
+                return f"line {number + 1} is round {row['round']}"
+            if row["previous"] != previous:
+                return f"round {number} does not follow {'the configuration' if number == 0 else f'round {number - 1}'}"
+            if row["timing_sha256"] != timing_hash(row):
+                return f"round {number} does not have the hash it states"
+            previous = row_hash(row)
+        counts = kept_counts(rows[0]["total"], settings["sparsity"], settings["prune_rate"])
+        if [row["kept"] for row in rows] != counts:
+            return f"kept counts are {[row['kept'] for row in rows]}, not {counts}"
+        return ""
+
+    def masks() -> str:
+        theta = found["theta"] = read_sealed(run / "rewind.safetensors", "rewind state")[0]
+        names = found["rows"][0]["kept_per_layer"]
+        parent = {name: torch.ones_like(theta[name], dtype=torch.bool) for name in names}
+        for row in found["rows"]:
+            masks = parent if row["round"] == 0 else load_masks(run / "masks" / f"{row['round']:02d}.safetensors")
+            if list(masks) != list(names) or any(masks[name].shape != theta[name].shape for name in names):
+                return f"round {row['round']}: masks of other weights"
+            if {name: int(mask.sum()) for name, mask in masks.items()} != row["kept_per_layer"]:
+                return f"round {row['round']}: other counts than the ledger's"
+            if sum(row["kept_per_layer"].values()) != row["kept"]:
+                return f"round {row['round']}: the layers' counts do not add up"
+            if any((masks[name] & ~parent[name]).any() for name in names):
+                return f"round {row['round']}: keeps a weight that was pruned before"
+            if (sha256(masks), sha256(parent)) != (row["mask_sha256"], row["parent_sha256"]):
+                return f"round {row['round']}: other hashes than the ledger's"
+            start = {n: v.masked_fill(~masks[n], 0) if n in masks else v for n, v in theta.items()}
+            if (sha256(theta), sha256(start)) != (row["rewind_sha256"], row["start_sha256"]):
+                return f"round {row['round']}: does not start at theta_k * mask"
+            parent = masks
+        found["masks"] = parent
+        return ""
+
+    def ticket() -> str:
+        file, row = load_ticket(run / "ticket.safetensors"), found["rows"][-1]
+        if sha256(file.masks) != row["mask_sha256"]:
+            return "its masks are not the last round's"
+        if sha256(file.trained) != row["trained_sha256"]:
+            return "its weights are not those that were tested in the last round"
+        if any((file.trained[name][~mask] != 0).any() for name, mask in file.masks.items()):
+            return "a pruned weight is not 0"
+        if file.rewind is not None and sha256(file.rewind) != row["start_sha256"]:
+            return "its rewind state is not theta_k * mask"
+        return ""
+
+    check("the ledger is one chain from the configuration on, with exact counts", chain)
+    check("masks are nested and exact, and every round starts at theta_k * mask", masks)
+    check("the ticket is the last round's, and its pruned weights are exactly 0", ticket)
+    return checks
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="lottery.py", description="Check a run from its files alone.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("verify", help="print a line a check; exit code 0 if all hold, 1 if not")
+    command.add_argument("run", type=Path, help="run folder")
+    command.add_argument("--retrain", type=int, metavar="R", help="train round R again and compare bit for bit")
+    args = parser.parse_args(argv)
+    if not args.run.is_dir():
+        print(f"lottery.py: error: {args.run}: no such run folder", file=sys.stderr)
+        return 2
+    failed = 0
+    for name, wrong in verify(args.run):
+        print(f"{'FAILED' if wrong else 'ok':6}  {name}{f': {wrong}' if wrong else ''}")
+        failed += bool(wrong)
+    if args.retrain is not None and not failed:
+        train = Path(__file__).resolve().parent / "train.py"
+        failed = subprocess.run([sys.executable, str(train), "--retrain", str(args.run), str(args.retrain)]).returncode
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,10 +6,17 @@ See README.md for what stands in the run folder, lottery.py for the algorithm.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
+import hashlib
 import json
 import math
 import os
+import platform
+import shlex
+import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -54,7 +61,7 @@ LIGHT, STRONG = SpecAugment(1, 10, 1, 10, 0.1), SpecAugment(2, 15, 2, 20, 0.2)
 RECIPES = {
     ("cnn-lstm", "demo"): Recipe(20, 8, 3e-3, "one-cycle", 400.0, (0.0, 10.0), STRONG, betas=ONE_CYCLE),
     ("rnnt", "demo"): Recipe(18, 8, 4e-3, "one-cycle", 5.0, (0.0, 10.0), LIGHT, betas=ONE_CYCLE),
-    ("conformer", "demo"): Recipe(20, 8, 2e-3, "one-cycle", 5.0, (0.0, 10.0), LIGHT, betas=ONE_CYCLE),
+    ("conformer", "demo"): Recipe(16, 8, 2e-3, "one-cycle", 5.0, (0.0, 10.0), LIGHT, betas=ONE_CYCLE),
     **{(backbone, "paper"): PAPER for backbone in models.BACKBONES},
 }
 
@@ -93,7 +100,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of initialisation, order, dropout, masking (default: 0)")
     add("--margin", type=float, default=0.01, help="WER that a matching ticket may lose (default: 0.01)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
+    add("--save-every", type=float, default=5, metavar="MINUTES", help="minutes between checkpoints (default: 5)")
     add("--out", type=Path, help="run folder (default: runs/BACKBONE-DATA-SIZE-SPARSITY-seedSEED)")
+    add("--retrain", nargs=2, metavar=("RUN", "ROUND"), help=argparse.SUPPRESS)  # for lottery.py verify
     args = p.parse_args(argv)
     args.recipe = RECIPES[args.backbone, args.size]
     chosen = {k: getattr(args, k) for k in ("epochs", "batch_size", "lr") if getattr(args, k) is not None}
@@ -104,6 +113,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ):  # fmt: skip
         if not low <= value < 2**31:
             p.error(f"{flag} must be at least {low} and below 2^31, got {value}")
+    if not 0 <= args.save_every < math.inf:
+        p.error(f"--save-every must be at least 0, got {args.save_every}")
     if not 0 < args.recipe.lr < math.inf:
         p.error(f"--lr must be above 0, got {args.recipe.lr}")
     try:
@@ -119,6 +130,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+FLAGS = (
+    "backbone",
+    "sparsity",
+    "size",
+    "prune_rate",
+    "rewind_step",
+    "seed",
+    "margin",
+    "data",
+    "epochs",
+    "batch_size",
+    "lr",
+)
+
+
 def configuration(args: argparse.Namespace) -> dict:
     """Everything that decides the result, as JSON: config.json."""
     config = {
@@ -127,7 +153,7 @@ def configuration(args: argparse.Namespace) -> dict:
     config["data"] = "demo" if args.data == HERE / "demo" else str(args.data.resolve())
     config |= dataclasses.asdict(args.recipe)
     # Not compared when a run is met again, but results are bit for bit the same only on the same machine.
-    config["machine"] = {"device": args.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    config["machine"] = {"device": args.device, "threads": torch.get_num_threads()}
     return json.loads(json.dumps(config))
 
 
@@ -188,26 +214,50 @@ class Corpus:
                 print(f"data: {split} has characters that train has not, counted as errors: {counts}")
 
 
-def train_round(ticket: lottery.Ticket, corpus: Corpus, recipe: Recipe, seed: int, device: str):
+@dataclasses.dataclass
+class Progress:
+    """Where a round stands."""
+
+    epoch: int = 0
+    batch: int = 0  # of the epoch, done
+    loss: float = 0.0  # summed over the epoch's utterances so far
+    best_wer: float = math.inf
+    best_epoch: int = 0
+    best: lottery.State = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    resumed: int = 0  # how often this round was taken up again
+
+
+def train_round(
+    ticket: lottery.Ticket, corpus: Corpus, recipe: Recipe, seed: int, device: str,
+    keeper: "Keeper | None" = None, kept: "Kept | None" = None,
+) -> Progress:  # fmt: skip
     """Train ticket.model to its last epoch, with a fresh optimizer, schedule and data order.
 
-    Returns (valid WER, epoch, state) of the epoch with the best valid WER; of equals the later.
+    Returns the progress, with the state of the epoch of the best valid WER; of equals the later.
+    keeper saves checkpoints on the way; kept is a checkpoint in this round to go on from.
     """
-    model, best = ticket.model, None
+    model, at = ticket.model, Progress()
     optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, recipe.betas, weight_decay=recipe.weight_decay)
     steps = steps_an_epoch(corpus, recipe)
     if recipe.schedule == "one-cycle":
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=steps * recipe.epochs)
     else:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.1 ** -(step // steps))
+    if kept:
+        at = kept.restore(model, optimizer, schedule, device)
+    started = time.monotonic() - at.seconds
     label = f"round {ticket.round}"
     bar = tqdm(total=steps * recipe.epochs, desc=label, unit="step", disable=None, leave=False)
+    bar.update(at.epoch * steps + at.batch)
     said = time.monotonic()
-    for epoch in range(recipe.epochs):
-        torch.manual_seed(int(np.random.default_rng([seed, epoch, 1]).integers(2**63)))  # dropout
+    for epoch in range(at.epoch, recipe.epochs):
+        if at.batch == 0:  # else the generator stands where the checkpoint left it
+            torch.manual_seed(int(np.random.default_rng([seed, epoch, 1]).integers(2**63)))  # dropout
         model.train()
-        total = 0.0
-        for batch in data.train_batches(corpus.train, recipe.batch_size, seed, epoch, recipe.augment):
+        for index, batch in enumerate(data.train_batches(corpus.train, recipe.batch_size, seed, epoch, recipe.augment)):
+            if index < at.batch:
+                continue
             batch = batch.to(device)
             optimizer.zero_grad()
             loss = model.loss(batch.features, batch.input_lengths, batch.targets, batch.target_lengths)
@@ -217,22 +267,28 @@ def train_round(ticket: lottery.Ticket, corpus: Corpus, recipe: Recipe, seed: in
             optimizer.step()
             schedule.step()
             ticket.stepped()
-            total += loss.item() * len(batch.texts)
+            at.loss += loss.item() * len(batch.texts)
+            at.batch, at.seconds = index + 1, time.monotonic() - started
             bar.update()
-        if not math.isfinite(total):
-            raise lottery.LotteryError(f"{label}, epoch {epoch + 1}: the loss is {total}: try a lower --lr")
+            if keeper:
+                keeper.after_step(ticket, optimizer, schedule, at)
+        if not math.isfinite(at.loss):
+            raise lottery.LotteryError(f"{label}, epoch {epoch + 1}: the loss is {at.loss}: try a lower --lr")
         ticket.check()
         hypotheses = recognise(model, corpus.valid, corpus.tokens, recipe.batch_size, device)
         wer = score([e.text for e in corpus.valid], hypotheses)["wer"]
-        if best is None or wer <= best[0]:
-            best = (wer, epoch + 1, lottery.copy_state(model))
-        line = f"epoch {epoch + 1}/{recipe.epochs}, loss {total / len(corpus.train):.2f}, valid WER {wer:.3f}"
+        if wer <= at.best_wer:
+            at.best_wer, at.best_epoch, at.best = wer, epoch + 1, lottery.copy_state(model)
+        line = f"epoch {epoch + 1}/{recipe.epochs}, loss {at.loss / len(corpus.train):.2f}, valid WER {wer:.3f}"
         bar.set_postfix_str(line)
         if bar.disable and time.monotonic() - said > 30:  # in a log
             said = time.monotonic()
             print(f"  {label}, {line}", flush=True)
+        at.epoch, at.batch, at.loss, at.seconds = epoch + 1, 0, 0.0, time.monotonic() - started
     bar.close()
-    return best
+    if keeper:
+        keeper.save(ticket, optimizer, schedule, at)
+    return at
 
 
 def steps_an_epoch(corpus: Corpus, recipe: Recipe) -> int:
@@ -242,38 +298,146 @@ def steps_an_epoch(corpus: Corpus, recipe: Recipe) -> int:
 # ---------------------------------------------------------------------------- the run folder
 
 
-def read_run(out: Path, config: dict, rounds: int) -> list[dict]:
-    """The ledger of the finished run in the folder `out`, [] if there is none yet. Writes nothing.
+class Stopped(Exception):
+    """A signal came; the run is saved."""
 
-    Raises LotteryError if the folder holds anything else.
+    def __init__(self, number: int):
+        self.number = number
+
+
+class Signals:
+    """SIGINT and SIGTERM: noted while `deferred`, so that a step is finished and saved; else they end the program."""
+
+    def __init__(self):
+        self.deferred, self.number = False, 0
+
+    def __enter__(self) -> "Signals":
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, _frame) -> None:
+        if not self.deferred or self.number:  # the second one does not wait
+            raise Stopped(number)
+        self.number = number
+
+
+class Keeper:
+    """Writes checkpoint.safetensors: everything that a run goes on from, in one file that is whole at any instant."""
+
+    def __init__(self, out: Path, minutes: float, signals: Signals):
+        self.out, self.seconds, self.signals = out, 60 * minutes, signals
+        self.saved = time.monotonic()
+        self.parent = ""  # the hash of the masks of the round before
+
+    def after_step(self, ticket: lottery.Ticket, optimizer, schedule, at: Progress) -> None:
+        if self.signals.number or time.monotonic() - self.saved >= self.seconds:
+            self.save(ticket, optimizer, schedule, at)
+        if self.signals.number:
+            raise Stopped(self.signals.number)
+
+    def save(self, ticket: lottery.Ticket, optimizer, schedule, at: Progress) -> None:
+        model, tensors = ticket.model, {"rng": torch.get_rng_state()}
+        if torch.cuda.is_initialized():
+            tensors["rng_cuda"] = torch.cuda.get_rng_state()
+        tensors |= {f"model/{name}": value for name, value in model.state_dict().items()}
+        tensors |= {f"best/{name}": value for name, value in at.best.items()}
+        tensors |= {f"mask/{name}": lottery.pack(mask) for name, mask in ticket.masks.items()}
+        for name, parameter in model.named_parameters():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{name}/{key}"] = value
+        (group,) = optimizer.param_groups
+        about = {
+            "round": ticket.round,
+            "steps": ticket.steps,
+            "threshold": ticket.threshold,
+            "parent": self.parent,
+            "schedule": schedule.last_epoch,
+            "group": {key: value for key, value in group.items() if key != "params"},
+            "progress": {f.name: getattr(at, f.name) for f in dataclasses.fields(at) if f.name != "best"},
+        }
+        if ticket.rewind_state is not None and not (self.out / "rewind.safetensors").exists():
+            lottery.write_sealed(self.out / "rewind.safetensors", "rewind state", ticket.rewind_state, {})
+        lottery.write_sealed(self.out / "checkpoint.safetensors", "checkpoint", tensors, about)
+        self.saved = time.monotonic()
+
+
+class Kept:
+    """A checkpoint as read back."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.tensors, self.about = lottery.read_sealed(out / "checkpoint.safetensors", "checkpoint")
+
+    def part(self, name: str) -> dict[str, torch.Tensor]:
+        return {key[len(name) + 1 :]: value for key, value in self.tensors.items() if key.startswith(f"{name}/")}
+
+    def resume(self, ticket: lottery.Ticket) -> str:
+        """What lottery.find_ticket asks for."""
+        device = next(iter(ticket.weights.values())).device
+        about, packed = self.about, self.part("mask")
+        ticket.round, ticket.steps, ticket.threshold = about["round"], about["steps"], about["threshold"]
+        ticket.masks = {n: lottery.unpack(packed[n], list(w.shape)).to(device) for n, w in ticket.weights.items()}
+        if ticket.round or ticket.steps >= ticket.rewind_step:
+            state, _ = lottery.read_sealed(self.out / "rewind.safetensors", "rewind state")
+            ticket.rewind_state = {name: value.to(device) for name, value in state.items()}
+        ticket.model.load_state_dict(self.part("model"))
+        return about["parent"]
+
+    def restore(self, model: torch.nn.Module, optimizer, schedule, device: str) -> Progress:
+        """Put optimizer, schedule and generators where they were; the model is there already."""
+        parameters = dict(model.named_parameters())
+        for key, value in self.part("optimizer").items():
+            name, entry = key.rsplit("/", 1)
+            optimizer.state[parameters[name]][entry] = value if entry == "step" else value.to(device)
+        group = {k: tuple(v) if isinstance(v, list) else v for k, v in self.about["group"].items()}
+        optimizer.param_groups[0].update(group)
+        schedule.last_epoch = self.about["schedule"]
+        torch.set_rng_state(self.tensors["rng"])
+        if device == "cuda" and "rng_cuda" in self.tensors:
+            torch.cuda.set_rng_state(self.tensors["rng_cuda"])
+        at = Progress(**self.about["progress"], best={n: v.to(device) for n, v in self.part("best").items()})
+        at.resumed += 1
+        return at
+
+
+@contextlib.contextmanager
+def locked(out: Path):
+    """Hold the run folder; the lock dies with this process. Raises LotteryError naming the process that has it."""
+    with open(out / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise lottery.LotteryError(f"--out {out}: in use by {file.read().strip() or 'another process'}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def read_run(out: Path, config: dict) -> list[dict]:
+    """The ledger of the run in the folder `out`, [] if there is none yet. Writes nothing.
+
+    Raises LotteryError if the folder holds another run, or anything else.
     """
     if out.exists() and not out.is_dir():
         raise lottery.LotteryError(f"--out {out}: is a file, not a folder")
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or {path.name for path in out.iterdir()} <= {"lock", "config.json.tmp"}:
         return []
     try:
         old = dict(json.loads((out / "config.json").read_text(encoding="utf-8")))
-        lines = (out / "ledger.jsonl").read_text(encoding="utf-8").splitlines()
-        ledger = [dict(json.loads(line)) for line in lines]
     except (OSError, ValueError, TypeError):
-        raise lottery.LotteryError(
-            f"--out {out}: the folder is not empty and holds no whole run: choose another"
-        ) from None
+        raise lottery.LotteryError(f"--out {out}: the folder is not empty and holds no run: choose another") from None
     for key, value in config.items():
         if key != "machine" and old.get(key) != value:
-            what = f"{key} {old.get(key)} there, {value} now"
+            name = f"--{key.replace('_', '-')}" if key in FLAGS else key
+            what = f"{name} {old.get(key)} there, {value} now"
             raise lottery.LotteryError(f"--out {out}: holds another run ({what}): choose another folder")
-    if 0 < len(ledger) < rounds:
-        what = f"{len(ledger)} of {rounds} rounds"
-        raise lottery.LotteryError(f"--out {out}: holds an unfinished run ({what}): remove it or choose another folder")
-    return ledger
-
-
-def append(path: Path, row: dict) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    return lottery.read_ledger(out / "ledger.jsonl") if (out / "ledger.jsonl").exists() else []
 
 
 # ---------------------------------------------------------------------------- report
@@ -373,87 +537,189 @@ def draw(path: Path, config: dict, ledger: list[dict]) -> None:
 # ---------------------------------------------------------------------------- the whole
 
 
-def run(args: argparse.Namespace) -> None:
-    config, recipe, device = configuration(args), args.recipe, args.device
+def code_sha256() -> str:
+    """Hash of the sources that decide a result."""
+    names = ("train.py", "lottery.py", "models.py", "data.py")
+    return hashlib.sha256(b"".join((HERE / name).read_bytes() for name in names)).hexdigest()
+
+
+@dataclasses.dataclass
+class Setting:
+    """What is built before anything is trained."""
+
+    args: argparse.Namespace
+    config: dict  # everything that decides the result, without "machine"
+    utterances: dict[str, list[data.Utterance]]
+    tokens: list[str]
+    model: torch.nn.Module
+    counts: list[int]  # kept weights, a round
+
+    def corpus(self) -> Corpus:
+        return Corpus(self.utterances, self.tokens, self.model, self.args.recipe.seconds)
+
+
+def prepare(args: argparse.Namespace) -> Setting:
     utterances = data.read_corpus(args.data)
     tokens = data.tokens_of(utterances["train"])
     torch.manual_seed(args.seed)  # the draw of theta_0
     model = models.build(args.backbone, args.size, len(tokens))
     total = sum(weight.numel() for weight in lottery.prunable(model).values())
-    rounds = len(lottery.kept_counts(total, args.sparsity, args.prune_rate))
-    ledger = read_run(args.out, config, rounds)
+    config = configuration(args) | {"data_sha256": data.corpus_sha256(args.data, utterances)}
+    counts = lottery.kept_counts(total, args.sparsity, args.prune_rate)
+    return Setting(args, config, utterances, tokens, model, counts)
+
+
+def run(args: argparse.Namespace, signals: Signals) -> None:
+    setting = prepare(args)
+    config, model, rounds = setting.config, setting.model, len(setting.counts)
+    rows = read_run(args.out, config)
     print("config: " + ", ".join(f"{key} {value}" for key, value in config.items()))
-    if ledger:
-        print(f"{args.out} is finished: nothing to train")
-        print("\n".join(map(text_line, [COLUMNS, *map(cells, ledger)])))
-        print("\n".join(summary(ledger)))
-        return
-    print(f"ops: {lottery.ops.path}; device: {device}, {torch.get_num_threads()} threads")
-    everything = sum(p.numel() for p in model.parameters())
-    print(f"model: {everything:,} parameters, {total:,} prunable; {rounds} rounds, the first one dense")
-    corpus = Corpus(utterances, tokens, model, recipe.seconds)
-    steps = steps_an_epoch(corpus, recipe) * recipe.epochs
-    if args.rewind_step > steps:
-        raise lottery.LotteryError(f"--rewind-step {args.rewind_step}: a round has only {steps} steps")
-    args.out.mkdir(parents=True, exist_ok=True)
-    lottery.write_atomically(args.out / "ledger.jsonl", b"")
-    lottery.write_atomically(args.out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    print(text_line(COLUMNS), flush=True)
-    for found in search(model.to(device), corpus, args):
-        info = {**config, "tokens": tokens, "features": model.features, "round": found.row["round"]}
-        masks, rewind = found.ticket.masks, found.ticket.rewind_state
-        lottery.save_ticket(args.out / "ticket.safetensors", masks, rewind, model.state_dict(), info)
-        ledger.append(found.row)
-        if len(ledger) == rounds:
-            write_report(args.out, config, ledger)
-        append(args.out / "ledger.jsonl", found.row)  # last: a ledger that has all rounds is a finished run
-        print(text_line(cells(found.row)), flush=True)
-        for name, kept in found.row["kept_per_layer"].items():
-            if kept == 0:
-                print(f"  {name}: no weight is left in this layer", flush=True)
-    print("\n".join(summary(ledger)))
+    if len(rows) < rounds:
+        print(f"ops: {lottery.ops.path}; device: {args.device}, {torch.get_num_threads()} threads")
+        everything, total = sum(p.numel() for p in model.parameters()), setting.counts[0]
+        print(f"model: {everything:,} parameters, {total:,} prunable; {rounds} rounds, the first one dense")
+        corpus = setting.corpus()
+        steps = steps_an_epoch(corpus, args.recipe) * args.recipe.epochs
+        if args.rewind_step > steps:
+            raise lottery.LotteryError(f"--rewind-step {args.rewind_step}: a round has only {steps} steps")
+        args.out.mkdir(parents=True, exist_ok=True)
+    with locked(args.out):
+        rows = read_run(args.out, config)  # again, now that nobody else writes
+        if len(rows) == rounds:
+            print(f"{args.out} is finished: nothing to train")
+            print("\n".join(map(text_line, [COLUMNS, *map(cells, rows)])))
+        else:
+            if not (args.out / "config.json").exists():
+                lottery.write_atomically(args.out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+            (args.out / "ledger.jsonl").touch()
+            (args.out / "masks").mkdir(exist_ok=True)
+            train_all(setting, corpus, rows, signals)
+        if not (args.out / "report.png").exists():
+            write_report(args.out, config, rows)
+        (args.out / "checkpoint.safetensors").unlink(missing_ok=True)
+    print("\n".join(summary(rows)))
     print(f"{args.out}: ledger.jsonl, ticket.safetensors, report.md, report.png")
 
 
-def search(model: torch.nn.Module, corpus: Corpus, args: argparse.Namespace):
-    """lottery.find_ticket with this recipe; rows get WER, CER, seconds, seed and the verdict against round 0."""
-    recipe, device = args.recipe, args.device
-    trained, dense = {}, {}
+def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signals) -> None:
+    """All rounds that are missing; `rows` grows with the ledger."""
+    args, out = setting.args, setting.args.out
+    kept = Kept(out) if (out / "checkpoint.safetensors").exists() else None
+    if rows and not kept:
+        raise lottery.LotteryError(f"--out {out}: {len(rows)} rounds in the ledger and no checkpoint to go on from")
+    if kept:
+        at = kept.about["progress"]
+        print(f"going on in round {kept.about['round']}, after {at['epoch']} epochs and {at['batch']} steps")
+    print("\n".join(map(text_line, [COLUMNS, *map(cells, rows)])), flush=True)
+    config = {key: value for key, value in setting.config.items() if key != "machine"}
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
+    facts = {
+        "seed": args.seed,
+        "config_sha256": lottery.hash_json(config),
+        "data_sha256": config["data_sha256"],
+        "code_sha256": code_sha256(),
+        "versions": versions,
+    }
+    sizes = models.BACKBONES[args.backbone].SIZES[args.size]
+    signals.deferred = True
+    for found in search(setting, corpus, rows, Keeper(out, args.save_every, signals), kept):
+        ticket, row = found.ticket, found.row | facts
+        if row["round"]:
+            lottery.save_masks(out / "masks" / f"{row['round']:02d}.safetensors", ticket.masks)
+        info = {**config, "sizes": sizes, "tokens": setting.tokens, "features": setting.model.features}
+        state = setting.model.state_dict()
+        lottery.save_ticket(out / "ticket.safetensors", ticket.masks, ticket.rewind_state, state, info)
+        new = row["round"] == len(rows)
+        lottery.append_row(out / "ledger.jsonl", rows, row, config)
+        if new:
+            print(text_line(cells(row)), flush=True)
+        for name, count in row["kept_per_layer"].items():
+            if count == 0:
+                print(f"  {name}: no weight is left in this layer", flush=True)
+    signals.deferred = False
+
+
+def search(setting: Setting, corpus: Corpus, rows: list[dict], keeper: Keeper, kept: Kept | None):
+    """lottery.find_ticket with this recipe; rows get WER, CER, seconds and the verdict against round 0."""
+    args, recipe, device = setting.args, setting.args.recipe, setting.args.device
+    at, at_round = Progress(), 0
 
     def train(ticket: lottery.Ticket) -> lottery.State:
-        started = time.monotonic()
-        wer, epoch, state = train_round(ticket, corpus, recipe, args.seed, device)
-        trained.update(valid_wer=wer, best_epoch=epoch, started=started)
-        return state
+        nonlocal at, at_round
+        at_round = ticket.round
+        keeper.parent = rows[ticket.round - 1]["mask_sha256"] if ticket.round else lottery.sha256(ticket.masks)
+        here = kept if kept and kept.about["round"] == ticket.round else None
+        at = train_round(ticket, corpus, recipe, args.seed, device, keeper, here)
+        return at.best
 
     def evaluate(model: torch.nn.Module) -> dict:
+        started = time.monotonic()
         hypotheses = recognise(model, corpus.test, corpus.tokens, recipe.batch_size, device)
         test = score([e.text for e in corpus.test], hypotheses)
-        row = {"valid_wer": trained["valid_wer"], "best_epoch": trained["best_epoch"], "test_wer": test["wer"]}
+        row = {"valid_wer": at.best_wer, "best_epoch": at.best_epoch, "test_wer": test["wer"]}
         row |= {"test_cer": test["cer"], "test_errors": test["errors"], "test_words": test["words"]}
-        if dense:
-            found = lottery.verdict(test["errors"], dense["errors"], test["words"], args.margin)
+        if at_round:
+            dense = rows[0]["test_errors"]
+            found = lottery.verdict(test["errors"], dense, test["words"], args.margin)
             row |= {"verdict": found.word, "interval": [found.low, found.high]}
-        else:
-            dense.update(test)
-        return row | {"seconds": round(time.monotonic() - trained["started"], 1), "seed": args.seed}
+        return row | {"seconds": round(at.seconds + time.monotonic() - started, 1), "resumed": at.resumed}
 
     return lottery.find_ticket(
-        model, train, evaluate,
+        setting.model.to(device), train, evaluate,
         sparsity=args.sparsity, prune_rate=args.prune_rate, rewind_step=args.rewind_step,
+        resume=kept.resume if kept else None,
     )  # fmt: skip
+
+
+def retrain(run: Path, number: int) -> None:
+    """Train round `number` of a finished run again and compare bit for bit. Raises LotteryError if anything differs."""
+    try:
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        rows = lottery.read_ledger(run / "ledger.jsonl")
+        row = rows[number]
+        argv = [f"--{name.replace('_', '-')}={config[name]}" for name in FLAGS]
+        args = parse([*argv, "--device", config["machine"]["device"], "--out", str(run)])
+        torch.set_num_threads(config["machine"]["threads"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise lottery.LotteryError(
+            f"{run}: no round {number} to train again ({type(error).__name__}: {error})"
+        ) from None
+    setting = prepare(args)
+    for key, value in setting.config.items():
+        if key != "machine" and config.get(key) != value:
+            raise lottery.LotteryError(f"{run}: {key} is {value} now, {config.get(key)} in the run")
+    corpus = setting.corpus()
+    ticket = lottery.Ticket(setting.model.to(args.device), args.rewind_step)
+    if number:
+        ticket.round = number
+        state, _ = lottery.read_sealed(run / "rewind.safetensors", "rewind state")
+        ticket.rewind_state = {name: value.to(args.device) for name, value in state.items()}
+        masks = lottery.load_masks(run / "masks" / f"{number:02d}.safetensors")
+        ticket.masks = {name: mask.to(args.device) for name, mask in masks.items()}
+        ticket.rewind()
+    best = train_round(ticket, corpus, args.recipe, args.seed, args.device).best
+    for what, state in (("last_sha256", setting.model.state_dict()), ("trained_sha256", best)):
+        if lottery.sha256(state) != row[what]:
+            raise lottery.LotteryError(f"round {number} trained again differs from the ledger in {what}")
+    print(f"ok      round {number} trained again: last and best weights are the ledger's, bit for bit")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        run(args)
-    except (data.DataError, lottery.LotteryError, OSError) as error:
-        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train.py: interrupted", file=sys.stderr)
-        return 130
+    with Signals() as signals:
+        try:
+            if args.retrain:
+                retrain(Path(args.retrain[0]), int(args.retrain[1]))
+            else:
+                run(args, signals)
+        except (data.DataError, lottery.LotteryError, OSError) as error:
+            print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 1 if args.retrain else 2
+        except Stopped as stopped:
+            command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+            name = signal.Signals(stopped.number).name
+            print(f"train.py: stopped by {name}; go on with: {command}", file=sys.stderr)
+            return 128 + stopped.number
     return 0
 
 

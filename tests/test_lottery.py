@@ -339,11 +339,56 @@ def test_a_ticket_comes_back_bit_for_bit(tmp_path):
 
 def test_broken_ticket_files_are_refused(tmp_path):
     path = tmp_path / "t.safetensors"
-    ticket_file(path)
+    _, model = ticket_file(path)
     whole = path.read_bytes()
-    with pytest.raises(lottery.LotteryError, match="cannot read the ticket"):
+    with pytest.raises(lottery.LotteryError, match=r"missing.safetensors: cannot read the ticket \(No such file"):
         lottery.load_ticket(tmp_path / "missing.safetensors")
-    for broken in (b"", whole[:20], whole[:-1], whole.replace(b"lottery ticket 1", b"lottery ticket 9")):
+    for broken in (b"", whole[:20], whole[:-1], whole[:-1] + b"x", whole + b"x", whole.replace(b"tokens", b"tokers")):
         path.write_bytes(broken)
-        with pytest.raises(lottery.LotteryError, match=r"t.safetensors: "):
+        with pytest.raises(lottery.LotteryError, match=r"t.safetensors: not a whole ticket: "):
             lottery.load_ticket(path)
+    lottery.write_sealed(path, "checkpoint", {}, {})
+    with pytest.raises(lottery.LotteryError, match="it is a checkpoint of format"):
+        lottery.load_ticket(path)
+
+
+def test_a_ticket_is_for_its_model(tmp_path):
+    path = tmp_path / "t.safetensors"
+    _, model = ticket_file(path)
+    assert lottery.load_ticket(path, model).info == {"tokens": ["é"]}
+    for other in (nn.Sequential(nn.Linear(7, 4), nn.BatchNorm1d(4)), nn.Sequential(nn.Linear(7, 3)), nn.Linear(7, 3)):
+        with pytest.raises(lottery.LotteryError, match="are not"):
+            lottery.load_ticket(path, other)
+
+
+def test_a_ticket_without_its_rewind_state_is_small(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Linear(1000, 1000)
+    ticket = lottery.Ticket(model)
+    ticket.prune(100_000)
+    ticket.rewind()
+    lottery.save_ticket(tmp_path / "t", ticket.masks, None, model.state_dict(), {})
+    assert lottery.load_ticket(tmp_path / "t").rewind is None
+    assert (tmp_path / "t").stat().st_size <= 0.14 * 4 * sum(p.numel() for p in model.parameters())
+
+
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    path = tmp_path / "t"
+    lottery.write_atomically(path, b"old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lottery.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        lottery.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+def test_masks_as_bits():
+    for n in (0, 1, 7, 8, 9, 1000):
+        mask = torch.rand(n) < 0.5
+        assert len(lottery.pack(mask)) == (n + 7) // 8 and torch.equal(lottery.unpack(lottery.pack(mask), [n]), mask)
+    for packed, shape in ((torch.tensor([255], dtype=torch.uint8), [7]), (torch.zeros(2, dtype=torch.uint8), [8])):
+        with pytest.raises(ValueError, match="bytes of mask for the shape"):
+            lottery.unpack(packed, shape)

@@ -87,13 +87,13 @@ def test_unusable_out(capsys, tmp_path):
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text("[1]")
     (tmp_path / "odd" / "ledger.jsonl").write_text("")
-    assert "holds no whole run" in refused(capsys, "--out", tmp_path / "odd")
+    assert "holds no run" in refused(capsys, "--out", tmp_path / "odd")
     (tmp_path / "file").write_text("x")
     assert "is a file, not a folder" in refused(capsys, "--out", tmp_path / "file")
     assert "Not a directory" in refused(capsys, "--out", tmp_path / "file" / "run")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    assert "is not empty and holds no whole run" in refused(capsys, "--out", tmp_path / "full")
+    assert "is not empty and holds no run" in refused(capsys, "--out", tmp_path / "full")
     assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
 
 
@@ -153,10 +153,10 @@ def test_best_epoch_is_chosen_on_valid_and_the_model_keeps_the_last():
     model = Counter([nothing, a_b, a_b, a])
     recipe = train.Recipe(4, 2, 1e-2, "anneal", 400.0, (0, 9), data.SpecAugment(0, 0, 0, 0))
     ticket = lottery.Ticket(model)
-    wer, epoch, state = train.train_round(ticket, small_corpus(), recipe, 0, "cpu")
-    assert (wer, epoch) == (0.0, 3)  # of two equal epochs the later
+    at = train.train_round(ticket, small_corpus(), recipe, 0, "cpu")
+    assert (at.best_wer, at.best_epoch) == (0.0, 3)  # of two equal epochs the later
     assert ticket.steps == 8  # 3 utterances in batches of 2: two steps an epoch, nobody lost
-    assert not torch.equal(state["linear.weight"], model.linear.weight)
+    assert not torch.equal(at.best["linear.weight"], model.linear.weight)
 
 
 def test_every_round_trains_alike():
@@ -167,7 +167,7 @@ def test_every_round_trains_alike():
     ticket = lottery.Ticket(model)
     states = []
     for _ in range(2):
-        states.append(train.train_round(ticket, corpus, recipe, 0, "cpu")[2])
+        states.append(train.train_round(ticket, corpus, recipe, 0, "cpu").best)
         torch.rand(17)  # whatever draws from the global generator between
         ticket.rewind()
     assert lottery.sha256(states[0]) == lottery.sha256(states[1]) != lottery.sha256(model.state_dict())

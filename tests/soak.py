@@ -1,0 +1,351 @@
+"""Long trials of what must never break; the tests run short versions, `make soak` the long ones.
+
+    python tests/soak.py kills N       SIGKILL runs N times in all, at random and on purpose; compare with uninterrupted
+    python tests/soak.py tickets N     read N damaged tickets and checkpoints, and every single-byte flip of a small one
+    python tests/soak.py ledgers N     verify a run with N damaged ledgers
+    python tests/soak.py audio N       decode N damaged WAV, FLAC, Opus and MP3 files
+
+Each prints one line that says what was tried and what failed, and exits with 0 only if nothing did.
+"""
+
+import argparse
+import builtins
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import soundfile  # noqa: E402
+import torch  # noqa: E402
+
+import data  # noqa: E402
+import lottery  # noqa: E402
+import models  # noqa: E402
+import train  # noqa: E402
+
+# ---------------------------------------------------------------------------- kills
+
+
+def small_corpus(folder: Path) -> Path:
+    """A few of the demo's shortest recordings."""
+    for split, count in (("train", 6), ("valid", 2), ("test", 2)):
+        rows = [json.loads(line) for line in (ROOT / "demo" / f"{split}.jsonl").read_text().splitlines()]
+        rows = sorted(rows, key=lambda row: row["duration"])[:count]
+        for row in rows:
+            row["audio_filepath"] = str(ROOT / "demo" / row["audio_filepath"])
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def shrink_models() -> None:
+    """Networks of a few thousand weights: what is tried here is the run, not the recogniser."""
+    models.CnnLstm.SIZES["demo"] |= dict(channels=2, kernels=((5, 3), (3, 3)), hidden=8, layers=1)
+    models.Transducer.SIZES["demo"] |= dict(channels=8, hidden=12, layers=1, predictor=8, joiner=8)
+    models.ConformerCtc.SIZES["demo"] |= dict(channels=2, width=16, heads=2, blocks=1, kernel=3)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(where: str, count: int) -> None:
+    """Arrange that this process dies at the count-th write (half done), fsync, rename (before or after) or pruning."""
+    left = [count]
+
+    def reached() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
+    def dying(function, after: bool = False):
+        def call(*args, **kwargs):
+            hit = reached()
+            if hit and not after:
+                die()
+            result = function(*args, **kwargs)
+            if hit:
+                die()
+            return result
+
+        return call
+
+    class HalfWritten(io.FileIO):
+        def write(self, content):
+            if not reached():
+                return super().write(content)
+            super().write(bytes(content)[: len(content) // 2])
+            die()
+
+    if where == "write":  # of a tensor file or of the ledger
+        lottery.open = lambda path, mode: HalfWritten(path, mode) if "b" in mode else builtins.open(path, mode)
+    elif where == "fsync":
+        os.fsync = dying(os.fsync)
+    elif where in ("rename", "renamed"):
+        os.replace = dying(os.replace, where == "renamed")
+    elif where == "prune":
+        lottery.prune = dying(lottery.prune)
+    elif where == "pruned":
+        lottery.prune = dying(lottery.prune, after=True)
+    elif where == "step":
+        torch.optim.AdamW.step = dying(torch.optim.AdamW.step)
+
+
+def child(argv: list[str], where: str = "", count: int = 0) -> int:
+    """Fork a run that dies as told; returns its process id."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+            if where:
+                die_at(where, count)
+            code = train.main(argv)
+    finally:
+        os._exit(code)
+
+
+def result(run: Path) -> dict[str, str]:
+    """What a run leaves, without what may differ: times, the report that shows them, and the lock."""
+    rows = lottery.read_ledger(run / "ledger.jsonl")
+    kept = [{key: value for key, value in row.items() if key not in lottery.TIMING} for row in rows]
+    found = {"ledger.jsonl": json.dumps(kept)}
+    for path in sorted(run.rglob("*")):
+        if path.is_file() and path.name not in ("lock", "ledger.jsonl", "report.md", "report.png"):
+            found[str(path.relative_to(run))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def kills(number: int, seed: int) -> bool:
+    rng, killed, runs, wrong = random.Random(seed), 0, 0, []
+    by_point: dict[str, int] = {}
+    shrink_models()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = small_corpus(Path(folder))
+        common = ["--data", str(corpus), "--epochs", "3", "--batch-size", "3", "--sparsity", "0.36"]
+        expected, seconds = {}, {}
+        for backbone in models.BACKBONES:
+            for rewind in ("0", "2"):
+                name = f"{backbone}-{rewind}"
+                argv = [*common, "--backbone", backbone, "--rewind-step", rewind]
+                start = time.monotonic()
+                _, status = os.waitpid(child([*argv, "--out", f"{folder}/{name}"]), 0)
+                if status:
+                    sys.exit(f"soak.py: the uninterrupted {name} run failed with status {status}")
+                expected[name], seconds[name] = (argv, result(Path(folder) / name)), time.monotonic() - start
+        while killed < number:
+            name = rng.choice(list(expected))
+            argv, want = expected[name]
+            out, runs, tries = Path(folder) / f"run{runs}", runs + 1, 0
+            while True:
+                tries += 1
+                every = rng.choice(["0", "0.001", "5"])  # minutes: each step, each few, none but the ends of rounds
+                where = rng.choice(["time", "write", "fsync", "rename", "renamed", "prune", "pruned", "step"])
+                count = rng.randint(1, {"step": 8, "prune": 2, "pruned": 2}.get(where, 30))
+                argv_now = [*argv, "--out", str(out), "--save-every", every]
+                process = child(argv_now, "" if where == "time" or tries > 20 else where, count)
+                if where == "time" and tries <= 20:
+                    time.sleep(rng.uniform(0, 1.1 * seconds[name]))
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process, signal.SIGKILL)
+                _, status = os.waitpid(process, 0)
+                if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+                    killed += 1
+                    by_point[where] = by_point.get(where, 0) + 1
+                    continue
+                if status or result(out) != want or any(check[1] for check in lottery.verify(out)):
+                    wrong.append(f"{name} (status {status})")
+                break
+            for path in sorted(out.rglob("*"), reverse=True):
+                path.unlink() if path.is_file() else path.rmdir()
+            out.rmdir()
+    points = ", ".join(f"{count} {point}" for point, count in sorted(by_point.items()))
+    print(
+        f"kills: {killed} SIGKILLs ({points}) in {runs} runs; resumed = uninterrupted in {runs - len(wrong)} of {runs}"
+    )
+    print("".join(f"  differs: {name}\n" for name in wrong), end="")
+    return not wrong
+
+
+# ---------------------------------------------------------------------------- damage
+
+
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """One random injury: bits flipped, cut, spliced, zeroed, or edited in the header."""
+    kind, damage = rng.randrange(6), bytearray(content)
+    at = rng.randrange(len(damage))
+    if kind == 0:
+        for _ in range(rng.choice([1, 1, 1, 2, 8])):
+            damage[rng.randrange(len(damage))] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        del damage[at:]
+    elif kind == 2:
+        size = rng.randint(1, 64)
+        damage[at : at + size] = damage[rng.randrange(len(damage)) :][:size]
+    elif kind == 3:
+        damage[at : at + rng.randint(1, 512)] = bytes(rng.randint(0, 512))
+    elif kind == 4:
+        header = rng.randrange(min(len(damage), 1000))
+        damage[header] = rng.randrange(256)
+    else:
+        del damage[at : at + rng.randint(1, 32)]
+    return bytes(damage)
+
+
+def tickets(number: int, seed: int) -> bool:
+    rng, silent, crashes, tried = random.Random(seed), 0, [], 0
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4))
+    ticket = lottery.Ticket(model)
+    ticket.prune(9)
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        path, other = Path(folder) / "t", Path(folder) / "c"
+        lottery.save_ticket(path, ticket.masks, ticket.rewind_state, model.state_dict(), {"tokens": ["a"]})
+        lottery.write_sealed(other, "checkpoint", lottery.copy_state(model), {"round": 1})
+        readers = (
+            (path.read_bytes(), lottery.load_ticket),
+            (other.read_bytes(), lambda file: lottery.read_sealed(file, "checkpoint")),
+        )
+
+        def attempt(content: bytes, read) -> None:
+            nonlocal silent, tried
+            tried += 1
+            with open(path, "wb") as file:
+                file.write(content)
+            try:
+                read(path)
+                silent += 1
+            except lottery.LotteryError:
+                pass
+            except BaseException as error:
+                crashes.append(repr(error))
+
+        whole, read = readers[0]
+        for at in range(len(whole)):
+            for flip in range(1, 256):
+                attempt(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :], read)
+        flips = tried
+        while tried - flips < number:
+            whole, read = readers[rng.random() < 0.25]
+            content = damaged(whole, rng)
+            if content != whole:
+                attempt(content, read)
+    print(
+        f"tickets: {tried - flips} damaged tickets and checkpoints, and {flips} single-byte flips of a ticket of "
+        f"{len(readers[0][0])} bytes: silent {silent}, other exceptions {len(crashes)}"
+    )
+    print("".join(f"  {error}\n" for error in crashes[:5]), end="")
+    return not silent and not crashes
+
+
+def ledgers(number: int, seed: int) -> bool:
+    rng, silent, crashes = random.Random(seed), 0, []
+    shrink_models()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        argv = ["--data", str(small_corpus(Path(folder))), "--epochs", "1", "--sparsity", "0.36", "--out", str(run)]
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.main(argv)
+        if any(check[1] for check in lottery.verify(run)):
+            sys.exit("soak.py: the undamaged run does not verify")
+        path = run / "ledger.jsonl"
+        whole = path.read_bytes()
+        for _ in range(number):
+            content = damaged(whole, rng)
+            if content == whole:
+                continue
+            path.write_bytes(content)
+            try:
+                silent += not any(check[1] for check in lottery.verify(run))
+            except BaseException as error:
+                crashes.append(repr(error))
+    print(f"ledgers: {number} damaged ledgers: not found by verify {silent}, exceptions {len(crashes)}")
+    print("".join(f"  {error}\n" for error in crashes[:5]), end="")
+    return not silent and not crashes
+
+
+def audio(number: int, seed: int) -> bool:
+    """Files are decoded in a forked process, so that a crash or a hang (10 s) is seen and counted."""
+    rng, crashes, hangs, accepted, done = random.Random(seed), 0, 0, 0, 0
+    not_finite = 0
+    torch.set_num_threads(1)
+    samples = data.load_audio(ROOT / "demo" / "audio" / "added.opus").numpy()[:12_000]
+    with tempfile.TemporaryDirectory() as folder:
+        originals = []
+        for suffix, options in (
+            ("wav", {}), ("wav", {"subtype": "FLOAT"}), ("flac", {}), ("mp3", {}),
+            ("opus", {"format": "OGG", "subtype": "OPUS"}),
+        ):  # fmt: skip
+            path = Path(folder) / f"whole.{suffix}"
+            soundfile.write(path, samples, 16_000, **options)
+            originals.append((suffix, path.read_bytes()))
+        while done < number:
+            batch = [
+                (suffix, damaged(whole, rng)) for suffix, whole in rng.choices(originals, k=min(200, number - done))
+            ]
+            read_end, write_end = os.pipe()
+            process = os.fork()
+            if process == 0:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders' own chatter
+                for suffix, content in batch:
+                    path = Path(folder) / f"damaged.{suffix}"
+                    path.write_bytes(content)
+                    outcome = b"r"
+                    try:
+                        (example,) = data.load_examples([data.Utterance(path, "a")], [data.BLANK, "a"], "log-mel")
+                        outcome = b"a" if example.features.isfinite().all() else b"n"
+                    except data.DataError:
+                        pass
+                    os.write(write_end, outcome)
+                os._exit(0)
+            os.close(write_end)
+            outcomes, last = b"", time.monotonic()
+            os.set_blocking(read_end, False)
+            while time.monotonic() - last < 10:
+                with contextlib.suppress(BlockingIOError):
+                    piece = os.read(read_end, 4096)
+                    if not piece:
+                        break
+                    outcomes, last = outcomes + piece, time.monotonic()
+                time.sleep(0.002)
+            else:
+                os.kill(process, signal.SIGKILL)
+                hangs += 1
+            os.close(read_end)
+            _, status = os.waitpid(process, 0)
+            crashes += bool(status) and time.monotonic() - last < 10
+            accepted, not_finite = accepted + outcomes.count(b"a"), not_finite + outcomes.count(b"n")
+            done += len(outcomes) + (len(outcomes) < len(batch))
+    print(
+        f"audio: {done} damaged WAV, FLAC, MP3 and Opus files: crashes {crashes}, hangs {hangs}, NaN let through "
+        f"{not_finite}; {accepted} decoded all the same (damage inside the samples), the rest refused by name"
+    )
+    return not crashes and not hangs and not not_finite
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("what", choices=["kills", "tickets", "ledgers", "audio"])
+    parser.add_argument("number", type=int)
+    parser.add_argument("--seed", type=int, default=int(np.random.default_rng().integers(2**31)))
+    args = parser.parse_args()
+    start = time.monotonic()
+    good = globals()[args.what](args.number, args.seed)
+    print(f"  seed {args.seed}, {time.monotonic() - start:.0f} s", flush=True)
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()
