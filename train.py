@@ -524,7 +524,7 @@ def draw(path: Path, config: dict, ledger: list[dict]) -> None:
         ax.minorticks_off()
         ax.invert_xaxis()
         ax.grid(alpha=0.3)
-        ax.legend()
+        ax.legend(loc="lower left")
     figure.suptitle(
         f"{config['backbone']} on {Path(config['data']).name}, {config['size']} size, seed {config['seed']}"
     )
