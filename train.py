@@ -328,8 +328,9 @@ class Signals:
 class Keeper:
     """Writes checkpoint.safetensors: everything that a run goes on from, in one file that is whole at any instant."""
 
-    def __init__(self, out: Path, minutes: float, signals: Signals):
+    def __init__(self, out: Path, minutes: float, signals: Signals, kept: "Kept | None"):
         self.out, self.seconds, self.signals = out, 60 * minutes, signals
+        self.rewind_saved = kept is not None and kept.has_rewind_state
         self.saved = time.monotonic()
         self.parent = ""  # the hash of the masks of the round before
 
@@ -353,14 +354,16 @@ class Keeper:
         about = {
             "round": ticket.round,
             "steps": ticket.steps,
+            "has_rewind_state": ticket.rewind_state is not None,
             "threshold": ticket.threshold,
             "parent": self.parent,
             "schedule": schedule.last_epoch,
             "group": {key: value for key, value in group.items() if key != "params"},
             "progress": {f.name: getattr(at, f.name) for f in dataclasses.fields(at) if f.name != "best"},
         }
-        if ticket.rewind_state is not None and not (self.out / "rewind.safetensors").exists():
+        if ticket.rewind_state is not None and not self.rewind_saved:
             lottery.write_sealed(self.out / "rewind.safetensors", "rewind state", ticket.rewind_state, {})
+            self.rewind_saved = True
         lottery.write_sealed(self.out / "checkpoint.safetensors", "checkpoint", tensors, about)
         self.saved = time.monotonic()
 
@@ -371,6 +374,7 @@ class Kept:
     def __init__(self, out: Path):
         self.out = out
         self.tensors, self.about = lottery.read_sealed(out / "checkpoint.safetensors", "checkpoint")
+        self.has_rewind_state = self.about["has_rewind_state"]
 
     def part(self, name: str) -> dict[str, torch.Tensor]:
         return {key[len(name) + 1 :]: value for key, value in self.tensors.items() if key.startswith(f"{name}/")}
@@ -381,7 +385,7 @@ class Kept:
         about, packed = self.about, self.part("mask")
         ticket.round, ticket.steps, ticket.threshold = about["round"], about["steps"], about["threshold"]
         ticket.masks = {n: lottery.unpack(packed[n], list(w.shape)).to(device) for n, w in ticket.weights.items()}
-        if ticket.round or ticket.steps >= ticket.rewind_step:
+        if self.has_rewind_state:
             state, _ = lottery.read_sealed(self.out / "rewind.safetensors", "rewind state")
             ticket.rewind_state = {name: value.to(device) for name, value in state.items()}
         ticket.model.load_state_dict(self.part("model"))
@@ -622,7 +626,7 @@ def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signa
     }
     sizes = models.BACKBONES[args.backbone].SIZES[args.size]
     signals.deferred = True
-    for found in search(setting, corpus, rows, Keeper(out, args.save_every, signals), kept):
+    for found in search(setting, corpus, rows, Keeper(out, args.save_every, signals, kept), kept):
         ticket, row = found.ticket, found.row | facts
         if row["round"]:
             lottery.save_masks(out / "masks" / f"{row['round']:02d}.safetensors", ticket.masks)

@@ -164,6 +164,18 @@ def test_verify_and_retrain(copy_of_run):
         assert done.stdout.count("ok ") == 4 and f"round {number} trained again" in done.stdout
 
 
+def test_copy_without_rewind(copy_of_run, tmp_path):
+    ticket, new = copy_of_run / "ticket.safetensors", tmp_path / "small.safetensors"
+    arguments = [sys.executable, "lottery.py", "copy", str(ticket), str(new), "--without-rewind"]
+    assert subprocess.run(arguments, cwd=ROOT).returncode == 0
+    whole, small = lottery.load_ticket(ticket), lottery.load_ticket(new)
+    assert small.rewind is None and lottery.sha256(small.trained) == lottery.sha256(whole.trained)
+    assert small.info == whole.info and lottery.sha256(small.masks) == lottery.sha256(whole.masks)
+    ticket.write_bytes(b"x")
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "not a whole ticket" in done.stderr
+
+
 def rewrite(run, number, **changes):
     rows = lottery.read_ledger(run / "ledger.jsonl")
     rows[number] |= changes
