@@ -23,8 +23,10 @@ sanitize: $(VENV)/installed
 	rm -rf build/sanitize
 	PATH=$(abspath $(BIN)):$$PATH USE_CUDA=0 CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
 	-fno-sanitize-recover=all" $(BIN)/python setup.py build_ext --build-temp build/sanitize/temp --build-lib build/sanitize
-	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -o pythonpath="build/sanitize . tests" tests/test_ops.py
+	export LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0; \
+	(cd build/sanitize && $(abspath $(BIN))/python -c 'import torch, _lottery; assert "sanitize" in _lottery.__file__') && \
+	$(BIN)/python -m pytest -o pythonpath="build/sanitize . tests" tests/test_ops.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -196,7 +196,9 @@ def training_step(device: str) -> float:
 
 def bench_ops(args: argparse.Namespace) -> None:
     print(f"torch {torch.__version__}, ops: {lottery.ops.path}")
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    if "pure" in lottery.ops.path:
+        sys.exit("bench.py: the extension is not built: there is nothing to time against the reference")
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() and "CUDA" in lottery.ops.path else [])
     if devices == ["cpu"]:
         print("no GPU here: CUDA not timed")
     for device in devices:

@@ -41,11 +41,25 @@ class LotteryError(ValueError):
 # ---------------------------------------------------------------------------- ops: the reference
 
 
+def _check_masks(weights: list[Tensor], masks: list[Tensor]) -> None:
+    if len(weights) != len(masks):
+        raise ValueError(f"weights and masks must be as many, got {len(weights)} and {len(masks)}")
+    for i, (weight, mask) in enumerate(zip(weights, masks)):
+        if mask.dtype != torch.bool:
+            raise TypeError(f"masks[{i}] must be bool, got {mask.dtype}")
+        if weight.shape != mask.shape:
+            shapes = f"{list(mask.shape)} and {list(weight.shape)}"
+            raise ValueError(f"masks[{i}] must have the shape of weights[{i}], got {shapes}")
+
+
 def reference_hold_ticket_(weights: list[Tensor], grads: list[Tensor], masks: list[Tensor]) -> None:
     """Zero every weight and gradient where its mask is False, in place; NaN becomes 0 too.
 
     weights, masks: as many tensors, pairwise of one shape.  grads: as many, or none at all.
     """
+    _check_masks(weights, masks)
+    if grads:
+        _check_masks(grads, masks)
     for tensors in (weights, grads):
         for tensor, mask in zip(tensors, masks):
             tensor.masked_fill_(mask.logical_not(), 0)
@@ -57,6 +71,7 @@ def reference_global_magnitude_masks(weights: list[Tensor], masks: list[Tensor],
     Ties at the threshold: the earlier tensor, then the lower flat index, is kept.  Raises ValueError for a NaN or
     infinite weight, naming its position, and unless 0 <= keep <= survivors.
     """
+    _check_masks(weights, masks)
     for i, weight in enumerate(weights):
         if not weight.isfinite().all():
             raise ValueError(f"weights[{i}] has a NaN or infinite value (magnitudes must be finite to be ranked)")
@@ -87,12 +102,13 @@ def choose_ops() -> Ops:
     compiled, facts = torch.ops.audio_lottery, _lottery.build_facts()
     torch.library.register_fake("audio_lottery::hold_ticket_", lambda weights, grads, masks: None)
     torch.library.register_fake(
-        "audio_lottery::global_magnitude_masks", lambda weights, masks, keep: [torch.empty_like(mask) for mask in masks]
+        "audio_lottery::global_magnitude_masks",
+        lambda weights, masks, keep: [mask.new_empty(mask.shape) for mask in masks],
     )
 
     def on_its_devices(op, reference):  # a build without CUDA leaves tensors on a GPU to the reference
         devices = {"cpu", "cuda"} if facts["cuda"] else {"cpu"}
-        return lambda weights, *rest: (op if weights[0].device.type in devices else reference)(weights, *rest)
+        return lambda weights, *rest: (op if {w.device.type for w in weights} <= devices else reference)(weights, *rest)
 
     return Ops(
         on_its_devices(compiled.hold_ticket_, reference_hold_ticket_),
@@ -218,7 +234,7 @@ def prune(weights: dict[str, Tensor], masks: Masks, keep: int) -> Masks:
         kept = ops.global_magnitude_masks(
             [weight.detach() for weight in weights.values()], [masks[name] for name in weights], keep
         )
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise LotteryError(str(error)) from None
     new = dict(zip(weights, kept))
     if sum(int(mask.sum()) for mask in new.values()) != keep:  # I2

@@ -24,13 +24,14 @@ def cuda_home() -> str | None:
     """The toolkit to build with, or None. (torch's own guess takes /usr for a link /usr/bin/nvcc.)"""
     if os.environ.get("USE_CUDA", "1") == "0" or torch.version.cuda is None:
         return None
-    nvcc = shutil.which("nvcc")
+    nvcc = os.path.realpath(shutil.which("nvcc") or "")
     for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and os.path.dirname(os.path.dirname(nvcc))):
         if home and os.path.isfile(f"{home}/bin/nvcc") and os.path.isfile(f"{home}/include/cuda_runtime.h"):
             said = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
             major = re.search(r"release (\d+)", said)
             if major and major[1] == torch.version.cuda.split(".")[0]:
                 return home
+    print(f"torch has CUDA {torch.version.cuda}, but there is no nvcc of that version: csrc/cuda is not built")
     return None
 
 
@@ -42,7 +43,7 @@ def extensions() -> list:
     home = cuda_home()
     if home:
         os.environ["CUDA_HOME"] = home  # before cpp_extension is imported: it reads it once
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     sources = ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
