@@ -258,6 +258,7 @@ class Ticket:
         self.weights = prunable(model)
         self.masks: Masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in self.weights.items()}
         self.threshold = 0.0  # the smallest magnitude that the last pruning kept
+        self.start_sha256 = sha256(model.state_dict())  # of all that the round started from
         self.rewind_state: State | None = copy_state(model) if rewind_step == 0 else None
 
     @property
@@ -297,14 +298,7 @@ class Ticket:
         for name, weight in self.weights.items():  # I3
             if not torch.equal(weight.detach(), self.rewind_state[name].masked_fill(~self.masks[name], 0)):
                 raise LotteryError(f"{name}: the rewound weights are not theta_k * mask")
-        self.steps = 0
-
-    def start_state(self) -> State:
-        """What a round starts from: theta_k * mask, and the kept state of all that is not pruned."""
-        return {
-            name: value.masked_fill(~self.masks[name], 0) if name in self.masks else value
-            for name, value in self.rewind_state.items()
-        }
+        self.steps, self.start_sha256 = 0, sha256(self.model.state_dict())
 
     def check(self) -> None:
         """Raise LotteryError unless every pruned weight is exactly 0 (I4)."""
@@ -340,8 +334,8 @@ def find_ticket(
         and ticket.stepped() as Ticket says. It leaves the last epoch's weights, which are what is pruned, and
         returns the state to evaluate (that of the best epoch on validation data, say) or None for the last.
     evaluate(model): what to add to the round's row. It is called once a round.
-    resume(ticket): goes on in the middle of a round: sets ticket.round, masks, threshold, steps and rewind_state and
-        the model's weights to what they were there, and returns the hash of the masks of the round before.
+    resume(ticket): goes on in the middle of a round: sets ticket.round, masks, threshold, start_sha256, steps and
+        rewind_state and the model's weights to what they were, and returns the hash of the masks of the round before.
     """
     ticket = Ticket(model, rewind_step)
     total = ticket.kept
@@ -374,7 +368,7 @@ def find_ticket(
             "mask_sha256": masks,
             "parent_sha256": parent,
             "rewind_sha256": sha256(ticket.rewind_state),
-            "start_sha256": sha256(ticket.start_state()),
+            "start_sha256": ticket.start_sha256,
             "last_sha256": sha256(last),
             "trained_sha256": sha256(model.state_dict()),
             "threshold": ticket.threshold,
@@ -545,7 +539,6 @@ def save_ticket(path: Path, masks: Masks, rewind: State | None, trained: State, 
     about = {
         "shapes": {name: list(mask.shape) for name, mask in masks.items()},
         "mask_sha256": {name: sha256({name: mask}) for name, mask in masks.items()},
-        "masks_sha256": sha256(masks),
         "info": info,
     }
     write_sealed(path, "ticket", tensors, about)
@@ -558,28 +551,38 @@ def load_ticket(path: Path, model: nn.Module | None = None) -> TicketFile:
     Raises LotteryError, naming the file, for anything that is not a whole ticket (for this model).
     """
     tensors, about = read_sealed(path, "ticket")
+    try:
+        file = _ticket_of(path, tensors, about)
+    except LotteryError:
+        raise
+    except Exception as error:  # metadata that a seal was put on again
+        raise LotteryError(f"{path}: not a whole ticket: {type(error).__name__}: {error}") from None
+    if model is not None:
+        shapes = {name: tuple(w.shape) for name, w in prunable(model).items()}
+        if shapes != {name: tuple(mask.shape) for name, mask in file.masks.items()}:
+            raise LotteryError(f"{path}: the ticket's masks are not of this model's prunable weights")
+        expected = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
+        for state in filter(None, (file.trained, file.rewind)):
+            if expected != {name: (value.shape, value.dtype) for name, value in state.items()}:
+                raise LotteryError(f"{path}: the ticket's parameters are not this model's")
+    return file
+
+
+def _ticket_of(path: Path, tensors: dict[str, Tensor], about: dict) -> TicketFile:
     masks = _unpacked(path, {n[5:]: t for n, t in tensors.items() if n.startswith("mask/")}, about["shapes"])
-    if sha256(masks) != about["masks_sha256"]:
-        raise LotteryError(f"{path}: the masks do not have the hash the ticket states")
+    if about["mask_sha256"] != {name: sha256({name: mask}) for name, mask in masks.items()}:
+        raise LotteryError(f"{path}: a mask does not have the hash the ticket states")
     states: dict[str, State] = {"rewind": {}, "trained": {}}
     for key, value in tensors.items():
         part, name = key.split("/", 1)
         if part not in states:
             continue
         if name in masks:
-            if value.shape != (int(masks[name].sum()),):
-                raise LotteryError(
-                    f"{path}: {key} has {tuple(value.shape)} values for {int(masks[name].sum())} kept places"
-                )
+            kept = int(masks[name].sum())
+            if value.shape != (kept,):
+                raise LotteryError(f"{path}: {key} has {tuple(value.shape)} values for {kept} kept places")
             value = torch.zeros(masks[name].shape, dtype=value.dtype).masked_scatter_(masks[name], value)
         states[part][name] = value
-    if model is not None:
-        shapes = {name: tuple(w.shape) for name, w in prunable(model).items()}
-        if shapes != {name: tuple(mask.shape) for name, mask in masks.items()}:
-            raise LotteryError(f"{path}: the ticket's masks are not of this model's prunable weights")
-        expected = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
-        if expected != {name: (value.shape, value.dtype) for name, value in states["trained"].items()}:
-            raise LotteryError(f"{path}: the ticket's parameters are not this model's")
     return TicketFile(masks, states["rewind"] or None, states["trained"], about["info"])
 
 
@@ -626,6 +629,34 @@ def read_ledger(path: Path) -> list[dict]:
     return rows
 
 
+def settings_of(config: dict) -> dict:
+    """What decides a result: the configuration without the machine it runs on."""
+    return {key: value for key, value in config.items() if key != "machine"}
+
+
+def check_chain(rows: list[dict], settings: dict) -> None:
+    """Raise LotteryError unless the rows are rounds 0, 1, ... in one chain from the settings on, with exact counts."""
+    try:
+        previous = hash_json(settings)
+        for number, row in enumerate(rows):
+            if row["round"] != number:
+                raise LotteryError(f"line {number + 1} is round {row['round']}")
+            if row["previous"] != previous:
+                before = f"round {number - 1}" if number else "the configuration"
+                raise LotteryError(f"round {number} does not follow {before}")
+            if row["timing_sha256"] != timing_hash(row):
+                raise LotteryError(f"round {number} does not have the hash it states")
+            previous = row_hash(row)
+        if rows:
+            counts = kept_counts(rows[0]["total"], settings["sparsity"], settings["prune_rate"])
+            if [row["kept"] for row in rows] != counts[: len(rows)]:
+                raise LotteryError(f"kept counts are {[row['kept'] for row in rows]}, not {counts}")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        if isinstance(error, LotteryError):
+            raise
+        raise LotteryError(f"a value is missing or of the wrong kind ({type(error).__name__}: {error})") from None
+
+
 def append_row(path: Path, rows: list[dict], row: dict, config: dict) -> None:
     """Chain a row to the ledger and to `rows`, and write it to the disk.
 
@@ -654,79 +685,92 @@ def append_row(path: Path, rows: list[dict], row: dict, config: dict) -> None:
 def verify(run: Path) -> list[tuple[str, str]]:
     """Check a finished run from its files alone. Returns (check, "" or what is wrong) in order.
 
-    Files: config.json, ledger.jsonl, rewind.safetensors (theta_k), masks/ROUND.safetensors, ticket.safetensors.
+    Files: config.json, ledger.jsonl, rewind.safetensors (theta_k), masks/ROUND.safetensors, ticket.safetensors. They
+    hold no secret: who writes new counts with new hashes is found out by training a round again, not by this.
     """
-    checks: list[tuple[str, str]] = []
-
-    def check(name: str, function: Callable[[], str]) -> None:
+    found: dict = {"run": run}
+    checks = []
+    for name, function in (
+        ("the ledger is one chain from the configuration on, with exact counts", _verify_chain),
+        ("rates, verdicts and shares follow from the counts beside them", _verify_rows),
+        ("masks are nested and exact, and every round starts at theta_k * mask", _verify_masks),
+        ("the ticket is the last round's, and its pruned weights are exactly 0", _verify_ticket),
+    ):
         try:
-            checks.append((name, function()))
+            function(found)
+            checks.append((name, ""))
         except (LotteryError, OSError) as error:
             checks.append((name, str(error)))
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except Exception as error:  # whatever a tampered file makes the check trip over
             checks.append((name, f"a value is missing or of the wrong kind ({type(error).__name__}: {error})"))
-
-    found: dict = {}
-
-    def chain() -> str:
-        found["config"] = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        settings = {key: value for key, value in found["config"].items() if key != "machine"}
-        rows = found["rows"] = read_ledger(run / "ledger.jsonl")
-        if (run / "ledger.jsonl").read_bytes() != b"".join(map(ledger_line, rows)):
-            return "it is not as this program writes it"
-        previous = hash_json(settings)
-        for number, row in enumerate(rows):
-            if row["round"] != number:
-                return f"line {number + 1} is round {row['round']}"
-            if row["previous"] != previous:
-                return f"round {number} does not follow {'the configuration' if number == 0 else f'round {number - 1}'}"
-            if row["timing_sha256"] != timing_hash(row):
-                return f"round {number} does not have the hash it states"
-            previous = row_hash(row)
-        counts = kept_counts(rows[0]["total"], settings["sparsity"], settings["prune_rate"])
-        if [row["kept"] for row in rows] != counts:
-            return f"kept counts are {[row['kept'] for row in rows]}, not {counts}"
-        return ""
-
-    def masks() -> str:
-        theta = found["theta"] = read_sealed(run / "rewind.safetensors", "rewind state")[0]
-        names = found["rows"][0]["kept_per_layer"]
-        parent = {name: torch.ones_like(theta[name], dtype=torch.bool) for name in names}
-        for row in found["rows"]:
-            masks = parent if row["round"] == 0 else load_masks(run / "masks" / f"{row['round']:02d}.safetensors")
-            if list(masks) != list(names) or any(masks[name].shape != theta[name].shape for name in names):
-                return f"round {row['round']}: masks of other weights"
-            if {name: int(mask.sum()) for name, mask in masks.items()} != row["kept_per_layer"]:
-                return f"round {row['round']}: other counts than the ledger's"
-            if sum(row["kept_per_layer"].values()) != row["kept"]:
-                return f"round {row['round']}: the layers' counts do not add up"
-            if any((masks[name] & ~parent[name]).any() for name in names):
-                return f"round {row['round']}: keeps a weight that was pruned before"
-            if (sha256(masks), sha256(parent)) != (row["mask_sha256"], row["parent_sha256"]):
-                return f"round {row['round']}: other hashes than the ledger's"
-            start = {n: v.masked_fill(~masks[n], 0) if n in masks else v for n, v in theta.items()}
-            if (sha256(theta), sha256(start)) != (row["rewind_sha256"], row["start_sha256"]):
-                return f"round {row['round']}: does not start at theta_k * mask"
-            parent = masks
-        found["masks"] = parent
-        return ""
-
-    def ticket() -> str:
-        file, row = load_ticket(run / "ticket.safetensors"), found["rows"][-1]
-        if sha256(file.masks) != row["mask_sha256"]:
-            return "its masks are not the last round's"
-        if sha256(file.trained) != row["trained_sha256"]:
-            return "its weights are not those that were tested in the last round"
-        if any((file.trained[name][~mask] != 0).any() for name, mask in file.masks.items()):
-            return "a pruned weight is not 0"
-        if file.rewind is not None and sha256(file.rewind) != row["start_sha256"]:
-            return "its rewind state is not theta_k * mask"
-        return ""
-
-    check("the ledger is one chain from the configuration on, with exact counts", chain)
-    check("masks are nested and exact, and every round starts at theta_k * mask", masks)
-    check("the ticket is the last round's, and its pruned weights are exactly 0", ticket)
     return checks
+
+
+def _expect(right: bool, what: str) -> None:
+    if not right:
+        raise LotteryError(what)
+
+
+def _verify_chain(found: dict) -> None:
+    run = found["run"]
+    found["settings"] = settings_of(json.loads((run / "config.json").read_text(encoding="utf-8")))
+    rows = found["rows"] = read_ledger(run / "ledger.jsonl")
+    written = (run / "ledger.jsonl").read_bytes()
+    _expect(written == b"".join(map(ledger_line, rows)), "it is not as this program writes it")
+    check_chain(rows, found["settings"])
+    counts = kept_counts(rows[0]["total"], found["settings"]["sparsity"], found["settings"]["prune_rate"])
+    _expect(len(rows) == len(counts), f"it has {len(rows)} rounds of {len(counts)}: the run is not finished")
+
+
+def _verify_rows(found: dict) -> None:
+    settings, dense = found["settings"], found["rows"][0]
+    for row in found["rows"]:
+        where, errors, words = f"round {row['round']}: ", row["test_errors"], row["test_words"]
+        _expect(row["remaining"] == row["kept"] / row["total"], where + "remaining is not kept / total")
+        _expect(words == dense["test_words"], where + "other test utterances than round 0's")
+        _expect(row["test_wer"] == sum(errors) / sum(words), where + "test_wer is not test_errors / test_words")
+        for key in ("seed", "data_sha256"):
+            _expect(row[key] == settings[key], where + f"{key} is not the configuration's")
+        _expect(row["config_sha256"] == hash_json(settings), where + "config_sha256 is not the configuration's")
+        if row["round"]:
+            right = verdict(errors, dense["test_errors"], words, settings["margin"])
+            stated = Verdict(row["verdict"], *row["interval"])
+            _expect(stated == right, where + f"the verdict is {right}, not {stated}")
+
+
+def _verify_masks(found: dict) -> None:
+    run, theta = found["run"], read_sealed(found["run"] / "rewind.safetensors", "rewind state")[0]
+    names = found["rows"][0]["kept_per_layer"]
+    parent = {name: torch.ones_like(theta[name], dtype=torch.bool) for name in names}
+    for row in found["rows"]:
+        where = f"round {row['round']}: "
+        masks = parent if row["round"] == 0 else load_masks(run / "masks" / f"{row['round']:02d}.safetensors")
+        shapes = {name: mask.shape for name, mask in masks.items()}
+        _expect(shapes == {name: theta[name].shape for name in names}, where + "masks of other weights")
+        counts = {name: int(mask.sum()) for name, mask in masks.items()}
+        _expect(counts == row["kept_per_layer"], where + "other counts than the ledger's")
+        _expect(sum(counts.values()) == row["kept"], where + "the layers' counts do not add up")
+        grown = any((masks[name] & ~parent[name]).any() for name in names)
+        _expect(not grown, where + "keeps a weight that was pruned before")
+        hashes = sha256(masks), sha256(parent)
+        _expect(hashes == (row["mask_sha256"], row["parent_sha256"]), where + "other hashes than the ledger's")
+        _expect(sha256(theta) == row["rewind_sha256"], where + "rewind.safetensors is not its rewind state")
+        found["start"] = {n: v.masked_fill(~masks[n], 0) if n in masks else v for n, v in theta.items()}
+        if row["round"] or found["settings"]["rewind_step"] == 0:  # else round 0 started before theta_k
+            _expect(sha256(found["start"]) == row["start_sha256"], where + "does not start at theta_k * mask")
+        parent = masks
+
+
+def _verify_ticket(found: dict) -> None:
+    file, row = load_ticket(found["run"] / "ticket.safetensors"), found["rows"][-1]
+    _expect(sha256(file.masks) == row["mask_sha256"], "its masks are not the last round's")
+    tested = sha256(file.trained) == row["trained_sha256"]
+    _expect(tested, "its weights are not those that were tested in the last round")
+    zero = not any((file.trained[name][~mask] != 0).any() for name, mask in file.masks.items())
+    _expect(zero, "a pruned weight is not 0")
+    if file.rewind is not None:
+        _expect(sha256(file.rewind) == sha256(found["start"]), "its rewind state is not theta_k * mask")
+    _expect(hash_json(file.info) == row["info_sha256"], "its info (tokens, sizes, features) is not the last round's")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -753,12 +797,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     failed = 0
     for name, wrong in verify(args.run):
-        print(f"{'FAILED' if wrong else 'ok':6}  {name}{f': {wrong}' if wrong else ''}")
+        print(f"{'FAILED' if wrong else 'ok':6}  {name}{f': {wrong}' if wrong else ''}", flush=True)
         failed += bool(wrong)
     if args.retrain is not None and not failed:
         train = Path(__file__).resolve().parent / "train.py"
         failed = subprocess.run([sys.executable, str(train), "--retrain", str(args.run), str(args.retrain)]).returncode
-    return min(failed, 1)
+    return int(failed != 0)
 
 
 if __name__ == "__main__":

@@ -130,19 +130,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-FLAGS = (
-    "backbone",
-    "sparsity",
-    "size",
-    "prune_rate",
-    "rewind_step",
-    "seed",
-    "margin",
-    "data",
-    "epochs",
-    "batch_size",
-    "lr",
-)
+FLAGS = ("backbone", "sparsity", "size", "prune_rate", "rewind_step", "seed", "margin", "epochs", "batch_size", "lr")
 
 
 def configuration(args: argparse.Namespace) -> dict:
@@ -150,10 +138,10 @@ def configuration(args: argparse.Namespace) -> dict:
     config = {
         k: getattr(args, k) for k in ("backbone", "sparsity", "size", "prune_rate", "rewind_step", "seed", "margin")
     }
-    config["data"] = "demo" if args.data == HERE / "demo" else str(args.data.resolve())
     config |= dataclasses.asdict(args.recipe)
-    # Not compared when a run is met again, but results are bit for bit the same only on the same machine.
+    # Not compared when a run is met again (data_sha256 is): but results are equal bit for bit only on one machine.
     config["machine"] = {"device": args.device, "threads": torch.get_num_threads()}
+    config["machine"]["data"] = "demo" if args.data == HERE / "demo" else str(args.data.resolve())
     return json.loads(json.dumps(config))
 
 
@@ -285,6 +273,8 @@ def train_round(
             said = time.monotonic()
             print(f"  {label}, {line}", flush=True)
         at.epoch, at.batch, at.loss, at.seconds = epoch + 1, 0, 0.0, time.monotonic() - started
+        if keeper:
+            keeper.after_step(ticket, optimizer, schedule, at)  # a signal during the evaluation
     bar.close()
     if keeper:
         keeper.save(ticket, optimizer, schedule, at)
@@ -298,8 +288,8 @@ def steps_an_epoch(corpus: Corpus, recipe: Recipe) -> int:
 # ---------------------------------------------------------------------------- the run folder
 
 
-class Stopped(Exception):
-    """A signal came; the run is saved."""
+class Stopped(BaseException):
+    """A signal came; the run is saved. No Exception: a reader's `except Exception` must not take it for damage."""
 
     def __init__(self, number: int):
         self.number = number
@@ -328,8 +318,8 @@ class Signals:
 class Keeper:
     """Writes checkpoint.safetensors: everything that a run goes on from, in one file that is whole at any instant."""
 
-    def __init__(self, out: Path, minutes: float, signals: Signals, kept: "Kept | None"):
-        self.out, self.seconds, self.signals = out, 60 * minutes, signals
+    def __init__(self, out: Path, run_sha256: str, minutes: float, signals: Signals, kept: "Kept | None"):
+        self.out, self.run, self.seconds, self.signals = out, {"run": run_sha256}, 60 * minutes, signals
         self.rewind_saved = kept is not None and kept.has_rewind_state
         self.saved = time.monotonic()
         self.parent = ""  # the hash of the masks of the round before
@@ -351,18 +341,19 @@ class Keeper:
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{name}/{key}"] = value
         (group,) = optimizer.param_groups
-        about = {
+        about = self.run | {
             "round": ticket.round,
             "steps": ticket.steps,
             "has_rewind_state": ticket.rewind_state is not None,
             "threshold": ticket.threshold,
+            "start": ticket.start_sha256,
             "parent": self.parent,
             "schedule": schedule.last_epoch,
             "group": {key: value for key, value in group.items() if key != "params"},
             "progress": {f.name: getattr(at, f.name) for f in dataclasses.fields(at) if f.name != "best"},
         }
         if ticket.rewind_state is not None and not self.rewind_saved:
-            lottery.write_sealed(self.out / "rewind.safetensors", "rewind state", ticket.rewind_state, {})
+            lottery.write_sealed(self.out / "rewind.safetensors", "rewind state", ticket.rewind_state, self.run)
             self.rewind_saved = True
         lottery.write_sealed(self.out / "checkpoint.safetensors", "checkpoint", tensors, about)
         self.saved = time.monotonic()
@@ -371,10 +362,16 @@ class Keeper:
 class Kept:
     """A checkpoint as read back."""
 
-    def __init__(self, out: Path):
-        self.out = out
+    def __init__(self, out: Path, run_sha256: str):
         self.tensors, self.about = lottery.read_sealed(out / "checkpoint.safetensors", "checkpoint")
-        self.has_rewind_state = self.about["has_rewind_state"]
+        self.has_rewind_state, self.rewind_state = self.about["has_rewind_state"], None
+        belong = [("checkpoint", self.about)]
+        if self.has_rewind_state:
+            self.rewind_state, about = lottery.read_sealed(out / "rewind.safetensors", "rewind state")
+            belong.append(("rewind state", about))
+        for kind, about in belong:
+            if about["run"] != run_sha256:
+                raise lottery.LotteryError(f"--out {out}: the {kind} there is of another run")
 
     def part(self, name: str) -> dict[str, torch.Tensor]:
         return {key[len(name) + 1 :]: value for key, value in self.tensors.items() if key.startswith(f"{name}/")}
@@ -385,9 +382,9 @@ class Kept:
         about, packed = self.about, self.part("mask")
         ticket.round, ticket.steps, ticket.threshold = about["round"], about["steps"], about["threshold"]
         ticket.masks = {n: lottery.unpack(packed[n], list(w.shape)).to(device) for n, w in ticket.weights.items()}
+        ticket.start_sha256 = about["start"]
         if self.has_rewind_state:
-            state, _ = lottery.read_sealed(self.out / "rewind.safetensors", "rewind state")
-            ticket.rewind_state = {name: value.to(device) for name, value in state.items()}
+            ticket.rewind_state = {name: value.to(device) for name, value in self.rewind_state.items()}
         ticket.model.load_state_dict(self.part("model"))
         return about["parent"]
 
@@ -438,10 +435,18 @@ def read_run(out: Path, config: dict) -> list[dict]:
         raise lottery.LotteryError(f"--out {out}: the folder is not empty and holds no run: choose another") from None
     for key, value in config.items():
         if key != "machine" and old.get(key) != value:
-            name = f"--{key.replace('_', '-')}" if key in FLAGS else key
+            name = (
+                f"--{key.replace('_', '-')}" if key in FLAGS else {"data_sha256": "--data, by its hash"}.get(key, key)
+            )
             what = f"{name} {old.get(key)} there, {value} now"
             raise lottery.LotteryError(f"--out {out}: holds another run ({what}): choose another folder")
-    return lottery.read_ledger(out / "ledger.jsonl") if (out / "ledger.jsonl").exists() else []
+    path = out / "ledger.jsonl"
+    rows = lottery.read_ledger(path) if path.exists() else []
+    try:
+        lottery.check_chain(rows, lottery.settings_of(config))
+    except lottery.LotteryError as error:
+        raise lottery.LotteryError(f"{path}: {error} (see lottery.py verify)") from None
+    return rows
 
 
 # ---------------------------------------------------------------------------- report
@@ -496,7 +501,7 @@ def write_report(out: Path, config: dict, ledger: list[dict]) -> None:
         "round is tested once, at its epoch with the best valid WER; pruning uses the last epoch. `remaining` is of "
         "the prunable weights, `of all` of all parameters."
     )
-    lines = [f"# {config['backbone']} on {config['data']}, seed {config['seed']}", ""]
+    lines = [f"# {config['backbone']} on {config['machine']['data']}, seed {config['seed']}", ""]
     lines += [*(f"- {line}" for line in summary(ledger)), "", explained, ""]
     lines += [markdown_line(COLUMNS), markdown_line(["---:"] * 7 + [":---"])]
     lines += [markdown_line(cells(row)) for row in ledger]
@@ -530,7 +535,7 @@ def draw(path: Path, config: dict, ledger: list[dict]) -> None:
         ax.grid(alpha=0.3)
         ax.legend(loc="lower left")
     figure.suptitle(
-        f"{config['backbone']} on {Path(config['data']).name}, {config['size']} size, seed {config['seed']}"
+        f"{config['backbone']} on {Path(config['machine']['data']).name}, {config['size']} size, seed {config['seed']}"
     )
     temporary = path.with_name("report.tmp.png")
     figure.savefig(temporary, dpi=120)
@@ -544,7 +549,8 @@ def draw(path: Path, config: dict, ledger: list[dict]) -> None:
 def code_sha256() -> str:
     """Hash of the sources that decide a result."""
     names = ("train.py", "lottery.py", "models.py", "data.py")
-    return hashlib.sha256(b"".join((HERE / name).read_bytes() for name in names)).hexdigest()
+    sources = [HERE / name for name in names] + sorted((HERE / "csrc").rglob("*.*"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 @dataclasses.dataclass
@@ -608,29 +614,34 @@ def run(args: argparse.Namespace, signals: Signals) -> None:
 def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signals) -> None:
     """All rounds that are missing; `rows` grows with the ledger."""
     args, out = setting.args, setting.args.out
-    kept = Kept(out) if (out / "checkpoint.safetensors").exists() else None
+    run_sha256 = lottery.hash_json(lottery.settings_of(setting.config))
+    kept = Kept(out, run_sha256) if (out / "checkpoint.safetensors").exists() else None
     if rows and not kept:
         raise lottery.LotteryError(f"--out {out}: {len(rows)} rounds in the ledger and no checkpoint to go on from")
+    if kept and kept.about["round"] not in (len(rows) - 1, len(rows)):
+        where = f"the checkpoint is in round {kept.about['round']}, the ledger has {len(rows)} rounds"
+        raise lottery.LotteryError(f"--out {out}: {where}")
     if kept:
         at = kept.about["progress"]
         print(f"going on in round {kept.about['round']}, after {at['epoch']} epochs and {at['batch']} steps")
     print("\n".join(map(text_line, [COLUMNS, *map(cells, rows)])), flush=True)
-    config = {key: value for key, value in setting.config.items() if key != "machine"}
+    config = lottery.settings_of(setting.config)
     versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
     facts = {
         "seed": args.seed,
-        "config_sha256": lottery.hash_json(config),
+        "config_sha256": run_sha256,
         "data_sha256": config["data_sha256"],
         "code_sha256": code_sha256(),
         "versions": versions,
     }
     sizes = models.BACKBONES[args.backbone].SIZES[args.size]
+    info = {**config, "sizes": sizes, "tokens": setting.tokens, "features": setting.model.features}
+    info = json.loads(json.dumps(info))  # as it is read back
     signals.deferred = True
-    for found in search(setting, corpus, rows, Keeper(out, args.save_every, signals, kept), kept):
-        ticket, row = found.ticket, found.row | facts
+    for found in search(setting, corpus, rows, Keeper(out, run_sha256, args.save_every, signals, kept), kept):
+        ticket, row = found.ticket, found.row | facts | {"info_sha256": lottery.hash_json(info)}
         if row["round"]:
             lottery.save_masks(out / "masks" / f"{row['round']:02d}.safetensors", ticket.masks)
-        info = {**config, "sizes": sizes, "tokens": setting.tokens, "features": setting.model.features}
         state = setting.model.state_dict()
         lottery.save_ticket(out / "ticket.safetensors", ticket.masks, ticket.rewind_state, state, info)
         new = row["round"] == len(rows)
@@ -640,12 +651,19 @@ def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signa
         for name, count in row["kept_per_layer"].items():
             if count == 0:
                 print(f"  {name}: no weight is left in this layer", flush=True)
+        if signals.number:  # came during the test: the round's checkpoint is there
+            raise Stopped(signals.number)
     signals.deferred = False
+
+
+def evaluate_on_test(model, corpus: Corpus, args: argparse.Namespace) -> dict:
+    hypotheses = recognise(model, corpus.test, corpus.tokens, args.recipe.batch_size, args.device)
+    return score([e.text for e in corpus.test], hypotheses)
 
 
 def search(setting: Setting, corpus: Corpus, rows: list[dict], keeper: Keeper, kept: Kept | None):
     """lottery.find_ticket with this recipe; rows get WER, CER, seconds and the verdict against round 0."""
-    args, recipe, device = setting.args, setting.args.recipe, setting.args.device
+    args = setting.args
     at, at_round = Progress(), 0
 
     def train(ticket: lottery.Ticket) -> lottery.State:
@@ -653,13 +671,12 @@ def search(setting: Setting, corpus: Corpus, rows: list[dict], keeper: Keeper, k
         at_round = ticket.round
         keeper.parent = rows[ticket.round - 1]["mask_sha256"] if ticket.round else lottery.sha256(ticket.masks)
         here = kept if kept and kept.about["round"] == ticket.round else None
-        at = train_round(ticket, corpus, recipe, args.seed, device, keeper, here)
+        at = train_round(ticket, corpus, args.recipe, args.seed, args.device, keeper, here)
         return at.best
 
     def evaluate(model: torch.nn.Module) -> dict:
         started = time.monotonic()
-        hypotheses = recognise(model, corpus.test, corpus.tokens, recipe.batch_size, device)
-        test = score([e.text for e in corpus.test], hypotheses)
+        test = evaluate_on_test(model, corpus, args)
         row = {"valid_wer": at.best_wer, "best_epoch": at.best_epoch, "test_wer": test["wer"]}
         row |= {"test_cer": test["cer"], "test_errors": test["errors"], "test_words": test["words"]}
         if at_round:
@@ -669,7 +686,7 @@ def search(setting: Setting, corpus: Corpus, rows: list[dict], keeper: Keeper, k
         return row | {"seconds": round(at.seconds + time.monotonic() - started, 1), "resumed": at.resumed}
 
     return lottery.find_ticket(
-        setting.model.to(device), train, evaluate,
+        setting.model.to(args.device), train, evaluate,
         sparsity=args.sparsity, prune_rate=args.prune_rate, rewind_step=args.rewind_step,
         resume=kept.resume if kept else None,
     )  # fmt: skip
@@ -680,11 +697,13 @@ def retrain(run: Path, number: int) -> None:
     try:
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
         rows = lottery.read_ledger(run / "ledger.jsonl")
-        row = rows[number]
+        if not 0 <= number < len(rows):
+            raise IndexError(f"the ledger has {len(rows)} rounds")
         argv = [f"--{name.replace('_', '-')}={config[name]}" for name in FLAGS]
-        args = parse([*argv, "--device", config["machine"]["device"], "--out", str(run)])
-        torch.set_num_threads(config["machine"]["threads"])
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        machine = config["machine"]
+        args = parse([*argv, "--data", machine["data"], "--device", machine["device"], "--out", str(run)])
+        torch.set_num_threads(machine["threads"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
         raise lottery.LotteryError(
             f"{run}: no round {number} to train again ({type(error).__name__}: {error})"
         ) from None
@@ -701,11 +720,23 @@ def retrain(run: Path, number: int) -> None:
         masks = lottery.load_masks(run / "masks" / f"{number:02d}.safetensors")
         ticket.masks = {name: mask.to(args.device) for name, mask in masks.items()}
         ticket.rewind()
-    best = train_round(ticket, corpus, args.recipe, args.seed, args.device).best
-    for what, state in (("last_sha256", setting.model.state_dict()), ("trained_sha256", best)):
-        if lottery.sha256(state) != row[what]:
+    at = train_round(ticket, corpus, args.recipe, args.seed, args.device)
+    compared = {
+        "rewind_sha256": lottery.sha256(ticket.rewind_state),
+        "start_sha256": ticket.start_sha256,
+        "last_sha256": lottery.sha256(setting.model.state_dict()),
+        "trained_sha256": lottery.sha256(at.best),
+        "valid_wer": at.best_wer,
+    }
+    if number + 1 < len(rows):  # the next masks must follow from these weights
+        ticket.prune(rows[number + 1]["kept"])
+        compared["mask_sha256"] = lottery.sha256(ticket.masks)
+    setting.model.load_state_dict(at.best)
+    compared["test_errors"] = evaluate_on_test(setting.model, corpus, args)["errors"]
+    for what, value in compared.items():
+        if value != rows[number + (what == "mask_sha256")][what]:
             raise lottery.LotteryError(f"round {number} trained again differs from the ledger in {what}")
-    print(f"ok      round {number} trained again: last and best weights are the ledger's, bit for bit")
+    print(f"ok      round {number} trained again: {', '.join(compared)} are the ledger's, bit for bit")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -40,7 +40,7 @@ def test_from_speech_to_a_ticket(backbone, corpus, tmp_path, capsys):
     assert names == {"config.json", "ledger.jsonl", "rewind.safetensors", "masks", "lock"} | {
         "ticket.safetensors", "report.md", "report.png",
     }  # fmt: skip
-    assert [wrong for _, wrong in lottery.verify(tmp_path / "run")] == ["", "", ""]
+    assert [wrong for _, wrong in lottery.verify(tmp_path / "run")] == ["", "", "", ""]
     ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
     total = ledger[0]["total"]
     assert [row["kept"] for row in ledger] == [total, round(0.8 * total), round(0.64 * total), round(0.6 * total)]

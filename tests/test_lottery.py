@@ -352,6 +352,23 @@ def test_broken_ticket_files_are_refused(tmp_path):
         lottery.load_ticket(path)
 
 
+def test_a_ticket_sealed_again_with_other_metadata_is_refused(tmp_path):
+    path = tmp_path / "t.safetensors"
+    ticket_file(path)
+    tensors, about = lottery.read_sealed(path, "ticket")
+    edits = [{k: v for k, v in about.items() if k != gone} for gone in ("shapes", "mask_sha256", "info")]
+    edits += [about | {"shapes": [1]}, about | {"shapes": {"0.weight": [-1, 7]}}, about | {"mask_sha256": {}}]
+    for edited in edits:
+        fields = {k: v for k, v in edited.items() if k not in ("format", "kind")}
+        lottery.write_sealed(path, "ticket", tensors, fields)
+        with pytest.raises(lottery.LotteryError, match=r"t.safetensors: "):
+            lottery.load_ticket(path)
+    fields = {k: v for k, v in about.items() if k not in ("format", "kind")}
+    lottery.write_sealed(path, "ticket", tensors | {"noslash": torch.zeros(1)}, fields)
+    with pytest.raises(lottery.LotteryError, match=r"t.safetensors: "):
+        lottery.load_ticket(path)
+
+
 def test_a_ticket_is_for_its_model(tmp_path):
     path = tmp_path / "t.safetensors"
     _, model = ticket_file(path)

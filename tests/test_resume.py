@@ -99,7 +99,7 @@ def test_changed_data_are_refused(finished, corpus, tmp_path, capsys):
     manifest.write_text(json.dumps(json.loads(first) | {"text": "another"}) + "\n" + rest)
     try:
         assert train.main(command(corpus, finished)[2:]) == 2
-        assert "holds another run (data_sha256 " in capsys.readouterr().err
+        assert "holds another run (--data, by its hash " in capsys.readouterr().err
     finally:
         manifest.write_text(whole)
 
@@ -161,7 +161,10 @@ def test_verify_and_retrain(copy_of_run):
     for number in ("0", "2"):
         done = verified(copy_of_run, "--retrain", number)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.count("ok ") == 4 and f"round {number} trained again" in done.stdout
+        assert done.stdout.count("ok ") == 5 and f"round {number} trained again" in done.stdout
+        assert ("mask_sha256" in done.stdout) == (number == "0")  # round 2 is the last: nothing was pruned after it
+    done = verified(copy_of_run, "--retrain", "9")
+    assert done.returncode == 1 and "the ledger has 3 rounds" in done.stderr
 
 
 def test_copy_without_rewind(copy_of_run, tmp_path):
@@ -180,6 +183,127 @@ def rewrite(run, number, **changes):
     rows = lottery.read_ledger(run / "ledger.jsonl")
     rows[number] |= changes
     (run / "ledger.jsonl").write_bytes(b"".join(map(lottery.ledger_line, rows)))
+
+
+def forge(run, number, **changes):
+    """Change a row and compute every hash behind it anew, as somebody would who wants to be believed."""
+    rows = lottery.read_ledger(run / "ledger.jsonl")
+    rows[number] |= changes
+    for row, before in zip(rows[1:], rows):
+        row["previous"] = lottery.row_hash(before)
+    for row in rows:
+        row["timing_sha256"] = lottery.timing_hash(row)
+    (run / "ledger.jsonl").write_bytes(b"".join(map(lottery.ledger_line, rows)))
+
+
+@pytest.mark.parametrize(
+    "number, changes, message",
+    [
+        (2, {"test_wer": 0.01}, "round 2: test_wer is not test_errors / test_words"),
+        (2, {"verdict": "winning", "interval": [-0.5, -0.4]}, "round 2: the verdict is "),
+        (1, {"remaining": 0.1}, "round 1: remaining is not kept / total"),
+        (1, {"seed": 5}, "round 1: seed is not the configuration's"),
+        (0, {"data_sha256": "0" * 64}, "round 0: data_sha256 is not the configuration's"),
+        (2, {"config_sha256": "0" * 64}, "round 2: config_sha256 is not the configuration's"),
+        (2, {"start_sha256": "0" * 64}, "round 2: does not start at theta_k * mask"),
+        (2, {"info_sha256": "0" * 64}, "its info (tokens, sizes, features) is not the last round's"),
+        (0, {"total": float("inf")}, "a value is missing or of the wrong kind"),
+    ],
+)
+def test_verify_finds_forged_rows(number, changes, message, copy_of_run):
+    forge(copy_of_run, number, **changes)
+    wrong = [wrong for _, wrong in lottery.verify(copy_of_run) if wrong]
+    assert wrong and any(message in text for text in wrong), wrong
+
+
+def test_retraining_finds_a_consistent_forgery(copy_of_run):
+    """Other errors with the rates and verdicts that follow from them: only training again can tell."""
+    rows = lottery.read_ledger(copy_of_run / "ledger.jsonl")
+    errors = [0] * len(rows[2]["test_errors"])
+    found = lottery.verdict(errors, rows[0]["test_errors"], rows[2]["test_words"])
+    changes = {"test_errors": errors, "test_wer": 0.0, "verdict": found.word, "interval": [found.low, found.high]}
+    forge(copy_of_run, 2, **changes)
+    assert not any(wrong for _, wrong in lottery.verify(copy_of_run))
+    done = verified(copy_of_run, "--retrain", "2")
+    assert done.returncode == 1 and "differs from the ledger in test_errors" in done.stderr
+
+
+def test_a_broken_ledger_is_refused_at_the_start(copy_of_run, corpus, capsys):
+    path = copy_of_run / "ledger.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for content, message in (
+        (b"{}\n", "a value is missing or of the wrong kind"),
+        (b"".join([*lines, lines[-1]]), "line 4 is round 2"),
+        (b"".join(lines[1:]), "line 1 is round 1"),
+        (lines[0], "no checkpoint to go on from"),
+    ):
+        path.write_bytes(content)
+        assert train.main(command(corpus, copy_of_run)[2:]) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1, said
+
+
+def stopped_run(corpus, out, monkeypatch, *flags):
+    """A run that stops in its second round, at the end of an epoch."""
+    calls = []
+
+    def stop(*_):
+        calls.append(1)
+        if len(calls) == 5:
+            raise train.Stopped(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lottery.Ticket, "check", stop)
+        assert train.main([*command(corpus, out)[2:], "--save-every", "0", *flags]) == 143
+
+
+def test_a_checkpoint_of_another_run_or_round_is_refused(corpus, tmp_path, capsys, monkeypatch):
+    stopped_run(corpus, tmp_path / "a", monkeypatch)
+    stopped_run(corpus, tmp_path / "b", monkeypatch, "--seed", "1")
+    for name in ("checkpoint", "rewind"):
+        ours, theirs = tmp_path / "a" / f"{name}.safetensors", tmp_path / "b" / f"{name}.safetensors"
+        whole = ours.read_bytes()
+        ours.write_bytes(theirs.read_bytes())
+        capsys.readouterr()
+        assert train.main(command(corpus, tmp_path / "a")[2:]) == 2
+        assert "there is of another run" in capsys.readouterr().err
+        ours.write_bytes(whole)
+    (tmp_path / "a" / "ledger.jsonl").write_bytes(b"")
+    assert train.main(command(corpus, tmp_path / "a")[2:]) == 2
+    assert "the checkpoint is in round 1, the ledger has 0 rounds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("when", ["valid", "test", "last test"])
+def test_a_signal_during_an_evaluation_is_not_lost(when, corpus, finished, tmp_path, monkeypatch, capsys):
+    recognise, seen = train.recognise, []
+
+    def signalled(model, examples, *rest):
+        seen.append(len(seen))  # epochs 2, rounds 3: valid, valid, test; valid, valid, test; ...
+        if seen[-1] == {"valid": 1, "test": 2, "last test": 8}[when]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return recognise(model, examples, *rest)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "recognise", signalled)
+        assert train.main(command(corpus, out)[2:]) == 143
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    assert train.main(command(corpus, out)[2:]) == 0
+    assert soak.result(out) == soak.result(finished) and (out / "report.png").exists()
+
+
+def test_a_signal_while_a_checkpoint_is_read_is_no_damage(corpus, tmp_path, monkeypatch, capsys):
+    stopped_run(corpus, tmp_path / "run", monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(lottery.safetensors.torch, "load", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        assert train.main(command(corpus, tmp_path / "run")[2:]) == 143
+    assert train.main(command(corpus, tmp_path / "run")[2:]) == 0
+
+
+def test_the_same_corpus_elsewhere_is_the_same_run(copy_of_run, corpus, tmp_path, capsys):
+    subprocess.run(["cp", "-r", corpus, tmp_path / "moved"], check=True)
+    assert train.main(command(tmp_path / "moved", copy_of_run)[2:]) == 0
+    assert "is finished: nothing to train" in capsys.readouterr().out
 
 
 def test_verify_finds_tampering(copy_of_run):
@@ -217,6 +341,7 @@ def regrow(run):
 def unmask(run):
     path = run / "ticket.safetensors"
     file = lottery.load_ticket(path)
+    assert file.rewind is not None
     name = next(iter(file.masks))
     lottery.save_ticket(path, file.masks, file.rewind, {**file.trained, name: file.trained[name] * 2}, file.info)
 
