@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -537,10 +538,10 @@ def draw(path: Path, config: dict, ledger: list[dict]) -> None:
     figure.suptitle(
         f"{config['backbone']} on {Path(config['machine']['data']).name}, {config['size']} size, seed {config['seed']}"
     )
-    temporary = path.with_name("report.tmp.png")
-    figure.savefig(temporary, dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format="png")
     plt.close(figure)
-    os.replace(temporary, path)
+    lottery.write_atomically(path, content.getvalue())
 
 
 # ---------------------------------------------------------------------------- the whole
@@ -604,7 +605,7 @@ def run(args: argparse.Namespace, signals: Signals) -> None:
             (args.out / "ledger.jsonl").touch()
             (args.out / "masks").mkdir(exist_ok=True)
             train_all(setting, corpus, rows, signals)
-        if not (args.out / "report.png").exists():
+        if not all((args.out / name).exists() for name in ("report.md", "report.png")):
             write_report(args.out, config, rows)
         (args.out / "checkpoint.safetensors").unlink(missing_ok=True)
     print("\n".join(summary(rows)))
@@ -633,6 +634,8 @@ def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signa
         "data_sha256": config["data_sha256"],
         "code_sha256": code_sha256(),
         "versions": versions,
+        "device": args.device,
+        "threads": torch.get_num_threads(),
     }
     sizes = models.BACKBONES[args.backbone].SIZES[args.size]
     info = {**config, "sizes": sizes, "tokens": setting.tokens, "features": setting.model.features}
@@ -700,9 +703,9 @@ def retrain(run: Path, number: int) -> None:
         if not 0 <= number < len(rows):
             raise IndexError(f"the ledger has {len(rows)} rounds")
         argv = [f"--{name.replace('_', '-')}={config[name]}" for name in FLAGS]
-        machine = config["machine"]
-        args = parse([*argv, "--data", machine["data"], "--device", machine["device"], "--out", str(run)])
-        torch.set_num_threads(machine["threads"])
+        row = rows[number]
+        args = parse([*argv, "--data", config["machine"]["data"], "--device", row["device"], "--out", str(run)])
+        torch.set_num_threads(row["threads"])
     except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
         raise lottery.LotteryError(
             f"{run}: no round {number} to train again ({type(error).__name__}: {error})"
