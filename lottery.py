@@ -169,6 +169,32 @@ def prunable(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def weight_uses(model: nn.Module, call: Callable[[], object]) -> dict[str, int]:
+    """How often each prunable weight multiplies an input during call(), which runs the model.
+
+    The sum of uses * numel is the multiply-adds of all products with weights; of uses * kept, with zeros skipped.
+    Counted are convolutions (padding included), recurrent layers (each step) and linear layers, not products of two
+    activations, as in attention. (Counters of FLOPs take nn.LSTM for 0.)
+    """
+    names = {id(weight): name for name, weight in prunable(model).items()}
+    uses = dict.fromkeys(names.values(), 0)
+
+    def count(module, inputs, output):
+        out = output[0] if isinstance(output, tuple) else output
+        for weight in module.parameters(recurse=False):
+            if id(weight) in names:
+                convolution = isinstance(module, nn.modules.conv._ConvNd)
+                uses[names[id(weight)]] += out.numel() // (module.out_channels if convolution else out.shape[-1])
+
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, PRUNED_LAYERS)]
+    try:
+        call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return uses
+
+
 # ---------------------------------------------------------------------------- how many are kept
 
 
@@ -589,10 +615,10 @@ def _ticket_of(path: Path, tensors: dict[str, Tensor], about: dict) -> TicketFil
 # ---------------------------------------------------------------------------- the ledger
 #
 # One JSON object a line, a line a round. "previous" is the hash of the line before (in the first line of the
-# configuration): the chain. It leaves out "seconds", "resumed" and "timing_sha256", so that an interrupted run has the
-# chain of an uninterrupted one; "timing_sha256" covers those two.
+# configuration): the chain. It leaves out "seconds", "waited" (of them, for data), "resumed" and "timing_sha256", so
+# that an interrupted run has the chain of an uninterrupted one; "timing_sha256" covers those.
 
-TIMING = ("seconds", "resumed", "timing_sha256")
+TIMING = ("seconds", "waited", "resumed", "timing_sha256")
 
 
 def hash_json(value) -> str:
@@ -604,7 +630,7 @@ def row_hash(row: dict) -> str:
 
 
 def timing_hash(row: dict) -> str:
-    return hash_json([row_hash(row), row.get("seconds"), row.get("resumed")])
+    return hash_json([row_hash(row), *(row.get(key) for key in TIMING[:-1])])
 
 
 def ledger_line(row: dict) -> bytes:
@@ -657,8 +683,8 @@ def check_chain(rows: list[dict], settings: dict) -> None:
         raise LotteryError(f"a value is missing or of the wrong kind ({type(error).__name__}: {error})") from None
 
 
-def append_row(path: Path, rows: list[dict], row: dict, config: dict) -> None:
-    """Chain a row to the ledger and to `rows`, and write it to the disk.
+def append_row(path: Path | None, rows: list[dict], row: dict, config: dict) -> None:
+    """Chain a row to `rows` and to the ledger on the disk (path None: another process writes that).
 
     A round that is there already (an interrupted run came back to it) must be the same and is not written again.
     """
@@ -669,13 +695,14 @@ def append_row(path: Path, rows: list[dict], row: dict, config: dict) -> None:
             if rows[row["round"]][key] != row[key]:
                 raise LotteryError(f"{path}: round {row['round']} came out with another {key} than the ledger says")
         return
-    whole = path.read_bytes().rfind(b"\n") + 1  # behind it: a line that was being written
-    with open(path, "r+b") as file:
-        file.truncate(whole)
-        file.seek(whole)
-        file.write(ledger_line(row))
-        file.flush()
-        os.fsync(file.fileno())
+    if path:
+        whole = path.read_bytes().rfind(b"\n") + 1  # behind it: a line that was being written
+        with open(path, "r+b") as file:
+            file.truncate(whole)
+            file.seek(whole)
+            file.write(ledger_line(row))
+            file.flush()
+            os.fsync(file.fileno())
     rows.append(row)
 
 
@@ -725,17 +752,21 @@ def _verify_chain(found: dict) -> None:
 def _verify_rows(found: dict) -> None:
     settings, dense = found["settings"], found["rows"][0]
     for row in found["rows"]:
-        where, errors, words = f"round {row['round']}: ", row["test_errors"], row["test_words"]
+        where = f"round {row['round']}: "
         _expect(row["remaining"] == row["kept"] / row["total"], where + "remaining is not kept / total")
-        _expect(words == dense["test_words"], where + "other test utterances than round 0's")
-        _expect(row["test_wer"] == sum(errors) / sum(words), where + "test_wer is not test_errors / test_words")
         for key in ("seed", "data_sha256"):
             _expect(row[key] == settings[key], where + f"{key} is not the configuration's")
         _expect(row["config_sha256"] == hash_json(settings), where + "config_sha256 is not the configuration's")
-        if row["round"]:
-            right = verdict(errors, dense["test_errors"], words, settings["margin"])
-            stated = Verdict(row["verdict"], *row["interval"])
-            _expect(stated == right, where + f"the verdict is {right}, not {stated}")
+        others, dense_others = row.get("other_tests", {}), dense.get("other_tests", {})
+        _expect(list(others) == list(dense_others), where + "other test sets than round 0's")
+        for test, dense_test in zip([row, *others.values()], [dense, *dense_others.values()]):
+            errors, words = test["test_errors"], test["test_words"]
+            _expect(words == dense_test["test_words"], where + "other test utterances than round 0's")
+            _expect(test["test_wer"] == sum(errors) / sum(words), where + "test_wer is not test_errors / test_words")
+            if row["round"]:
+                right = verdict(errors, dense_test["test_errors"], words, settings["margin"])
+                stated = Verdict(test["verdict"], *test["interval"])
+                _expect(stated == right, where + f"the verdict is {right}, not {stated}")
 
 
 def _verify_masks(found: dict) -> None:

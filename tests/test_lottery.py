@@ -409,3 +409,18 @@ def test_masks_as_bits():
     for packed, shape in ((torch.tensor([255], dtype=torch.uint8), [7]), (torch.zeros(2, dtype=torch.uint8), [8])):
         with pytest.raises(ValueError, match="bytes of mask for the shape"):
             lottery.unpack(packed, shape)
+
+
+def test_weight_uses_by_hand():
+    model = nn.Sequential()
+    model.conv, model.linear = nn.Conv1d(2, 3, 4, stride=2), nn.Linear(3, 5)
+    model.lstm, model.both = nn.LSTM(3, 6, batch_first=True), nn.LSTM(6, 2, bidirectional=True, batch_first=True)
+
+    def call():
+        x = model.conv(torch.zeros(2, 2, 12)).transpose(1, 2)  # (2, 5, 3): (12 - 4) // 2 + 1 = 5 frames
+        model.linear(x[:, :4])
+        model.both(model.lstm(x)[0])
+
+    uses = lottery.weight_uses(model, call)
+    assert uses.pop("conv.weight") == 10 and uses.pop("linear.weight") == 8
+    assert set(uses.values()) == {10} and len(uses) == 2 + 4  # recurrent weights: each of 5 steps of 2 utterances

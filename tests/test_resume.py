@@ -106,7 +106,7 @@ def test_changed_data_are_refused(finished, corpus, tmp_path, capsys):
 
 def test_two_processes_on_one_folder(copy_of_run, corpus, capsys):
     with open(copy_of_run / "lock", "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+        fcntl.lockf(held, fcntl.LOCK_EX)
         held.write("process 123 on elsewhere")
         held.flush()
         assert train.main(command(corpus, copy_of_run)[2:]) == 2

@@ -1,0 +1,55 @@
+"""What a search for a ticket costs, before anything is trained: python train.py --plan"""
+
+import math
+
+import torch
+
+import lottery
+import models
+import report
+
+HOURS = {"LibriSpeech": 960, "TED-LIUM 1": 118, "Common Voice (as in the paper)": 582}  # of training speech
+SPARSITIES = (0.79, 0.9, 0.956)  # the paper's sparsest matching tickets of CNN-LSTM: 21 %, (10 %) and 4.4 % remain
+TERAFLOPS = 40  # sustained by one GPU: an assumption, about an eighth of an A100's bfloat16 peak
+TOKENS_A_SECOND = 15  # characters of read English
+
+
+def multiply_adds(backbone: str, size: str, tokens: int = 29, seconds: int = 4) -> float:
+    """Multiply-adds of the loss per second of speech, forward."""
+    model = models.build(backbone, size, tokens)
+    uses = per_utterance(model, seconds, tokens)
+    return sum(uses[name] * weight.numel() for name, weight in lottery.prunable(model).items()) / seconds
+
+
+def per_utterance(model: torch.nn.Module, seconds: int, tokens: int) -> dict[str, int]:
+    frames, text = torch.tensor([100 * seconds]), torch.tensor([TOKENS_A_SECOND * seconds])
+    bins = models.CnnLstm.BINS[model.features]
+    targets = torch.randint(1, tokens, (1, int(text)))
+    with torch.no_grad():
+        return lottery.weight_uses(model, lambda: model.loss(torch.randn(1, int(frames), bins), frames, targets, text))
+
+
+def table(epochs: int, prune_rate: float) -> str:
+    """Markdown: trainings, hours of audio, multiply-adds and GPU hours of one search."""
+    columns = ["backbone", "multiply-adds a second of speech", "corpus", "sparsity", "trainings", "hours of audio"]
+    lines = [report.markdown_line([*columns, "multiply-adds", "GPU hours"]), report.markdown_line(["---"] * 8)]
+    for backbone in models.BACKBONES:
+        forward = multiply_adds(backbone, "paper")
+        for corpus, hours in HOURS.items():
+            for sparsity in SPARSITIES:
+                trainings = 1 + math.ceil(math.log(1 - sparsity) / math.log1p(-prune_rate))
+                audio = trainings * epochs * hours
+                total = 3 * forward * 3600 * audio  # backward() takes two products for each of the forward pass
+                row = [backbone, f"{forward / 1e9:.2f} G", corpus, f"{sparsity:.1%}", str(trainings), f"{audio:,}"]
+                lines.append(
+                    report.markdown_line([*row, f"{total:.1e}", f"{2 * total / (TERAFLOPS * 1e12) / 3600:,.0f}"])
+                )
+    return "\n".join(lines)
+
+
+def explained(epochs: int) -> str:
+    return (
+        f"Paper size, {epochs} epochs a training. Multiply-adds: products with weights of forward and backward pass "
+        f"(3 times the forward pass), characters as tokens, {TOKENS_A_SECOND} a second. GPU hours: at {TERAFLOPS} "
+        "TFLOP/s sustained, an assumption, not a measurement; a pruned weight is multiplied all the same in training."
+    )
