@@ -99,32 +99,15 @@ def audio_files(corpus: dict[str, list[Utterance]]) -> list[Path]:
     return [utterance.audio for utterances in corpus.values() for utterance in utterances]
 
 
-def corpus_sha256(folder: Path, corpus: dict[str, list[Utterance]], hashes: dict[Path, str]) -> str:
-    """Hash of the three manifests and of the bytes of every recording, in their order (hashes: hash_files)."""
-    digest = hashlib.sha256()
-    for split, utterances in corpus.items():
-        digest.update((folder / f"{split}.jsonl").read_bytes())
-        for utterance in utterances:
-            digest.update(bytes.fromhex(hashes[utterance.audio]))
-    return digest.hexdigest()
+def corpus_sha256(corpus: dict[str, list[Utterance]], hashes: dict[Path, str] | None = None) -> str:
+    """Hash of every utterance's part, text, speaker, times, file name and the recording's bytes.
 
-
-def utterances_sha256(corpus: dict[str, list[Utterance]]) -> str:
-    """Hash of which part every utterance is in, text, speaker, times, file name and the recording's bytes.
-
-    For corpora without manifests of ours. The order counts, the folder does not; a file is read once, however many
-    segments it has.
+    The order counts, the folder does not. hashes: of the recordings, where they are known (hash_files).
     """
-    digest = hashlib.sha256()
-    files: dict[Path, str] = {}
+    digest, hashes = hashlib.sha256(), hashes or hash_files(audio_files(corpus))
     for part, utterances in corpus.items():
         for u in utterances:
-            if u.audio not in files:
-                try:
-                    files[u.audio] = hashlib.sha256(u.audio.read_bytes()).hexdigest()
-                except OSError as error:
-                    raise DataError(f"{u.audio}: cannot read the audio file ({error.strerror})") from None
-            row = [part, u.text, u.speaker, u.offset, u.duration, u.audio.name, files[u.audio]]
+            row = [part, u.text, u.speaker, u.offset, u.duration, u.audio.name, hashes[u.audio]]
             digest.update(json.dumps(row).encode())
     return digest.hexdigest()
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import corpora
 import data
 import lottery
 import models
@@ -102,13 +103,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         )
 
     p = Parser(
-        prog="train.py", description="Find winning tickets of a speech recogniser.", allow_abbrev=False,
+        prog="train.py", usage="train.py [flags]", allow_abbrev=False,
+        description="Find winning tickets of a speech recogniser.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
     )  # fmt: skip
     add = p.add_argument
     add("--backbone", choices=list(models.BACKBONES), default="rnnt", help="network (default: rnnt)")
     add("--sparsity", type=float, default=0.9, help="fraction of prunable weights to remove (default: 0.9)")
     add("--data", default="demo", metavar="demo|DIR", help="folder with train, valid, test.jsonl (default: demo)")
+    kinds = ["manifests", *corpora.CORPORA]
+    add("--corpus", choices=kinds, default="manifests", help="what --data is (default: manifests)")
+    for part, default_set in (("train", "train-960"), ("valid", "dev-clean"), ("test", "test-clean test-other")):
+        add(f"--{part}-sets", nargs="+", metavar="SET", help=f"parts of the corpus, e.g. {default_set}")
+    add("--download", action="store_true", help="fetch what of LibriSpeech or TED-LIUM is not there")
     add("--size", choices=["demo", "paper"], default="demo", help="size of network and recipe (default: demo)")
     add("--prune-rate", type=float, default=0.2, help="share of survivors removed a round (default: 0.2)")
     add("--epochs", type=int, help=f"epochs a round (default: {default('epochs')})")
@@ -149,6 +156,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         lottery.check_rates(args.sparsity, args.prune_rate)
     except lottery.LotteryError as error:
         p.error(str(error))
+    if args.corpus == "manifests" and (args.download or args.train_sets or args.valid_sets or args.test_sets):
+        p.error("--download and --train-sets, --valid-sets, --test-sets go with --corpus, not with manifests")
+    if args.corpus != "manifests" and args.data == "demo":
+        p.error(f"--corpus {args.corpus} wants --data DIR, the folder with the unpacked corpus")
     if args.batch_seconds and args.batch_size:
         p.error("--batch-size and --batch-seconds: only one of them can say how large a batch is")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -163,7 +174,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-CHOICES = ("backbone", "sparsity", "size", "prune_rate", "rewind_step", "seed", "margin")
+CHOICES = ("backbone", "sparsity", "size", "prune_rate", "rewind_step", "seed", "margin", "corpus")
+CHOICES += ("train_sets", "valid_sets", "test_sets")
 FLAGS = (*CHOICES, "epochs", "batch_size", "batch_seconds", "accumulate", "lr", "seconds", "amp")
 
 
@@ -174,6 +186,7 @@ def configuration(args: argparse.Namespace) -> dict:
     # Not compared when a run is met again (data_sha256 is): but results are equal bit for bit only on one machine.
     config["machine"] = {"device": args.device, "threads": torch.get_num_threads()}
     config["machine"]["data"] = "demo" if args.data == HERE / "demo" else str(args.data.resolve())
+    config["machine"]["cache"] = args.cache if isinstance(args.cache, str) else str(args.cache.resolve())
     return json.loads(json.dumps(config))
 
 
@@ -188,6 +201,8 @@ def command_line(config: dict) -> list[str]:
             value = f"{value[0]}:{value[1]}"
         if value is True:
             argv.append(flag)
+        elif isinstance(value, list):
+            argv += [flag, *value]
         elif value is not None and value is not False:
             argv.append(f"{flag}={value}")
     return argv
@@ -230,14 +245,14 @@ class Corpus:
         cache: "str | data.Cache" = "memory", workers: int = 0,
     ):  # fmt: skip
         self.tokens = tokens
-        if parallel.index() and isinstance(cache, data.Cache):
-            parallel.gather(None)  # the first process fills the cache
-        splits = {
-            split: data.load_examples(part, tokens, model.features, f"features of {split}", cache, workers)
-            for split, part in utterances.items()
-        }
-        if not parallel.index() and isinstance(cache, data.Cache):
-            parallel.gather(None)
+
+        def load() -> dict[str, list[data.Example]]:
+            return {
+                split: data.load_examples(part, tokens, model.features, f"features of {split}", cache, workers)
+                for split, part in utterances.items()
+            }
+
+        splits = parallel.first_then_others(load) if isinstance(cache, data.Cache) else load()
         print(f"data: {', '.join(f'{len(part)} {split}' for split, part in splits.items())} utterances")
         self.train, self.valid = splits.pop("train"), splits.pop("valid")
         self.tests = splits  # by name; the first is what the verdicts are about
@@ -347,7 +362,7 @@ def train_round(
 
 def code_sha256() -> str:
     """Hash of the sources that decide a result."""
-    names = ("train", "runs", "parallel", "lottery", "models", "data")
+    names = ("train", "runs", "parallel", "lottery", "models", "data", "corpora")
     sources = [HERE / f"{name}.py" for name in names] + sorted((HERE / "csrc").rglob("*.*"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
@@ -386,15 +401,23 @@ class Setting:
 
 
 def prepare(args: argparse.Namespace) -> Setting:
-    utterances = data.read_corpus(args.data)
+    if args.corpus == "manifests":
+        utterances = data.read_corpus(args.data)
+    else:
+        sets = (args.train_sets, args.valid_sets, args.test_sets)
+        if args.download and not parallel.index():
+            corpora.download(args.corpus, args.data, *sets)
+        parallel.gather(None)
+        utterances = corpora.read(args.corpus, args.data, *sets)
     cache = data.Cache(args.cache) if isinstance(args.cache, Path) else args.cache
-    hash_files = cache.hash_files if isinstance(cache, data.Cache) else data.hash_files
     tokens = data.tokens_of(utterances["train"])
     torch.manual_seed(args.seed)  # the draw of theta_0
     model = models.build(args.backbone, args.size, len(tokens)).to(args.device)
     total = sum(weight.numel() for weight in lottery.prunable(model).values())
-    hashes = hash_files(data.audio_files(utterances))
-    config = configuration(args) | {"data_sha256": data.corpus_sha256(args.data, utterances, hashes)}
+    files = data.audio_files(utterances)
+    cached = isinstance(cache, data.Cache)
+    hashes = parallel.first_then_others(lambda: cache.hash_files(files)) if cached else data.hash_files(files)
+    config = configuration(args) | {"data_sha256": data.corpus_sha256(utterances, hashes)}
     counts = lottery.kept_counts(total, args.sparsity, args.prune_rate)
     return Setting(args, config, utterances, tokens, model, counts, cache)
 
@@ -553,7 +576,8 @@ def retrain(run: Path, number: int) -> None:
             raise IndexError(f"the ledger has {len(rows)} rounds")
         argv = command_line(config)
         row = rows[number]
-        args = parse([*argv, "--data", config["machine"]["data"], "--device", row["device"], "--out", str(run)])
+        where = ["--data", config["machine"]["data"], "--device", row["device"], "--cache", config["machine"]["cache"]]
+        args = parse([*argv, *where, "--out", str(run)])
         torch.set_num_threads(row["threads"])
     except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
         raise lottery.LotteryError(

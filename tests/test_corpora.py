@@ -1,16 +1,21 @@
 """The paper's corpora: small trees of each, layout-true, out of the demo's recordings, and every way they can break."""
 
 import math
+import signal
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soak
 import soundfile
 import torchaudio
 
 import corpora
 import data
+import lottery
+import models
+import train
 
 DEMO = Path(data.__file__).parent / "demo"
 
@@ -319,8 +324,8 @@ def test_two_releases_in_one_folder(tmp_path, recordings):
 def test_hash_sees_texts_times_parts_and_bytes_but_not_the_folder(tmp_path, recordings):
     roots = [tedlium_tree(tmp_path / name, recordings, 2) for name in ("a", "b")]
     corpus, same = (corpora.read("tedlium", root) for root in roots)
-    before = data.utterances_sha256(corpus)
-    assert data.utterances_sha256(same) == before and len(before) == 64
+    before = data.corpus_sha256(corpus)
+    assert data.corpus_sha256(same) == before and len(before) == 64
     others = [
         {**corpus, "valid": corpus["test"], "test": corpus["valid"]},
         {**corpus, "train": corpus["train"][1:]},
@@ -328,13 +333,13 @@ def test_hash_sees_texts_times_parts_and_bytes_but_not_the_folder(tmp_path, reco
     ]
     replace(roots[1] / "test" / "stm" / "Allison_2001.stm", " 0.50 ", " 0.51 ")
     others.append(corpora.read("tedlium", roots[1]))
-    assert len({before, *map(data.utterances_sha256, others)}) == 5
+    assert len({before, *map(data.corpus_sha256, others)}) == 5
     path = roots[0] / "train" / "sph" / "Allison_2002.sph"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    assert data.utterances_sha256(corpus) != before
+    assert data.corpus_sha256(corpus) != before
     path.unlink()
-    with pytest.raises(data.DataError, match=r"Allison_2002.sph: cannot read the audio file"):
-        data.utterances_sha256(corpus)
+    with pytest.raises(data.DataError, match=r"Allison_2002.sph: cannot read the audio"):
+        data.corpus_sha256(corpus)
 
 
 # ---------------------------------------------------------------------------- torchaudio
@@ -373,7 +378,7 @@ def test_download_librispeech(tmp_path, recordings, monkeypatch):
     assert asked == [*corpora.LIBRISPEECH_960, "train-other-500", "dev-clean", "test-clean", "test-other"]
     assert {path.name for path in (root / "LibriSpeech").iterdir()} == set(asked)
     utterances = corpora.read("librispeech", root)
-    assert data.utterances_sha256(utterances) == data.utterances_sha256(corpora.read("librispeech", source))
+    assert data.corpus_sha256(utterances) == data.corpus_sha256(corpora.read("librispeech", source))
     corpora.download("librispeech", root / "LibriSpeech")  # nothing left to fetch
     assert len(asked) == 7
 
@@ -391,9 +396,56 @@ def test_download_tedlium(tmp_path, recordings, monkeypatch, release):
         corpora.download("tedlium", tmp_path)
     corpora.download("tedlium", tmp_path / source.name)
     found, expected = corpora.read("tedlium", tmp_path), corpora.read("tedlium", source)
-    assert data.utterances_sha256(found) == data.utterances_sha256(expected)
+    assert data.corpus_sha256(found) == data.corpus_sha256(expected)
 
 
 def test_download_commonvoice(tmp_path):
     with pytest.raises(data.DataError, match="Common Voice cannot be downloaded by a program"):
         corpora.download("commonvoice", tmp_path)
+
+
+# ---------------------------------------------------------------------------- trained on
+
+
+@pytest.mark.parametrize("corpus", list(corpora.CORPORA))
+def test_a_ticket_of_each_corpus_stopped_and_taken_up_again(corpus, tmp_path, monkeypatch, capsys):
+    root = tree(corpus, tmp_path / "corpus", few(9, 2, 4))
+    command = ["--corpus", corpus, "--data", str(root), "--backbone", "cnn-lstm", "--epochs", "2", "--sparsity", "0.2"]
+    command += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")]
+    calls = []
+
+    def stop(_ticket):
+        calls.append(1)
+        if len(calls) == 5:  # round 0: two epochs, the end, the best epoch; then round 1
+            raise train.Stopped(signal.SIGTERM)
+
+    for backbone in models.BACKBONES.values():
+        monkeypatch.setitem(backbone.SIZES, "demo", dict(backbone.SIZES["demo"]))  # as large again afterwards
+    soak.shrink_models()
+    with monkeypatch.context() as patch:
+        patch.setattr(lottery.Ticket, "check", stop)
+        assert train.main([*command, "--save-every", "0"]) == 143
+    assert train.main(command) == 0
+    assert "going on in round 1" in capsys.readouterr().out
+    assert [wrong for _, wrong in lottery.verify(tmp_path / "run")] == [""] * 4
+    rows = lottery.read_ledger(tmp_path / "run" / "ledger.jsonl")
+    assert [row["round"] for row in rows] == [0, 1] and sum(row["resumed"] for row in rows) == 1
+    others = rows[1].get("other_tests", {})
+    assert list(others) == (["test-other"] if corpus == "librispeech" else [])
+    if others:  # each test set by itself
+        assert len(others["test-other"]["test_errors"]) + len(rows[1]["test_errors"]) == 4
+        assert "test-other" in (tmp_path / "run" / "report.md").read_text()
+    train.retrain(tmp_path / "run", 1)
+
+
+def test_flags_of_a_corpus(tmp_path, capsys):
+    for flags, message in (
+        (["--corpus", "tedlium"], "--corpus tedlium wants --data DIR"),
+        (["--train-sets", "train-960"], "--train-sets, --valid-sets, --test-sets go with --corpus"),
+        (["--corpus", "librispeech", "--data", str(tmp_path)], "no librispeech set 'train-clean-100' (there: none)"),
+    ):
+        try:
+            code = train.main([*flags, "--out", str(tmp_path / "run")])
+        except SystemExit as exit:
+            code = exit.code
+        assert code == 2 and message in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """Runs that are killed, stopped, tampered with or started twice. The long versions: make soak."""
 
-import fcntl
 import json
 import os
 import re
@@ -105,12 +104,22 @@ def test_changed_data_are_refused(finished, corpus, tmp_path, capsys):
 
 
 def test_two_processes_on_one_folder(copy_of_run, corpus, capsys):
-    with open(copy_of_run / "lock", "w") as held:
-        fcntl.lockf(held, fcntl.LOCK_EX)
-        held.write("process 123 on elsewhere")
-        held.flush()
+    hold = f"""
+import fcntl, sys
+with open({str(copy_of_run / "lock")!r}, "w") as held:
+    fcntl.lockf(held, fcntl.LOCK_EX)
+    held.write("process 123 on elsewhere")
+    held.flush()
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", hold], text=True, **pipes) as holder:
+        holder.stdout.readline()
         assert train.main(command(corpus, copy_of_run)[2:]) == 2
-    assert "in use by process 123 on elsewhere" in capsys.readouterr().err
+        assert "in use by process 123 on elsewhere" in capsys.readouterr().err
+        holder.kill()
+    assert train.main(command(corpus, copy_of_run)[2:]) == 0  # the lock died with its owner
 
 
 def test_a_broken_checkpoint_is_named_and_nothing_is_lost(corpus, tmp_path, capsys, monkeypatch):
