@@ -4,18 +4,30 @@ All figures of a row come from one process, in turns, as medians; what counts is
 """
 
 import argparse
+import contextlib
 import ctypes
+import dataclasses
+import io
+import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
+import torchaudio
 from torch import nn
 from torch.nn.utils import prune
 
+import data
 import lottery
 import models
+import runs
+import train
 
 
 def clock(device: str) -> float:
@@ -218,14 +230,275 @@ def bench_ops(args: argparse.Namespace) -> None:
             print(f"a training step at paper size: {step:.2f} s; holding is {seconds / step:.2%} of it", flush=True)
 
 
+# ---------------------------------------------------------------------------- train
+
+
+class OfficialBiLstm(nn.Module):
+    """A layer as the official code runs it: nn.LSTM over packed sequences, the two directions summed."""
+
+    def __init__(self, inputs: int, hidden: int):
+        super().__init__()
+        self.rnn = nn.LSTM(inputs, hidden, batch_first=True, bidirectional=True)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        out = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=x.shape[1])[0]
+        return out.unflatten(-1, (2, -1)).sum(2)
+
+
+def official_cnn_lstm(size: str) -> nn.Module:
+    """models.CnnLstm with packed layers, every prunable weight under torch.nn.utils.prune at 20 % remaining."""
+    model = models.build("cnn-lstm", size, 29)
+    for i, lstm in enumerate(model.lstms):
+        model.lstms[i] = OfficialBiLstm(lstm.ahead.input_size, lstm.ahead.hidden_size)
+    for module in list(model.modules()):
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight.dim() > 1 and "bias" not in name:
+                prune.custom_from_mask(module, name, torch.rand_like(weight) < 0.2)
+    return model
+
+
+def training_run(way: str, size: str, steps: int) -> None:
+    """Child process: print the median seconds of a step, of holding and of pruning, and the peak memory in bytes."""
+    torch.manual_seed(0)
+    features, lengths = torch.randn(4, 500, 161 if size == "paper" else 80), torch.tensor([500, 470, 440, 400])
+    targets, target_lengths = torch.randint(1, 29, (4, 60)), torch.tensor([60, 55, 50, 45])
+    before = memory("VmRSS")
+    hold = []
+    if way == "official":
+        model, ticket = official_cnn_lstm(size), None
+    else:
+        model = models.build("cnn-lstm", size, 29)
+        ticket = lottery.Ticket(model)
+        ticket.masks = {name: torch.rand_like(w) < 0.2 for name, w in ticket.weights.items()}
+        ticket.rewind()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model.loss(features, lengths, targets, target_lengths).backward()
+        if ticket:
+            hold.append(_timed(ticket.hold))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 400.0)
+        optimizer.step()
+
+    seconds = in_turns("cpu", steps, step=step)["step"]
+    peak_of_steps = memory("VmHWM") - before
+    start = time.perf_counter()
+    if ticket:
+        ticket.prune(round(0.16 * sum(w.numel() for w in ticket.weights.values())))
+        ticket.rewind()
+    else:
+        pairs = [(m, n[: -len("_orig")]) for m in model.modules() for n, _ in m.named_parameters(recurse=False)]
+        pairs = [(m, n) for m, n in pairs if hasattr(m, f"{n}_mask")]
+        prune.global_unstructured(pairs, prune.L1Unstructured, amount=0.2)
+    pruning = time.perf_counter() - start
+    held = statistics.median(hold) if hold else 0.0
+    print(json.dumps([seconds, held, pruning, peak_of_steps, memory("VmHWM") - before]))
+
+
+def memory(key: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+
+def validate_training() -> None:
+    """The official way of running gives the same loss and gradients, at demo size."""
+    torch.manual_seed(0)
+    ours = models.build("cnn-lstm", "demo", 29).eval()
+    theirs = models.build("cnn-lstm", "demo", 29).eval()
+    state = ours.state_dict()
+    for i, lstm in enumerate(ours.lstms):
+        theirs.lstms[i] = OfficialBiLstm(lstm.ahead.input_size, lstm.ahead.hidden_size)
+        for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
+            state[f"lstms.{i}.rnn.{name}"] = state.pop(f"lstms.{i}.ahead.{name}")
+            state[f"lstms.{i}.rnn.{name}_reverse"] = state.pop(f"lstms.{i}.back.{name}")
+    theirs.load_state_dict(state)
+    batch = torch.randn(4, 500, 80), torch.tensor([500, 470, 440, 400])
+    batch += torch.randint(1, 29, (4, 60)), torch.tensor([60, 55, 50, 45])
+    losses = [model.loss(*batch) for model in (ours, theirs)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(ours.convs[0].weight.grad, theirs.convs[0].weight.grad, rtol=1e-3, atol=1e-4)
+    print("validated: packed and padded layers give the same loss and gradients")
+
+
+def bench_train(args: argparse.Namespace) -> None:
+    validate_training()
+    for threads in (1, 2):
+        found = {}
+        for way in ("ours", "official"):
+            call = f"import bench; bench.torch.set_num_threads({threads}); bench.training_run({way!r}, {args.size!r}, "
+            call += f"{args.repeats})"
+            said = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True).stdout
+            found[way] = json.loads(said)
+        (ours, held, pruned, peak, top), (theirs, _, their_pruning, their_peak, their_top) = found.values()
+        print(
+            f"cnn-lstm {args.size}, {threads} threads: a step {ours:.2f} s, the official way {theirs:.2f} s "
+            f"({theirs / ours:.1f} x); holding the ticket {held / ours:.2%} of the step; peak memory of steps "
+            f"{peak / 1e9:.2f} GB against {their_peak / 1e9:.2f} GB ({peak / their_peak:.2f}), with pruning and "
+            f"rewinding {top / 1e9:.2f} against {their_top / 1e9:.2f} GB ({top / their_top:.2f}); pruning "
+            f"{pruned:.2f} s against {their_pruning:.1f} s",
+            flush=True,
+        )
+        torch.set_num_threads(threads)
+        transducer_step(args.size, args.repeats)
+    if torch.cuda.is_available():
+        for backbone in models.BACKBONES:
+            for amp in (False, True):
+                print(cuda_step(backbone, amp, args.repeats), flush=True)
+    else:
+        print("no GPU here: no step on CUDA timed")
+
+
+def transducer_step(size: str, repeats: int) -> None:
+    """Where the RNN-T's step goes, and what the padded joiner of most implementations would cost."""
+    torch.manual_seed(0)
+    model = models.build("rnnt", size, 29)
+    features, lengths = torch.randn(4, 500, 80), torch.tensor([500, 420, 350, 300])
+    targets, target_lengths = torch.randint(1, 29, (4, 75)), torch.tensor([75, 60, 50, 45])
+    ahead, frames = (x.detach() for x in model.encode(features, lengths))
+    joined, joiner_lengths = (x.detach() for x in model.every_second(ahead, frames))
+    predicted = model.predict(nn.functional.pad(targets, (1, 0)))[0].detach()
+
+    def ours() -> None:  # the lattice's valid cells alone
+        cells = [
+            (joined[b, :t, None] + predicted[b, None, : u + 1]).flatten(0, 1)
+            for b, (t, u) in enumerate(zip(joiner_lengths.tolist(), target_lengths.tolist()))
+        ]
+        model.join(torch.cat(cells)).sum().backward()
+
+    def padded() -> None:
+        model.join(joined[:, :, None] + predicted[:, None]).sum().backward()
+
+    def lattice() -> None:
+        logits = model.join(joined[:, :, None] + predicted[:, None]).detach().requires_grad_()
+        torchaudio.functional.rnnt_loss(
+            logits, targets.int(), joiner_lengths.int(), target_lengths.int(), blank=0, reduction="sum"
+        ).backward()
+
+    def forward_join() -> None:
+        with torch.no_grad():
+            model.join(joined[:, :, None] + predicted[:, None])
+
+    t = in_turns(
+        "cpu",
+        repeats,
+        step=lambda: model.loss(features, lengths, targets, target_lengths).backward(),
+        encoder=lambda: model.encode(features, lengths)[0].sum().backward(),
+        predictor=lambda: model.predict(nn.functional.pad(targets, (1, 0)))[0].sum().backward(),
+        joiner=ours,
+        padded=padded,
+        lattice=lattice,
+        forward_join=forward_join,
+    )
+    loss = t["lattice"] - t["forward_join"]
+    parts = ", ".join(f"{name} {t[name] / t['step']:.0%}" for name in ("encoder", "predictor", "joiner"))
+    print(
+        f"rnnt {size}, {torch.get_num_threads()} threads: forward and backward {t['step']:.2f} s: {parts}, transducer "
+        f"loss {loss / t['step']:.0%}; a padded joiner would take {t['padded'] / t['joiner']:.1f} x ours",
+        flush=True,
+    )
+
+
+def cuda_step(backbone: str, amp: bool, repeats: int) -> str:
+    """A step at paper size on CUDA: 32 utterances of 10 s."""
+    torch.manual_seed(0)
+    model = models.build(backbone, "paper", 29).cuda()
+    ticket, optimizer = lottery.Ticket(model), torch.optim.AdamW(model.parameters(), 3e-4)
+    features = torch.randn(32, 1000, models.CnnLstm.BINS[model.features], device="cuda")
+    lengths, target_lengths = (torch.full((32,), n, device="cuda") for n in (1000, 120))
+    targets = torch.randint(1, 29, (32, 120), device="cuda")
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+            loss = model.loss(features, lengths, targets, target_lengths)
+        loss.backward()
+        ticket.hold()
+        optimizer.step()
+
+    torch.cuda.reset_peak_memory_stats()
+    t = in_turns("cuda", repeats, step=step, hold=ticket.hold)
+    peak = torch.cuda.max_memory_allocated()
+    return (
+        f"{backbone} paper on {torch.cuda.get_device_name()}{' --amp' if amp else ''}: 32 utterances of 10 s: "
+        f"{t['step'] * 1e3:.0f} ms a step, holding {t['hold'] / t['step']:.1%} of it, {peak / 1e9:.1f} GB"
+    )
+
+
+# ---------------------------------------------------------------------------- data and saving
+
+
+def bench_data(args: argparse.Namespace) -> None:
+    """Features an hour and core, and the share of training that waits for the cache."""
+    torch.set_num_threads(1)
+    utterances = data.read_corpus(train.HERE / "demo")["train"]
+    hours = sum(u.duration for u in utterances) / 3600
+    with tempfile.TemporaryDirectory() as folder:
+        flac = []
+        for i, u in enumerate(utterances):
+            flac.append(dataclasses.replace(u, audio=Path(folder) / f"{i}.flac"))
+            soundfile.write(flac[-1].audio, data.load_audio(u.audio).numpy(), data.SAMPLE_RATE)
+        for name, corpus in (("Opus", utterances), ("FLAC", flac)):
+            for kind in data.FEATURES:
+                seconds = statistics.median(
+                    _timed(lambda: [data.features_of(u, kind) for u in corpus])  # noqa: B023
+                    for _ in range(args.repeats)
+                )
+                print(f"{name} to {kind}, one core: {hours * 3600 / seconds:,.0f} hours of audio an hour", flush=True)
+        cache = data.Cache(Path(folder) / "cache")
+        tokens = data.tokens_of(utterances)
+        for start in ("first", "second"):
+            data._opened.cache_clear()
+            seconds = _timed(lambda: data.load_examples(flac, tokens, "log-mel", "", cache))
+            print(f"cache, {start} start: {seconds:.2f} s for {hours * 60:.0f} minutes of audio", flush=True)
+        for backbone in models.BACKBONES:
+            for workers in (0, 1):
+                out = f"{folder}/{backbone}{workers}"
+                argv = ["--backbone", backbone, "--epochs", "1", "--sparsity", "0", "--out", out]
+                argv += ["--cache", f"{folder}/cache", "--workers", str(workers)]
+                with contextlib.redirect_stdout(io.StringIO()):
+                    if train.main(argv):
+                        sys.exit("bench.py: the run failed")
+                (row,) = lottery.read_ledger(Path(out) / "ledger.jsonl")
+                share = row["waited"] / row["seconds"]
+                print(f"{backbone} demo from the cache, {workers} workers: {share:.2%} of the time waits for data")
+
+
+def bench_save(args: argparse.Namespace) -> None:
+    """What a checkpoint costs: of a step's time, every 5 minutes."""
+    torch.manual_seed(0)
+    model = models.build(args.backbone, args.size, 29)
+    ticket, optimizer = lottery.Ticket(model), torch.optim.AdamW(model.parameters(), 1e-3)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    at = runs.Progress(best=lottery.copy_state(model))
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        keeper = runs.Keeper(Path(folder), "", 5, runs.Signals(), None)
+        keeper.save(ticket, optimizer, schedule, at)  # writes the rewind state too
+        seconds = in_turns("cpu", args.repeats, save=lambda: keeper.save(ticket, optimizer, schedule, at))["save"]
+        size = (Path(folder) / "checkpoint.safetensors").stat().st_size
+    print(
+        f"{args.backbone} {args.size}: a checkpoint of {size / 1e6:.1f} MB in {seconds:.3f} s: {seconds / 300:.2%} of "
+        "the time at one every 5 minutes"
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("what", choices=["ops"])
+    parser.add_argument("what", choices=["ops", "train", "data", "save"])
+    parser.add_argument("--size", choices=["demo", "paper"], default="paper", help="of train and save")
+    parser.add_argument("--backbone", choices=list(models.BACKBONES), default="rnnt", help="of save")
     parser.add_argument("--repeats", type=int, default=21, help="turns a median is taken over (default: 21)")
     parser.add_argument(
         "--no-peers", dest="peers", action="store_false", help="without torch.nn.utils.prune, which takes minutes"
     )
-    bench_ops(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    {"ops": bench_ops, "train": bench_train, "data": bench_data, "save": bench_save}[args.what](args)
 
 
 if __name__ == "__main__":
