@@ -174,6 +174,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+IN_MEMORY = 8e9  # bytes of recordings whose features are kept in memory, at most
 CHOICES = ("backbone", "sparsity", "size", "prune_rate", "rewind_step", "seed", "margin", "corpus")
 CHOICES += ("train_sets", "valid_sets", "test_sets")
 FLAGS = (*CHOICES, "epochs", "batch_size", "batch_seconds", "accumulate", "lr", "seconds", "amp")
@@ -416,6 +417,12 @@ def prepare(args: argparse.Namespace) -> Setting:
     total = sum(weight.numel() for weight in lottery.prunable(model).values())
     files = data.audio_files(utterances)
     cached = isinstance(cache, data.Cache)
+    size = sum(path.stat().st_size for path in set(files))
+    if cache == "memory" and size > IN_MEMORY:
+        raise data.DataError(
+            f"--cache memory: {size / 1e9:.0f} GB of recordings are too many for it: name a folder for their features "
+            "(0.12 GB an hour of speech, log-mel; twice as much for --backbone cnn-lstm at paper size), or none"
+        )
     hashes = parallel.first_then_others(lambda: cache.hash_files(files)) if cached else data.hash_files(files)
     config = configuration(args) | {"data_sha256": data.corpus_sha256(utterances, hashes)}
     counts = lottery.kept_counts(total, args.sparsity, args.prune_rate)

@@ -232,3 +232,36 @@ def test_corpus_says_what_it_leaves_out(tmp_path, capsys):
     with pytest.raises(data.DataError, match="no train utterance is left"):
         train.Corpus(utterances, tokens, models.build("cnn-lstm", "demo", len(tokens)), (1.0, 9.0))
     assert "2 train utterances left out of training: not between 1 and 9 s long" in capsys.readouterr().out
+
+
+def test_plan_trains_nothing(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.plan, "multiply_adds", lambda *_: 2e9)
+    assert train.main(["--plan"]) == 0
+    said = capsys.readouterr().out
+    # 0.8 ** 7 = 0.21: dense and 7 rounds, 16 epochs, 960 h; 3 * 2e9 * 3600 s each; 2 * 2.65e18 / 20e12 / 3600 h
+    assert "| rnnt | 2.00 G | LibriSpeech, 960 h | 8 trainings, 122,880 h of audio, 2.7e+18, 74 GPU h |" in said
+    assert "an assumption, not a measurement" in said and not list(tmp_path.iterdir())
+
+
+def test_multiply_adds_of_the_papers_network_by_hand():
+    """One second of speech more is 50 frames more of five BiLSTMs, their output, and the two convolutions."""
+    network = {**models.CnnLstm.SIZES["demo"], "hidden": 8, "layers": 1}
+    model = models.CnnLstm(29, **network)
+    uses = [train.plan.per_utterance(model, seconds, 29) for seconds in (2, 3)]
+    more = {name: uses[1][name] - uses[0][name] for name in uses[0]}
+    assert more["output.weight"] == more["lstms.0.back.weight_hh_l0"] == 25  # strides 2 and 2 of 100 frames
+    assert more["convs.0.weight"] == 50 * 40 and more["convs.1.weight"] == 25 * 20  # frames times bins left
+
+
+def test_tensorboard_is_asked_for_and_not_there(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    tiny = tiny_corpus(tmp_path)
+    argv = ["--data", tiny, "--out", tmp_path / "run", "--epochs", "1", "--sparsity", "0", "--tensorboard"]
+    assert "--tensorboard: the package is not there: pip install tensorboard" in refused(capsys, *argv)
+
+
+def test_a_corpus_too_large_for_memory_asks_for_a_folder(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "IN_MEMORY", 100)
+    assert "--cache memory: 0 GB of recordings are too many" in refused(capsys, "--data", tiny_corpus(tmp_path))
+    assert not (tmp_path / "run").exists()
