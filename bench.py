@@ -454,17 +454,39 @@ def bench_data(args: argparse.Namespace) -> None:
             data._opened.cache_clear()
             seconds = _timed(lambda: data.load_examples(flac, tokens, "log-mel", "", cache))
             print(f"cache, {start} start: {seconds:.2f} s for {hours * 60:.0f} minutes of audio", flush=True)
-        for backbone in models.BACKBONES:
-            for workers in (0, 1):
-                out = f"{folder}/{backbone}{workers}"
-                argv = ["--backbone", backbone, "--epochs", "1", "--sparsity", "0", "--out", out]
-                argv += ["--cache", f"{folder}/cache", "--workers", str(workers)]
-                with contextlib.redirect_stdout(io.StringIO()):
-                    if train.main(argv):
-                        sys.exit("bench.py: the run failed")
-                (row,) = lottery.read_ledger(Path(out) / "ledger.jsonl")
-                share = row["waited"] / row["seconds"]
-                print(f"{backbone} demo from the cache, {workers} workers: {share:.2%} of the time waits for data")
+        few = Path(folder) / "few"
+        few.mkdir()
+        for split, count in (("train", 24), ("valid", 4), ("test", 4)):
+            rows = [json.loads(line) for line in (train.HERE / "demo" / f"{split}.jsonl").read_text().splitlines()]
+            for row in rows:
+                row["audio_filepath"] = str(train.HERE / "demo" / row["audio_filepath"])
+            (few / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows[:count])))
+        for size, corpus, batch in (("demo", "demo", "8"), ("paper", str(few), "4")):
+            for backbone in models.BACKBONES:
+                for workers in (0, 1):
+                    out = f"{folder}/{backbone}{size}{workers}"
+                    argv = [
+                        "--backbone",
+                        backbone,
+                        "--size",
+                        size,
+                        "--data",
+                        corpus,
+                        "--batch-size",
+                        batch,
+                        "--out",
+                        out,
+                    ]
+                    argv += ["--epochs", "1", "--sparsity", "0", "--seconds", "0:15", "--workers", str(workers)]
+                    with contextlib.redirect_stdout(io.StringIO()):
+                        if train.main([*argv, "--cache", f"{folder}/cache"]):
+                            sys.exit("bench.py: the run failed")
+                    (row,) = lottery.read_ledger(Path(out) / "ledger.jsonl")
+                    share = row["waited"] / row["seconds"]
+                    print(
+                        f"{backbone} {size} from the cache, {workers} workers: waits for data {share:.2%} of the time",
+                        flush=True,
+                    )
 
 
 def bench_save(args: argparse.Namespace) -> None:

@@ -565,7 +565,7 @@ def search(setting: Setting, corpus: Corpus, rows: list[dict], keeper: Keeper, k
         row = {"valid_wer": at.best_wer, "best_epoch": at.best_epoch}
         row |= evaluate_on_tests(model, corpus, args, rows[0] if at_round else None)
         seconds = round(at.seconds + time.monotonic() - started, 1)
-        return row | {"seconds": seconds, "waited": round(at.waited, 1), "resumed": at.resumed}
+        return row | {"seconds": seconds, "waited": round(at.waited, 3), "resumed": at.resumed}
 
     return lottery.find_ticket(
         setting.model, train, evaluate,
