@@ -122,8 +122,7 @@ def falls_back(weights: list[torch.Tensor]) -> dict[str, tuple[list[torch.Tensor
     """Weights and a keep for each way in which the CPU operator misses its fast path.
 
     ties: two magnitudes, cut between them. between: the same and five weights between the two, where the cut falls and
-    which no sample sees. histogram: every place that is sampled holds a magnitude far above all others, so that neither
-    the sample nor a count about its keys tells where the cut is.
+    which no sample sees. misled: every place of the first sample holds a magnitude far above all others.
     """
     total = sum(w.numel() for w in weights)
     tied = [torch.where(w > 0, 1.0, 2.0).to(w.dtype) for w in weights]
@@ -131,11 +130,12 @@ def falls_back(weights: list[torch.Tensor]) -> dict[str, tuple[list[torch.Tensor
     between = [w.clone() for w in tied]
     between[0].view(-1)[between[0].flatten().eq(1).nonzero()[:5]] = 1.5
     misled = torch.cat([w.flatten() for w in weights])
-    stride = max(128, total // max(2**17, min(int((3 * total / (0.7 * 3 * 2**19)) ** 2), 2**22)))  # as sample_bracket
-    j = torch.arange(max(1, total // stride), device=misled.device)
-    misled[j * stride + ((j * 2654435761 % 2**32) >> 8) % stride] += 1000
+    n = int(min(max(0.7 * total ** (2 / 3), (3 * total / (0.7 * 3 * 2**19)) ** 2) + 1, 2**22))  # as sample_bracket
+    stride = total // min(n, total)
+    j = torch.arange(total // stride, device=misled.device)
+    misled[j * stride + (j * 2654435761 % 2**32 * stride >> 32)] += 1000
     misled = [part.view_as(w) for part, w in zip(misled.split([w.numel() for w in weights]), weights)]
-    return {"ties": (tied, keep), "between": (between, keep + 3), "histogram": (misled, total // 2)}
+    return {"ties": (tied, keep), "between": (between, keep + 3), "misled": (misled, total // 2)}
 
 
 def bench_pruning(device: str, hidden: int, rounds: int, repeats: int, peers: bool) -> str:
@@ -153,7 +153,7 @@ def bench_pruning(device: str, hidden: int, rounds: int, repeats: int, peers: bo
     t = in_turns(device, repeats, **functions)
     line = f"{total / 1e6:6.1f} M  round {rounds:2d}  {torch.get_num_threads()} threads  ours {t['ours'] * 1e3:8.2f} ms"
     line += f"  {t['ours'] / t['read']:5.2f} reads  fall-back"
-    line += "".join(f" {name} {t[name] / t['read']:5.2f}" for name in ("ties", "between", "histogram")) + " reads"
+    line += "".join(f" {name} {t[name] / t['read']:5.2f}" for name in ("ties", "between", "misled")) + " reads"
     if device == "cpu":
         extra = peak_memory(functions["ours"]) - total
         line += f"  extra memory {extra / 1e6:5.1f} MB"

@@ -6,9 +6,9 @@
 //   2. One pass writes mask = survivor and key >= high, counts, and lists the few survivors inside the bracket.
 //   3. The threshold is selected among those candidates, and their masks are set.
 // Heavy ties overflow the list. They are then almost surely at a key that the sample saw, so one more pass counts about
-// those keys, which leaves one of them, the threshold, or the few keys between two of them. If the sample misled,
-// histograms shrink the bracket. Then step 2 is taken again, to the end. The result depends neither on the sample nor on
-// the number of threads. Any byte of a mask but 0 is true.
+// the bracket's ends, which leaves one of them, the threshold, or the few keys between. The same with another sample
+// where the first one misled. The result depends neither on the samples nor on the number of threads. Any byte of a mask
+// but 0 is true.
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -21,8 +21,9 @@
 #include <functional>
 #include <limits>
 #include <mutex>
-#include <numeric>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../checks.h"
@@ -34,9 +35,7 @@ namespace {
 
 constexpr int64_t CHUNK = 1 << 15;        // elements a task
 constexpr int64_t BLOCK = 1 << 11;        // elements whose flags stay in the first-level cache
-constexpr int64_t SAMPLE_EVERY = 128;     // at most one key in so many is drawn,
-constexpr int64_t SAMPLE = 1 << 17;       // and so many, but more where the bracket would overflow the list,
-constexpr int64_t SAMPLE_MOST = 1 << 22;  // to this
+constexpr int64_t SAMPLE_MOST = 1 << 22;  // keys drawn
 constexpr int64_t CANDIDATES = 3 << 19;   // listed at most (12 MB), and at most one in CANDIDATES_EVERY
 constexpr int64_t CANDIDATES_EVERY = 8;
 constexpr double DEVIATIONS = 3;          // half the bracket, in standard deviations of the sampled rank
@@ -182,27 +181,43 @@ AUDIO_LOTTERY_AVX512 void scan_avx512(const uint32_t* weight, const uint8_t* mas
                                       uint32_t offset) {
   const __m512i lows = _mm512_set1_epi32(low), highs = _mm512_set1_epi32(high), signless = _mm512_set1_epi32(0x7fffffff);
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m128i ones = _mm_set1_epi8(1);
   __m512i largest = _mm512_setzero_si512();
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 valid = n - i >= 16 ? 0xffff : (1u << (n - i)) - 1;
-    const __m512i keys = _mm512_and_si512(_mm512_maskz_loadu_epi32(valid, weight + i), signless);
-    const __m128i bytes = _mm_maskz_loadu_epi8(valid, mask + i);
-    const __mmask16 survivors = _mm_test_epi8_mask(bytes, bytes);
-    const __mmask16 above = _mm512_mask_cmpge_epu32_mask(survivors, keys, highs);
-    const __mmask16 inside = _mm512_mask_cmpge_epu32_mask(survivors, keys, lows) & ~above;
-    largest = _mm512_max_epu32(largest, keys);
-    _mm_mask_storeu_epi8(out + i, valid, _mm_maskz_mov_epi8(above, ones));
-    counts.survivors += __builtin_popcount(survivors);
-    counts.above += __builtin_popcount(above);
-    counts.inside += __builtin_popcount(inside);
+  Counts sum;
+  int64_t count = found.count;
+  for (int64_t i = 0; i < n; i += 64) {
+    const uint64_t valid = n - i >= 64 ? ~uint64_t{0} : (uint64_t{1} << (n - i)) - 1;
+    const __m512i bytes = _mm512_maskz_loadu_epi8(valid, mask + i);
+    const uint64_t survivors = _mm512_test_epi8_mask(bytes, bytes);
+    __m512i keys[4];
+    uint64_t at_least_low = 0, at_least_high = 0;
+    for (int part = 0; part < 64; part += 16) {
+      const __m512i key = _mm512_and_si512(_mm512_maskz_loadu_epi32(valid >> part, weight + i + part), signless);
+      at_least_low |= static_cast<uint64_t>(_mm512_cmpge_epu32_mask(key, lows)) << part;
+      at_least_high |= static_cast<uint64_t>(_mm512_cmpge_epu32_mask(key, highs)) << part;
+      largest = _mm512_max_epu32(largest, key);
+      keys[part / 16] = key;
+    }
+    const uint64_t above = survivors & at_least_high, inside = survivors & at_least_low & ~at_least_high;
+    _mm512_mask_storeu_epi8(out + i, valid, _mm512_maskz_set1_epi8(above, 1));
+    sum.survivors += __builtin_popcountll(survivors);
+    sum.above += __builtin_popcountll(above);
     if (inside == 0) continue;
-    const __m512i places = _mm512_add_epi32(lanes, _mm512_set1_epi32(offset + static_cast<uint32_t>(i)));
-    _mm512_storeu_si512(found.offsets + found.count, _mm512_maskz_compress_epi32(inside, places));
-    _mm512_storeu_si512(found.keys + found.count, _mm512_maskz_compress_epi32(inside, keys));
-    found.count += __builtin_popcount(inside);
+    sum.inside += __builtin_popcountll(inside);
+    for (int part = 0; part < 64; part += 16) {
+      const auto listed = static_cast<__mmask16>(inside >> part);
+      const __m512i places = _mm512_add_epi32(lanes, _mm512_set1_epi32(offset + static_cast<uint32_t>(i + part)));
+      _mm512_storeu_si512(found.offsets + count, _mm512_maskz_compress_epi32(listed, places));
+      _mm512_storeu_si512(found.keys + count, _mm512_maskz_compress_epi32(listed, keys[part / 16]));
+      count += __builtin_popcount(listed);
+    }
   }
-  counts.largest = std::max<uint64_t>(counts.largest, _mm512_reduce_max_epu32(largest));
+  found.count = count;
+  counts.survivors += sum.survivors;
+  counts.above += sum.above;
+  counts.inside += sum.inside;
+  uint32_t each[16];
+  _mm512_storeu_si512(each, largest);
+  counts.largest = std::max<uint64_t>(counts.largest, *std::max_element(each, each + 16));
 }
 
 template <>
@@ -214,44 +229,46 @@ void scan_best(const uint32_t* weight, const uint8_t* mask, uint8_t* out, int64_
 }
 #endif
 
-template <typename Key, typename Function>
-void for_each_chunk(Chunks<Key>& chunks, const Function& function) {
+template <typename Chunks, typename Function>
+void for_each_chunk(Chunks& chunks, const Function& function) {
   at::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) function(chunks[c], c);
   });
 }
 
-// Step 1: low, guess and high. Pruned weights take part as 0 and keys as key + 1, so `keep` of all N places is the rank
-// that is looked for. A sample of n puts about N * DEVIATIONS / sqrt(n) keys into the bracket.
+// Step 1. Pruned weights take part as 0 and keys as key + 1, so `keep` of all N places is the rank that is looked for. A
+// sample of n puts up to N * DEVIATIONS / sqrt(n) keys into the bracket: n makes sampling and listing together cheapest,
+// as far as they fit the list. Each seed draws other places.
 template <typename Key>
-std::array<Key, 3> sample_bracket(Chunks<Key>& chunks, int64_t total, int64_t keep) {
-  const double root = DEVIATIONS * static_cast<double>(total) / (0.7 * CANDIDATES);
-  const auto most = std::clamp(static_cast<int64_t>(root * root), SAMPLE, SAMPLE_MOST);
-  const int64_t stride = std::max(SAMPLE_EVERY, total / most), n = std::max<int64_t>(1, total / stride);
+std::pair<Key, Key> sample_bracket(const Chunks<Key>& chunks, int64_t total, int64_t keep, uint32_t seed) {
+  const double cheapest = 0.7 * std::pow(total, 2.0 / 3), fits = std::pow(DEVIATIONS * total / (0.7 * CANDIDATES), 2);
+  const auto wanted = static_cast<int64_t>(std::min<double>(std::max(cheapest, fits) + 1, SAMPLE_MOST));
+  const int64_t stride = total / std::min(wanted, total), n = total / stride;
   std::vector<Key> sample(n);
   for_each_chunk(chunks, [&](const Chunk<Key>& chunk, int64_t) {
     for (int64_t j = chunk.place / stride; j < n && j * stride < chunk.place + chunk.n; ++j) {
-      const int64_t jitter = (static_cast<uint32_t>(j) * 2654435761u >> 8) % stride;  // so that rows do not alias
-      const int64_t i = j * stride + jitter - chunk.place;
+      const uint64_t random = static_cast<uint32_t>(j + seed) * 2654435761u;  // so that rows do not alias
+      const int64_t i = j * stride + static_cast<int64_t>(random * stride >> 32) - chunk.place;
       if (i < 0 || i >= chunk.n) continue;  // in a neighbouring chunk
       sample[j] = chunk.mask[i] ? static_cast<Key>((chunk.weight[i] & SIGNLESS<Key>) + 1) : Key{0};
     }
   });
   const double share = static_cast<double>(keep) / static_cast<double>(total);
   const auto spread = static_cast<int64_t>(DEVIATIONS * std::sqrt(n * share * (1 - share))) + 2;
-  const int64_t rank = std::min(static_cast<int64_t>(n * share), n - 1);
-  const auto begin = sample.begin(), middle = begin + rank;
-  std::nth_element(begin, middle, sample.end(), std::greater<>());
+  const auto rank = static_cast<int64_t>(n * share);
+  const auto begin = sample.begin(), end = sample.end();
+  auto middle = begin;
   Key low = 0, high = SIGNLESS<Key>;
   if (rank >= spread) {
-    std::nth_element(begin, middle - spread, middle, std::greater<>());
-    high = std::max<Key>(*(middle - spread), 1);
+    middle += rank - spread;
+    std::nth_element(begin, middle, end, std::greater<>());
+    high = std::max<Key>(*middle, 1);
   }
   if (rank + spread < n) {
-    std::nth_element(middle + 1, middle + spread, sample.end(), std::greater<>());
-    low = std::max<Key>(*(middle + spread), 1) - 1;
+    std::nth_element(middle, begin + rank + spread, end, std::greater<>());
+    low = std::max<Key>(*(begin + rank + spread), 1) - 1;
   }
-  return {low, static_cast<Key>(std::max<Key>(*middle, 1) - 1), high};
+  return {low, high};
 }
 
 // Step 2. False, and stopped early, if more than `room` would be listed.
@@ -344,14 +361,12 @@ Counts checked_sum(const Chunks<Key>& chunks, int64_t keep, uint64_t infinity) {
   return sum;
 }
 
-// The bracket that is one of these keys or lies between two of them; the chunks' counts are of this bracket then.
+// Narrows the bracket, all keys at first, to what is left of it about the ends and between the ends of another; at least
+// to half. The chunks' counts are of the result then.
 template <typename Key>
-Bracket<Key> narrow(Chunks<Key>& chunks, const std::array<Key, 3>& keys, int64_t keep, uint64_t infinity) {
-  Bounds<Key> bounds{0, SIGNLESS<Key>};
-  for (int k = 0; k < 3; ++k) {
-    bounds[2 * k + 2] = keys[k];
-    bounds[2 * k + 3] = keys[k] + 1;
-  }
+void narrow(Chunks<Key>& chunks, Bracket<Key>& bracket, Key low, Key high, int64_t keep, uint64_t infinity) {
+  const Key half = bracket.low + (bracket.high - bracket.low) / 2, last = high - 1, after = low + 1;
+  Bounds<Key> bounds{0, bracket.low, low, after, half, last, high, bracket.high};
   std::sort(bounds.begin(), bounds.end());
   std::vector<AtLeast> at_least(chunks.size());
   for_each_chunk(chunks, [&](Chunk<Key>& chunk, int64_t c) {
@@ -373,41 +388,7 @@ Bracket<Key> narrow(Chunks<Key>& chunks, const std::array<Key, 3>& keys, int64_t
     chunks[c].counts.above = at_least[c][k + 1];
     chunks[c].counts.inside = at_least[c][k] - at_least[c][k + 1];
   }
-  return {bounds[k], bounds[k + 1], sum[k + 1], sum[k] - sum[k + 1]};
-}
-
-// A narrower bracket from a histogram of the survivors inside this one. Four histograms a task in turn, so that runs of
-// equal keys do not wait for each other's increment.
-template <typename Key>
-Bracket<Key> narrow_by_histogram(const Chunks<Key>& chunks, const Bracket<Key>& bracket, int64_t keep) {
-  constexpr int64_t BINS = 1 << 15, APART = 16;  // unused counts between two, so that they do not share cache sets
-  const Key low = bracket.low, width = bracket.high - bracket.low;
-  int shift = 0;
-  while (((width - 1) >> shift) >= BINS) ++shift;
-  std::vector<int64_t> histogram(BINS);
-  std::mutex merge;
-  const auto tasks = static_cast<int64_t>(chunks.size());
-  const int64_t grain = std::max<int64_t>(1, (tasks + at::get_num_threads() - 1) / at::get_num_threads());
-  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    std::vector<uint32_t> own(4 * (BINS + APART));
-    for (int64_t c = begin; c < end; ++c) {
-      const auto& chunk = chunks[c];
-      for (int64_t i = 0; i < chunk.n; ++i) {
-        const Key from_low = (chunk.weight[i] & SIGNLESS<Key>) - low;  // wraps below low, to more than any width
-        const bool counts = from_low < width && chunk.mask[i] != 0;
-        own[(i & 3) * (BINS + APART) + (counts ? from_low >> shift : BINS)] += 1;
-      }
-    }
-    std::lock_guard<std::mutex> lock(merge);
-    for (int k = 0; k < 4; ++k) {
-      for (int64_t b = 0; b < BINS; ++b) histogram[b] += own[k * (BINS + APART) + b];
-    }
-  });
-  int64_t bin = BINS - 1, above = bracket.above;
-  while (bin > 0 && above + histogram[bin] < keep) above += histogram[bin--];
-  const Key bin_low = low + (static_cast<Key>(bin) << shift);
-  const Key bin_width = std::min<Key>(Key{1} << shift, bracket.high - bin_low);
-  return {bin_low, static_cast<Key>(bin_low + bin_width), above, histogram[bin]};
+  bracket = {bounds[k], bounds[k + 1], sum[k + 1], sum[k] - sum[k + 1]};
 }
 
 // Writes the masks where the threshold and the chunks' ties are known.
@@ -436,25 +417,24 @@ void keep_threshold(Chunks<Key>& chunks, Key threshold, int64_t ties) {
 template <typename Key>
 void select_masks(Chunks<Key>& chunks, int64_t total, int64_t keep, uint64_t infinity) {
   const int64_t room = std::clamp(total / CANDIDATES_EVERY, BLOCK, CANDIDATES);
-  const auto [low, guess, high] = sample_bracket(chunks, total, std::clamp<int64_t>(keep, 0, total));
-  Bracket<Key> bracket;
+  const int64_t rank = std::clamp<int64_t>(keep, 0, total);
+  uint32_t seed = 0;
+  auto [low, high] = sample_bracket(chunks, total, rank, seed);
   if (scan_all(chunks, low, high, room)) {
-    const auto [survivors, above, inside, largest] = checked_sum(chunks, keep, infinity);
-    if (above <= keep && keep <= above + inside) return keep_candidates(chunks, low, high, keep - above);
-    const int64_t below = survivors - above - inside;
-    bracket = keep < above ? Bracket<Key>{high, SIGNLESS<Key>, 0, above} : Bracket<Key>{0, low, above + inside, below};
+    const Counts sum = checked_sum(chunks, keep, infinity);
+    if (sum.above <= keep && keep <= sum.above + sum.inside) return keep_candidates(chunks, low, high, keep - sum.above);
     for (auto& chunk : chunks) chunk.candidates = {};
-  } else {
-    bracket = narrow(chunks, {low, guess, static_cast<Key>(high - 1)}, keep, infinity);
+    std::tie(low, high) = sample_bracket(chunks, total, rank, ++seed);
+  }
+  Bracket<Key> bracket{0, SIGNLESS<Key>, 0, total};
+  while (true) {
+    narrow(chunks, bracket, low, high, keep, infinity);
     if (bracket.high - bracket.low <= 1) return keep_threshold(chunks, bracket.low, keep - bracket.above);
+    if (bracket.inside <= room) break;
+    std::tie(low, high) = sample_bracket(chunks, total, rank, ++seed);
   }
-  while (bracket.inside > room && bracket.high - bracket.low > 1) bracket = narrow_by_histogram(chunks, bracket, keep);
-  if (bracket.inside <= room) {
-    TORCH_INTERNAL_ASSERT(scan_all(chunks, bracket.low, bracket.high, room));
-    return keep_candidates(chunks, bracket.low, bracket.high, keep - bracket.above);
-  }
-  narrow(chunks, {bracket.low, bracket.low, bracket.low}, keep, infinity);  // counts the ties of each chunk
-  keep_threshold(chunks, bracket.low, keep - bracket.above);
+  TORCH_INTERNAL_ASSERT(scan_all(chunks, bracket.low, bracket.high, room));
+  keep_candidates(chunks, bracket.low, bracket.high, keep - bracket.above);
 }
 
 std::vector<Tensor> global_magnitude_masks(TensorList weights, TensorList masks, int64_t keep) {
