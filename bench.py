@@ -144,12 +144,14 @@ def bench_pruning(device: str, hidden: int, rounds: int, repeats: int, peers: bo
     masks = masks_of_round(weights, rounds - 1)
     keep = lottery.kept_after(total, rounds, 0.2)
     dense = [torch.ones_like(m) for m in masks]
+    ties, between, misled = falls_back(weights).values()
     functions = {
         "ours": lambda: lottery.ops.global_magnitude_masks(weights, masks, keep),
-        "read": lambda: [w.sum() for w in weights],
+        "ties": lambda: lottery.ops.global_magnitude_masks(ties[0], dense, ties[1]),
+        "read": lambda: [w.sum() for w in weights],  # not next to ours, which would leave the weights in the cache
+        "between": lambda: lottery.ops.global_magnitude_masks(between[0], dense, between[1]),
+        "misled": lambda: lottery.ops.global_magnitude_masks(misled[0], dense, misled[1]),
     }
-    for name, (defeating, cut) in falls_back(weights).items():
-        functions[name] = lambda w=defeating, k=cut: lottery.ops.global_magnitude_masks(w, dense, k)
     t = in_turns(device, repeats, **functions)
     line = f"{total / 1e6:6.1f} M  round {rounds:2d}  {torch.get_num_threads()} threads  ours {t['ours'] * 1e3:8.2f} ms"
     line += f"  {t['ours'] / t['read']:5.2f} reads  fall-back"
