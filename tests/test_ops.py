@@ -176,15 +176,18 @@ def test_pruning_where_the_sample_misleads(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pruning_falls_back(dtype, device):
-    """Inputs that overflow the list, and that defeat the sample: by one magnitude, and by two in the end."""
+    """Inputs that overflow the list, that defeat the sample, and both."""
     torch.manual_seed(6)
     weights = [(torch.randn(n, device=device) * 0.1).to(dtype) for n in (300_001, 0, 1_700_000)]
     cases = bench.falls_back(weights)
     misled, keep = cases["misled"]
     cases["tied"] = [torch.where(w.abs() > 500, w, torch.where(w > 0, 1.0, 2.0).to(dtype)) for w in misled], keep
+    half = [torch.where((w.abs() > 500) & (torch.rand(w.shape, device=device) < 0.5), w * 0, w) for w in misled]
+    cases["half"] = half, keep  # the bracket spans all other weights, and so do its ends
     for weights, keep in cases.values():
+        same_masks(weights, random_masks(weights, 1.1), keep)
         masks = random_masks(weights, 0.99)
-        for cut in (keep, 20_000, 1_900_000):
+        for cut in (20_000, keep, 1_900_000):
             same_masks(weights, masks, cut)
     masks = [m & (w.abs() < 500) for w, m in zip(misled, masks)]  # the sample finds no survivor
     same_masks(misled, masks, 700_000)

@@ -142,7 +142,7 @@ AUDIO_LOTTERY_INLINE void count_block(const Key* __restrict weight, const uint8_
   Signed keys[BLOCK], largest = 0;
   for (int64_t i = 0; i < n; ++i) {
     const Signed key = weight[i] & SIGNLESS<Key>;
-    keys[i] = mask[i] != 0 ? key : Signed{-1};
+    keys[i] = key | static_cast<Signed>((mask[i] != 0) - 1);  // -1 where pruned
     largest = key > largest ? key : largest;
   }
   largest_key = std::max<uint64_t>(largest_key, largest);
@@ -167,11 +167,17 @@ AUDIO_LOTTERY_VERSIONS(uint16_t)
 AUDIO_LOTTERY_VERSIONS(uint32_t)
 AUDIO_LOTTERY_VERSIONS(uint64_t)
 
-// What the pass calls.
+// What the passes call.
 template <typename Key>
 void scan_best(const Key* weight, const uint8_t* mask, uint8_t* out, int64_t n, Key low, Key high, Counts& counts,
                Found<Key>& found, uint32_t offset) {
   scan(weight, mask, out, n, low, high, counts, found, offset);
+}
+
+template <typename Key>
+void count_best(const Key* weight, const uint8_t* mask, int64_t n, const Bounds<Key>& bounds, AtLeast& at_least,
+                uint64_t& largest) {
+  count(weight, mask, n, bounds, at_least, largest);
 }
 
 #ifdef AUDIO_LOTTERY_AVX512
@@ -220,12 +226,47 @@ AUDIO_LOTTERY_AVX512 void scan_avx512(const uint32_t* weight, const uint8_t* mas
   counts.largest = std::max<uint64_t>(counts.largest, *std::max_element(each, each + 16));
 }
 
+// count for float32, with all eight counts in registers.
+AUDIO_LOTTERY_AVX512 void count_avx512(const uint32_t* weight, const uint8_t* mask, int64_t n,
+                                       const Bounds<uint32_t>& bounds, AtLeast& at_least, uint64_t& largest_key) {
+  const __m512i signless = _mm512_set1_epi32(0x7fffffff), one = _mm512_set1_epi32(1);
+  __m512i largest = _mm512_setzero_si512(), bound[8], sum[8];
+  for (int k = 0; k < 8; ++k) {
+    bound[k] = _mm512_set1_epi32(bounds[k]);
+    sum[k] = _mm512_setzero_si512();
+  }
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 valid = n - i >= 16 ? 0xffff : (1u << (n - i)) - 1;
+    const __m512i key = _mm512_and_si512(_mm512_maskz_loadu_epi32(valid, weight + i), signless);
+    const __m128i bytes = _mm_maskz_loadu_epi8(valid, mask + i);
+    const __mmask16 survivors = _mm_test_epi8_mask(bytes, bytes);
+    largest = _mm512_max_epu32(largest, key);
+    for (int k = 0; k < 8; ++k) {
+      sum[k] = _mm512_mask_add_epi32(sum[k], _mm512_mask_cmpge_epu32_mask(survivors, key, bound[k]), sum[k], one);
+    }
+  }
+  uint32_t each[16];
+  _mm512_storeu_si512(each, largest);
+  largest_key = std::max<uint64_t>(largest_key, *std::max_element(each, each + 16));
+  for (int k = 0; k < 8; ++k) {
+    _mm512_storeu_si512(each, sum[k]);
+    for (const uint32_t lane : each) at_least[k] += lane;
+  }
+}
+
 template <>
 void scan_best(const uint32_t* weight, const uint8_t* mask, uint8_t* out, int64_t n, uint32_t low, uint32_t high,
                Counts& counts, Found<uint32_t>& found, uint32_t offset) {
   static const bool available = has_avx512();
   (available ? scan_avx512 : static_cast<decltype(&scan_avx512)>(scan))(weight, mask, out, n, low, high, counts, found,
                                                                         offset);
+}
+
+template <>
+void count_best(const uint32_t* weight, const uint8_t* mask, int64_t n, const Bounds<uint32_t>& bounds,
+                AtLeast& at_least, uint64_t& largest) {
+  static const bool available = has_avx512();
+  (available ? count_avx512 : static_cast<decltype(&count_avx512)>(count))(weight, mask, n, bounds, at_least, largest);
 }
 #endif
 
@@ -372,8 +413,8 @@ void narrow(Chunks<Key>& chunks, Bracket<Key>& bracket, Key low, Key high, int64
   for_each_chunk(chunks, [&](Chunk<Key>& chunk, int64_t c) {
     chunk.counts = {};
     for (int64_t start = 0; start < chunk.n; start += BLOCK) {
-      count(chunk.weight + start, chunk.mask + start, std::min(BLOCK, chunk.n - start), bounds, at_least[c],
-            chunk.counts.largest);
+      count_best(chunk.weight + start, chunk.mask + start, std::min(BLOCK, chunk.n - start), bounds, at_least[c],
+                 chunk.counts.largest);
     }
     chunk.counts.survivors = at_least[c][0];
   });
