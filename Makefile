@@ -1,7 +1,6 @@
 # make demo   everything from nothing: environment, package, a winning ticket on the embedded corpus
 # make test   the tests        make soak   kills and damage at length      make sanitize   operators under ASan, UBSan
-# make baseline   operators without AVX
-# make lint   ruff             make clean      the environment and builds away
+# make lint   ruff             make baseline   operators without AVX       make clean      environment and builds away
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
