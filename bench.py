@@ -130,22 +130,44 @@ def validate_ops(device: str) -> None:
     print(f"validated against the reference on {device}: masks and held weights equal, bit for bit")
 
 
+def falls_back(weights: list[torch.Tensor]) -> dict[str, tuple[list[torch.Tensor], int]]:
+    """Weights and a keep for each way in which the CPU operator misses its fast path.
+
+    ties: two magnitudes, cut between them. between: the same and five weights between the two, where the cut falls and
+    which no sample sees. misled: every place of the first sample holds a magnitude far above all others.
+    """
+    total = sum(w.numel() for w in weights)
+    tied = [torch.where(w > 0, 1.0, 2.0).to(w.dtype) for w in weights]
+    keep = sum(int((w == 2).sum()) for w in tied)
+    between = [w.clone() for w in tied]
+    between[0].view(-1)[between[0].flatten().eq(1).nonzero()[:5]] = 1.5
+    misled = torch.cat([w.flatten() for w in weights])
+    n = int(min(max(0.7 * total ** (2 / 3), (3 * total / (0.7 * 3 * 2**19)) ** 2) + 1, 2**22))  # as sample_bracket
+    stride = total // min(n, total)
+    j = torch.arange(total // stride, device=misled.device)
+    misled[j * stride + (j * 2654435761 % 2**32 * stride >> 32)] += 1000
+    misled = [part.view_as(w) for part, w in zip(misled.split([w.numel() for w in weights]), weights)]
+    return {"ties": (tied, keep), "between": (between, keep + 3), "misled": (misled, total // 2)}
+
+
 def bench_pruning(device: str, hidden: int, rounds: int, repeats: int, peers: bool) -> str:
     weights = cnn_lstm_weights(hidden, device)
     total = sum(w.numel() for w in weights)
     masks = masks_of_round(weights, rounds - 1)
     keep = lottery.kept_after(total, rounds, 0.2)
-    tied = [torch.where(w > 0, 1.0, 2.0) for w in weights]  # two magnitudes, cut between them: the fall-back
-    survivors = [torch.ones_like(m) for m in masks]
-    keep_tied = sum(int((w == 2).sum()) for w in tied)
+    dense = [torch.ones_like(m) for m in masks]
+    ties, between, misled = falls_back(weights).values()
     functions = {
         "ours": lambda: lottery.ops.global_magnitude_masks(weights, masks, keep),
-        "fallback": lambda: lottery.ops.global_magnitude_masks(tied, survivors, keep_tied),
-        "read": lambda: [w.sum() for w in weights],
+        "ties": lambda: lottery.ops.global_magnitude_masks(ties[0], dense, ties[1]),
+        "read": lambda: [w.sum() for w in weights],  # not next to ours, which would leave the weights in the cache
+        "between": lambda: lottery.ops.global_magnitude_masks(between[0], dense, between[1]),
+        "misled": lambda: lottery.ops.global_magnitude_masks(misled[0], dense, misled[1]),
     }
     t = in_turns(device, repeats, **functions)
     line = f"{total / 1e6:6.1f} M  round {rounds:2d}  {torch.get_num_threads()} threads  ours {t['ours'] * 1e3:8.2f} ms"
-    line += f"  {t['ours'] / t['read']:5.2f} reads  fall-back {t['fallback'] / t['read']:5.2f} reads"
+    line += f"  {t['ours'] / t['read']:5.2f} reads  fall-back"
+    line += "".join(f" {name} {t[name] / t['read']:5.2f}" for name in ("ties", "between", "misled")) + " reads"
     if device == "cpu":
         extra = peak_memory(functions["ours"]) - total
         line += f"  extra memory {extra / 1e6:5.1f} MB"

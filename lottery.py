@@ -41,15 +41,26 @@ class LotteryError(ValueError):
 # ---------------------------------------------------------------------------- ops: the reference
 
 
-def _check_masks(weights: list[Tensor], masks: list[Tensor]) -> None:
+def _check_tensors(weights: list[Tensor], grads: list[Tensor], masks: list[Tensor]) -> None:
+    """What csrc/checks.h refuses, but for the dtypes of weights and gradients."""
     if len(weights) != len(masks):
         raise ValueError(f"weights and masks must be as many, got {len(weights)} and {len(masks)}")
+    if grads and len(grads) != len(weights):
+        raise ValueError(f"grads must be empty or as many as weights, got {len(grads)} and {len(weights)}")
     for i, (weight, mask) in enumerate(zip(weights, masks)):
         if mask.dtype != torch.bool:
             raise TypeError(f"masks[{i}] must be bool, got {mask.dtype}")
-        if weight.shape != mask.shape:
-            shapes = f"{list(mask.shape)} and {list(weight.shape)}"
-            raise ValueError(f"masks[{i}] must have the shape of weights[{i}], got {shapes}")
+        if weight.device != weights[0].device:
+            devices = f"weights[0] is on {weights[0].device}, weights[{i}] on {weight.device}"
+            raise ValueError(f"all weights must be on one device: {devices}")
+    for name, tensors in (("masks", masks), ("grads", grads)):
+        for i, (tensor, weight) in enumerate(zip(tensors, weights)):
+            if tensor.shape != weight.shape:
+                shapes = f"{list(tensor.shape)} and {list(weight.shape)}"
+                raise ValueError(f"{name}[{i}] must have the shape of weights[{i}], got {shapes}")
+            if tensor.device != weight.device:
+                devices = f"{tensor.device} and {weight.device}"
+                raise ValueError(f"{name}[{i}] must be on the device of weights[{i}], got {devices}")
 
 
 def reference_hold_ticket_(weights: list[Tensor], grads: list[Tensor], masks: list[Tensor]) -> None:
@@ -57,9 +68,7 @@ def reference_hold_ticket_(weights: list[Tensor], grads: list[Tensor], masks: li
 
     weights, masks: as many tensors, pairwise of one shape.  grads: as many, or none at all.
     """
-    _check_masks(weights, masks)
-    if grads:
-        _check_masks(grads, masks)
+    _check_tensors(weights, grads, masks)
     for tensors in (weights, grads):
         for tensor, mask in zip(tensors, masks):
             tensor.masked_fill_(mask.logical_not(), 0)
@@ -71,7 +80,7 @@ def reference_global_magnitude_masks(weights: list[Tensor], masks: list[Tensor],
     Ties at the threshold: the earlier tensor, then the lower flat index, is kept.  Raises ValueError for a NaN or
     infinite weight, naming its position, and unless 0 <= keep <= survivors.
     """
-    _check_masks(weights, masks)
+    _check_tensors(weights, [], masks)
     for i, weight in enumerate(weights):
         if not weight.isfinite().all():
             raise ValueError(f"weights[{i}] has a NaN or infinite value (magnitudes must be finite to be ranked)")
@@ -100,11 +109,12 @@ def choose_ops() -> Ops:
     except ImportError as error:
         return Ops(reference_hold_ticket_, reference_global_magnitude_masks, f"pure PyTorch ({error})")
     compiled, facts = torch.ops.audio_lottery, _lottery.build_facts()
-    torch.library.register_fake("audio_lottery::hold_ticket_", lambda weights, grads, masks: None)
-    torch.library.register_fake(
-        "audio_lottery::global_magnitude_masks",
-        lambda weights, masks, keep: [mask.new_empty(mask.shape) for mask in masks],
-    )
+    torch.library.register_fake("audio_lottery::hold_ticket_", _check_tensors)
+
+    @torch.library.register_fake("audio_lottery::global_magnitude_masks")
+    def fake_masks(weights, masks, keep):
+        _check_tensors(weights, [], masks)
+        return [mask.new_empty(mask.shape) for mask in masks]
 
     def on_its_devices(op, reference):  # a build without CUDA leaves tensors on a GPU to the reference
         devices = {"cpu", "cuda"} if facts["cuda"] else {"cpu"}

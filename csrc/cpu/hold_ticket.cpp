@@ -17,15 +17,15 @@ constexpr int64_t BLOCK = 512;      // elements that are looked at before they a
 
 // Bits is the unsigned integer of the element's width: AND-ing with 0 or ~0 vectorises, keeps signs and payloads where
 // the mask is true, and makes NaN 0 where it is false. A block with nothing to clear is read, not written: that is the
-// rule for weights, which were zeroed the step before.
+// rule for weights, which were zeroed the step before. Any byte of a mask but 0 is true.
 template <typename Bits>
 AUDIO_LOTTERY_INLINE void hold(Bits* __restrict x, const uint8_t* __restrict mask, int64_t n) {
   for (int64_t start = 0; start < n; start += BLOCK) {
     const int64_t end = std::min(n, start + BLOCK);
     Bits dirty = 0;
-    for (int64_t i = start; i < end; ++i) dirty |= x[i] & static_cast<Bits>(mask[i] - 1);
+    for (int64_t i = start; i < end; ++i) dirty |= x[i] & static_cast<Bits>((mask[i] != 0) - 1);
     if (dirty) {
-      for (int64_t i = start; i < end; ++i) x[i] &= static_cast<Bits>(-static_cast<Bits>(mask[i]));
+      for (int64_t i = start; i < end; ++i) x[i] &= static_cast<Bits>(-static_cast<Bits>(mask[i] != 0));
     }
   }
 }
@@ -57,7 +57,7 @@ void hold_ticket_(TensorList weights, TensorList grads, TensorList masks) {
         dense.push_back(list[i]);
         list[i].unsafeGetTensorImpl()->bump_version();  // autograd must see that it was written
       } else {
-        list[i].masked_fill_(masks[i].logical_not(), 0);
+        list[i].masked_fill_(masks[i].view(at::kByte).eq(0), 0);
       }
     }
     const auto* mask = static_cast<const uint8_t*>(masks[i].const_data_ptr());
