@@ -15,11 +15,13 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import decode
 import lottery
 import models
 from data import SpecAugment
@@ -97,6 +100,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=int, help=f"epochs a round (default: {default('epochs')})")
     add("--batch-size", type=int, help=f"utterances (default: {default('batch_size')})")
     add("--lr", type=float, help=f"learning rate (default: {default('lr')})")
+    add("--tokens", default="chars", metavar="chars|bpe:N", help="or N pieces, sentencepiece's BPE (default: chars)")
+    add("--beam", type=int, help=f"width of the search in the test (default: 1, greedy; with --lm {decode.BEAM})")
+    add("--lm", type=Path, metavar="FILE.arpa", help="n-gram model of words, for the test of a CTC network")
+    add("--lm-weight", type=float, help=f"of its ln p (default: {decode.LM_WEIGHT}, the paper's for LibriSpeech)")
+    add("--word-score", type=float, help=f"added a word, with --lm (default: {decode.WORD_SCORE}, the paper's)")
     add("--rewind-step", type=int, default=0, help="step whose weights are restored (default: 0, initialisation)")
     add("--seed", type=int, default=0, help="of initialisation, order, dropout, masking (default: 0)")
     add("--margin", type=float, default=0.01, help="WER that a matching ticket may lose (default: 0.01)")
@@ -114,6 +122,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ):  # fmt: skip
         if not low <= value < 2**31:
             p.error(f"{flag} must be at least {low} and below 2^31, got {value}")
+    check_search(p, args)
     if not 0 <= args.save_every < math.inf:
         p.error(f"--save-every must be at least 0, got {args.save_every}")
     if not 0 < args.recipe.lr < math.inf:
@@ -131,32 +140,59 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-FLAGS = ("backbone", "sparsity", "size", "prune_rate", "rewind_step", "seed", "margin", "epochs", "batch_size", "lr")
+def check_search(p: Parser, args: argparse.Namespace) -> None:
+    """--tokens, --beam and the flags of --lm: their rules and, with --lm, their defaults."""
+    if not re.fullmatch("chars|bpe:[1-9][0-9]{0,8}", args.tokens):
+        p.error(f"--tokens must be chars or bpe:N, N a number of tokens, got {args.tokens!r}")
+    scores = {"lm_weight": decode.LM_WEIGHT, "word_score": decode.WORD_SCORE}
+    if args.lm is None and any(getattr(args, key) is not None for key in scores):
+        p.error("--lm-weight and --word-score need --lm")
+    if args.lm is not None and args.backbone == "rnnt":
+        p.error("--lm goes with CTC (--backbone cnn-lstm or conformer); rnnt has --beam alone")
+    if args.lm is not None and not args.lm.is_file():
+        p.error(f"--lm {args.lm}: no such file")
+    if args.beam is None:
+        args.beam = decode.BEAM if args.lm else 1
+    if not 1 <= args.beam < 2**31:
+        p.error(f"--beam must be at least 1 and below 2^31, got {args.beam}")
+    for key, default in scores.items() if args.lm else ():
+        if getattr(args, key) is None:
+            setattr(args, key, default)
+        if not math.isfinite(getattr(args, key)):
+            p.error(f"--{key.replace('_', '-')} must be a finite number, got {getattr(args, key)}")
+
+
+CHOICES = ("backbone", "sparsity", "size", "prune_rate", "rewind_step", "seed", "margin", "tokens")
+SEARCH = ("beam", "lm_weight", "word_score")
+FLAGS = (*CHOICES, *SEARCH, "epochs", "batch_size", "lr")
 
 
 def configuration(args: argparse.Namespace) -> dict:
     """Everything that decides the result, as JSON: config.json."""
-    config = {
-        k: getattr(args, k) for k in ("backbone", "sparsity", "size", "prune_rate", "rewind_step", "seed", "margin")
-    }
+    config = {k: getattr(args, k) for k in (*CHOICES, *SEARCH)}
+    config["lm_sha256"] = args.lm and hashlib.sha256(args.lm.read_bytes()).hexdigest()
     config |= dataclasses.asdict(args.recipe)
     # Not compared when a run is met again (data_sha256 is): but results are equal bit for bit only on one machine.
     config["machine"] = {"device": args.device, "threads": torch.get_num_threads()}
     config["machine"]["data"] = "demo" if args.data == HERE / "demo" else str(args.data.resolve())
+    config["machine"]["lm"] = args.lm and str(args.lm.resolve())
     return json.loads(json.dumps(config))
 
 
 # ---------------------------------------------------------------------------- recognise and score
 
 
-def recognise(model, examples: list[data.Example], tokens: list[str], batch_size: int, device: str) -> list[str]:
-    """Greedy transcripts, in the order of the examples."""
+def recognise(
+    model, examples: list[data.Example], tokens: list[str], batch_size: int, device: str, transcribe=None
+) -> list[str]:
+    """Transcripts, in the order of the examples: greedy, or as decode.transcriber(model, ...) does."""
     texts = [""] * len(examples)
+    transcribe = transcribe or model.transcribe
     model.eval()
     with torch.inference_mode():
         for indices, batch in data.eval_batches(examples, batch_size):
             batch = batch.to(device)
-            for i, ids in zip(indices, model.transcribe(batch.features, batch.input_lengths)):
+            for i, ids in zip(indices, transcribe(batch.features, batch.input_lengths)):
                 texts[i] = data.decode(ids, tokens)
     return texts
 
@@ -436,9 +472,8 @@ def read_run(out: Path, config: dict) -> list[dict]:
         raise lottery.LotteryError(f"--out {out}: the folder is not empty and holds no run: choose another") from None
     for key, value in config.items():
         if key != "machine" and old.get(key) != value:
-            name = (
-                f"--{key.replace('_', '-')}" if key in FLAGS else {"data_sha256": "--data, by its hash"}.get(key, key)
-            )
+            hashes = {"data_sha256": "--data, by its hash", "lm_sha256": "--lm, by its hash"}
+            name = f"--{key.replace('_', '-')}" if key in FLAGS else hashes.get(key, key)
             what = f"{name} {old.get(key)} there, {value} now"
             raise lottery.LotteryError(f"--out {out}: holds another run ({what}): choose another folder")
     path = out / "ledger.jsonl"
@@ -549,7 +584,7 @@ def draw(path: Path, config: dict, ledger: list[dict]) -> None:
 
 def code_sha256() -> str:
     """Hash of the sources that decide a result."""
-    names = ("train.py", "lottery.py", "models.py", "data.py")
+    names = ("train.py", "lottery.py", "models.py", "data.py", "decode.py")
     sources = [HERE / name for name in names] + sorted((HERE / "csrc").rglob("*.*"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
@@ -563,6 +598,7 @@ class Setting:
     utterances: dict[str, list[data.Utterance]]
     tokens: list[str]
     model: torch.nn.Module
+    transcribe: Callable  # the search of the test
     counts: list[int]  # kept weights, a round
 
     def corpus(self) -> Corpus:
@@ -571,13 +607,16 @@ class Setting:
 
 def prepare(args: argparse.Namespace) -> Setting:
     utterances = data.read_corpus(args.data)
-    tokens = data.tokens_of(utterances["train"])
+    tokens = data.tokens_of(utterances["train"], args.tokens)
     torch.manual_seed(args.seed)  # the draw of theta_0
     model = models.build(args.backbone, args.size, len(tokens))
     total = sum(weight.numel() for weight in lottery.prunable(model).values())
     config = configuration(args) | {"data_sha256": data.corpus_sha256(args.data, utterances)}
     counts = lottery.kept_counts(total, args.sparsity, args.prune_rate)
-    return Setting(args, config, utterances, tokens, model, counts)
+    search = {key: getattr(args, key) for key in SEARCH} if args.lm else {"beam": args.beam}
+    words = {word for utterance in utterances["train"] for word in utterance.text.split()}
+    transcribe = decode.transcriber(model, tokens, lm=args.lm, words=words, **search)
+    return Setting(args, config, utterances, tokens, model, transcribe, counts)
 
 
 def run(args: argparse.Namespace, signals: Signals) -> None:
@@ -659,8 +698,9 @@ def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signa
     signals.deferred = False
 
 
-def evaluate_on_test(model, corpus: Corpus, args: argparse.Namespace) -> dict:
-    hypotheses = recognise(model, corpus.test, corpus.tokens, args.recipe.batch_size, args.device)
+def evaluate_on_test(setting: Setting, corpus: Corpus) -> dict:
+    args, model = setting.args, setting.model
+    hypotheses = recognise(model, corpus.test, corpus.tokens, args.recipe.batch_size, args.device, setting.transcribe)
     return score([e.text for e in corpus.test], hypotheses)
 
 
@@ -679,7 +719,7 @@ def search(setting: Setting, corpus: Corpus, rows: list[dict], keeper: Keeper, k
 
     def evaluate(model: torch.nn.Module) -> dict:
         started = time.monotonic()
-        test = evaluate_on_test(model, corpus, args)
+        test = evaluate_on_test(setting, corpus)
         row = {"valid_wer": at.best_wer, "best_epoch": at.best_epoch, "test_wer": test["wer"]}
         row |= {"test_cer": test["cer"], "test_errors": test["errors"], "test_words": test["words"]}
         if at_round:
@@ -702,7 +742,9 @@ def retrain(run: Path, number: int) -> None:
         rows = lottery.read_ledger(run / "ledger.jsonl")
         if not 0 <= number < len(rows):
             raise IndexError(f"the ledger has {len(rows)} rounds")
-        argv = [f"--{name.replace('_', '-')}={config[name]}" for name in FLAGS]
+        argv = [f"--{name.replace('_', '-')}={config[name]}" for name in FLAGS if config[name] is not None]
+        if config["lm_sha256"]:
+            argv += ["--lm", config["machine"]["lm"]]
         row = rows[number]
         args = parse([*argv, "--data", config["machine"]["data"], "--device", row["device"], "--out", str(run)])
         torch.set_num_threads(row["threads"])
@@ -735,7 +777,7 @@ def retrain(run: Path, number: int) -> None:
         ticket.prune(rows[number + 1]["kept"])
         compared["mask_sha256"] = lottery.sha256(ticket.masks)
     setting.model.load_state_dict(at.best)
-    compared["test_errors"] = evaluate_on_test(setting.model, corpus, args)["errors"]
+    compared["test_errors"] = evaluate_on_test(setting, corpus)["errors"]
     for what, value in compared.items():
         if value != rows[number + (what == "mask_sha256")][what]:
             raise lottery.LotteryError(f"round {number} trained again differs from the ledger in {what}")
