@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 SAMPLE_RATE = 16_000
 BLANK = "<blank>"  # token 0, of CTC and of the transducer
+SPACE = "▁"  # sentencepiece's: what a BPE piece at the start of a word starts with
 
 
 class DataError(ValueError):
@@ -115,26 +117,69 @@ def corpus_sha256(corpus: dict[str, list[Utterance]], hashes: dict[Path, str] | 
 # ---------------------------------------------------------------------------- tokens
 
 
-def tokens_of(utterances: list[Utterance]) -> list[str]:
-    """The blank, then the characters of the texts in code point order."""
-    return [BLANK] + sorted(set("".join(utterance.text for utterance in utterances)))
+def tokens_of(utterances: list[Utterance], kind: str = "chars") -> list[str]:
+    """The blank, then what the texts are spelled with. The list is all that encode and decode need.
+
+    "chars": the characters in code point order. "bpe:N": byte pairs that sentencepiece merged, in its order, and the
+    characters; N tokens in all, the blank among them.
+    """
+    texts = [utterance.text for utterance in utterances]
+    characters = set("".join(texts))
+    if SPACE in characters:
+        raise DataError(f"a train text has the character {SPACE!r}, which stands for a space in BPE pieces")
+    if kind == "chars":
+        return [BLANK] + sorted(characters)
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=int(kind[len("bpe:") :]),
+            character_coverage=1.0, normalization_rule_name="identity", max_sentence_length=2**30,
+            num_threads=1, bos_id=-1, eos_id=-1, minloglevel=2,
+        )  # fmt: skip
+    except (RuntimeError, OSError) as error:
+        why = str(error).split("] ")[-1].split(" or decrease")[0]
+        raise DataError(f"--tokens {kind}: sentencepiece finds no such pieces in the train texts ({why})") from None
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    tokens = [BLANK] + [pieces.id_to_piece(i) for i in range(1, len(pieces))]  # 0 is its <unk>
+    if missing := characters - spelled_by(tokens):
+        raise DataError(f"--tokens {kind}: sentencepiece keeps no piece for {sorted(missing)}")
+    return tokens
+
+
+def spelled_by(tokens: list[str]) -> set[str]:
+    """The characters that the tokens can spell."""
+    return set("".join(tokens[1:]).replace(SPACE, " "))
 
 
 def encode(text: str, tokens: list[str]) -> list[int]:
-    index = {token: i for i, token in enumerate(tokens)}
-    return [index[character] for character in text]
+    """Characters, or as sentencepiece does: in each word, merge the pair that was merged first in training, again and
+    again. Equal bit for bit to its own encoder (see the tests), so that no model of it has to be kept."""
+    index = {token: i for i, token in enumerate(tokens) if i}
+    if SPACE not in index:
+        return [index[character] for character in text]
+    ids = []
+    for word in text.split():
+        pieces = [SPACE, *word]
+        while pairs := [(index[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(pieces)) if a + b in index]:
+            _, i = min(pairs)
+            pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+        ids += [index[piece] for piece in pieces]
+    return ids
 
 
 def decode(ids: list[int], tokens: list[str]) -> str:
     """Token ids to a text with single spaces."""
-    return " ".join("".join(tokens[i] for i in ids).split())
+    return " ".join("".join(tokens[i] for i in ids).replace(SPACE, " ").split())
 
 
 def unseen_characters(utterances: list[Utterance], tokens: list[str]) -> dict[str, int]:
     """Characters that no token stands for, with their counts. They stay in the reference, as errors."""
+    known = spelled_by(tokens)
     counts: dict[str, int] = {}
     for character in "".join(utterance.text for utterance in utterances):
-        if character not in tokens:
+        if character not in known:
             counts[character] = counts.get(character, 0) + 1
     return counts
 
@@ -308,7 +353,7 @@ def load_examples(
         found = cache.features(utterances, kind, progress, workers)
     else:
         found = _in_parallel(_Compute(utterances, kind), progress, workers)
-    known = set(tokens)
+    known = spelled_by(tokens)
     return [
         Example(source, u.text, encode("".join(c for c in u.text if c in known), tokens), seconds)
         for u, (source, seconds) in zip(utterances, found)

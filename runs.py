@@ -204,9 +204,8 @@ def read_run(out: Path, config: dict, flags: tuple[str, ...]) -> list[dict]:
         raise lottery.LotteryError(f"--out {out}: the folder is not empty and holds no run: choose another") from None
     for key, value in config.items():
         if key != "machine" and old.get(key) != value:
-            name = (
-                f"--{key.replace('_', '-')}" if key in flags else {"data_sha256": "--data, by its hash"}.get(key, key)
-            )
+            hashes = {"data_sha256": "--data, by its hash", "lm_sha256": "--lm, by its hash"}
+            name = f"--{key.replace('_', '-')}" if key in flags else hashes.get(key, key)
             what = f"{name} {old.get(key)} there, {value} now"
             raise lottery.LotteryError(f"--out {out}: holds another run ({what}): choose another folder")
     path = out / "ledger.jsonl"

@@ -15,10 +15,12 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,6 +31,7 @@ from tqdm import tqdm
 
 import corpora
 import data
+import decode
 import lottery
 import models
 import parallel
@@ -124,6 +127,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--accumulate", type=int, default=1, metavar="N", help="batches a step (default: 1)")
     add("--lr", type=float, help=f"learning rate (default: {default('lr')})")
     add("--seconds", type=low_high, metavar="LO:HI", help="train on utterances as long (default: 0:10, paper 1:15)")
+    add("--tokens", default="chars", metavar="chars|bpe:N", help="or N pieces, sentencepiece's BPE (default: chars)")
+    add("--beam", type=int, help=f"width of the search in the test (default: 1, greedy; with --lm {decode.BEAM})")
+    add("--lm", type=Path, metavar="FILE.arpa", help="n-gram model of words, for the test of a CTC network")
+    add("--lm-weight", type=float, help=f"of its ln p (default: {decode.LM_WEIGHT}, the paper's for LibriSpeech)")
+    add("--word-score", type=float, help=f"added a word, with --lm (default: {decode.WORD_SCORE}, the paper's)")
     add("--rewind-step", type=int, default=0, help="step whose weights are restored (default: 0, initialisation)")
     add("--seed", type=int, default=0, help="of initialisation, order, dropout, masking (default: 0)")
     add("--margin", type=float, default=0.01, help="WER that a matching ticket may lose (default: 0.01)")
@@ -148,6 +156,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ):  # fmt: skip
         if not low <= value < 2**31:
             p.error(f"{flag} must be at least {low} and below 2^31, got {value}")
+    check_search(p, args)
     if not 0 <= args.save_every < math.inf:
         p.error(f"--save-every must be at least 0, got {args.save_every}")
     if not 0 < args.recipe.lr < math.inf:
@@ -175,19 +184,46 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 IN_MEMORY = 8e9  # bytes of recordings whose features are kept in memory, at most
+
+
+def check_search(p: Parser, args: argparse.Namespace) -> None:
+    """--tokens, --beam and the flags of --lm: their rules and, with --lm, their defaults."""
+    if not re.fullmatch("chars|bpe:[1-9][0-9]{0,8}", args.tokens):
+        p.error(f"--tokens must be chars or bpe:N, N a number of tokens, got {args.tokens!r}")
+    scores = {"lm_weight": decode.LM_WEIGHT, "word_score": decode.WORD_SCORE}
+    if args.lm is None and any(getattr(args, key) is not None for key in scores):
+        p.error("--lm-weight and --word-score need --lm")
+    if args.lm is not None and args.backbone == "rnnt":
+        p.error("--lm goes with CTC (--backbone cnn-lstm or conformer); rnnt has --beam alone")
+    if args.lm is not None and not args.lm.is_file():
+        p.error(f"--lm {args.lm}: no such file")
+    if args.beam is None:
+        args.beam = decode.BEAM if args.lm else 1
+    if not 1 <= args.beam < 2**31:
+        p.error(f"--beam must be at least 1 and below 2^31, got {args.beam}")
+    for key, default in scores.items() if args.lm else ():
+        if getattr(args, key) is None:
+            setattr(args, key, default)
+        if not math.isfinite(getattr(args, key)):
+            p.error(f"--{key.replace('_', '-')} must be a finite number, got {getattr(args, key)}")
+
+
 CHOICES = ("backbone", "sparsity", "size", "prune_rate", "rewind_step", "seed", "margin", "corpus")
-CHOICES += ("train_sets", "valid_sets", "test_sets")
-FLAGS = (*CHOICES, "epochs", "batch_size", "batch_seconds", "accumulate", "lr", "seconds", "amp")
+CHOICES += ("train_sets", "valid_sets", "test_sets", "tokens")
+SEARCH = ("beam", "lm_weight", "word_score")
+FLAGS = (*CHOICES, *SEARCH, "epochs", "batch_size", "batch_seconds", "accumulate", "lr", "seconds", "amp")
 
 
 def configuration(args: argparse.Namespace) -> dict:
     """Everything that decides the result, as JSON: config.json."""
-    config = {name: getattr(args, name) for name in CHOICES}
+    config = {name: getattr(args, name) for name in (*CHOICES, *SEARCH)}
+    config["lm_sha256"] = args.lm and hashlib.sha256(args.lm.read_bytes()).hexdigest()
     config |= dataclasses.asdict(args.recipe) | {"processes": parallel.count()}
     # Not compared when a run is met again (data_sha256 is): but results are equal bit for bit only on one machine.
     config["machine"] = {"device": args.device, "threads": torch.get_num_threads()}
     config["machine"]["data"] = "demo" if args.data == HERE / "demo" else str(args.data.resolve())
     config["machine"]["cache"] = args.cache if isinstance(args.cache, str) else str(args.cache.resolve())
+    config["machine"]["lm"] = args.lm and str(args.lm.resolve())
     return json.loads(json.dumps(config))
 
 
@@ -212,15 +248,21 @@ def command_line(config: dict) -> list[str]:
 # ---------------------------------------------------------------------------- recognise and score
 
 
-def recognise(model, examples: list[data.Example], tokens: list[str], batch_size: int, device: str) -> list[str]:
-    """Greedy transcripts, in the order of the examples; each process recognises its share of them."""
+def recognise(
+    model, examples: list[data.Example], tokens: list[str], batch_size: int, device: str, transcribe=None
+) -> list[str]:
+    """Transcripts, in the order of the examples: greedy, or as decode.transcriber(model, ...) does.
+
+    Each process recognises its share of them.
+    """
     share = examples[parallel.index() :: parallel.count()]
     texts = [""] * len(share)
+    transcribe = transcribe or model.transcribe
     model.eval()
     with torch.inference_mode():
         for indices, batch in data.eval_batches(share, batch_size):
             batch = batch.to(device)
-            for i, ids in zip(indices, model.transcribe(batch.features, batch.input_lengths)):
+            for i, ids in zip(indices, transcribe(batch.features, batch.input_lengths)):
                 texts[i] = data.decode(ids, tokens)
     shares = parallel.gather(texts)
     return [shares[i % len(shares)][i // len(shares)] for i in range(len(examples))]
@@ -363,7 +405,7 @@ def train_round(
 
 def code_sha256() -> str:
     """Hash of the sources that decide a result."""
-    names = ("train", "runs", "parallel", "lottery", "models", "data", "corpora")
+    names = ("train", "runs", "parallel", "lottery", "models", "data", "corpora", "decode")
     sources = [HERE / f"{name}.py" for name in names] + sorted((HERE / "csrc").rglob("*.*"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
@@ -377,6 +419,7 @@ class Setting:
     utterances: dict[str, list[data.Utterance]]
     tokens: list[str]
     model: torch.nn.Module
+    transcribe: Callable  # the search of the test
     counts: list[int]  # kept weights, a round
 
     cache: "str | data.Cache"
@@ -411,7 +454,7 @@ def prepare(args: argparse.Namespace) -> Setting:
         parallel.gather(None)
         utterances = corpora.read(args.corpus, args.data, *sets)
     cache = data.Cache(args.cache) if isinstance(args.cache, Path) else args.cache
-    tokens = data.tokens_of(utterances["train"])
+    tokens = data.tokens_of(utterances["train"], args.tokens)
     torch.manual_seed(args.seed)  # the draw of theta_0
     model = models.build(args.backbone, args.size, len(tokens)).to(args.device)
     total = sum(weight.numel() for weight in lottery.prunable(model).values())
@@ -426,7 +469,10 @@ def prepare(args: argparse.Namespace) -> Setting:
     hashes = parallel.first_then_others(lambda: cache.hash_files(files)) if cached else data.hash_files(files)
     config = configuration(args) | {"data_sha256": data.corpus_sha256(utterances, hashes)}
     counts = lottery.kept_counts(total, args.sparsity, args.prune_rate)
-    return Setting(args, config, utterances, tokens, model, counts, cache)
+    search = {key: getattr(args, key) for key in SEARCH} if args.lm else {"beam": args.beam}
+    words = {word for utterance in utterances["train"] for word in utterance.text.split()}
+    transcribe = decode.transcriber(model, tokens, lm=args.lm, words=words, **search)
+    return Setting(args, config, utterances, tokens, model, transcribe, counts, cache)
 
 
 def run(args: argparse.Namespace, signals: Signals) -> None:
@@ -529,11 +575,12 @@ def scalars_to(folder: Path):
     return SummaryWriter(str(folder))
 
 
-def evaluate_on_tests(model, corpus: Corpus, args: argparse.Namespace, dense: dict | None) -> dict:
+def evaluate_on_tests(setting: Setting, corpus: Corpus, dense: dict | None) -> dict:
     """What a ledger row says of the first test set, and under "other_tests" of each other one; dense: round 0's row."""
-    rows = {}
+    args, rows = setting.args, {}
     for name, examples in corpus.tests.items():
-        hypotheses = recognise(model, examples, corpus.tokens, args.recipe.batch_size, args.device)
+        batch_size, search = args.recipe.batch_size, setting.transcribe
+        hypotheses = recognise(setting.model, examples, corpus.tokens, batch_size, args.device, search)
         found = score([e.text for e in examples], hypotheses)
         row = rows[name] = {f"test_{key}": found[key] for key in ("wer", "cer", "errors", "words")}
         if dense is not None:
@@ -563,7 +610,7 @@ def search(setting: Setting, corpus: Corpus, rows: list[dict], keeper: Keeper, k
     def evaluate(model: torch.nn.Module) -> dict:
         started = time.monotonic()
         row = {"valid_wer": at.best_wer, "best_epoch": at.best_epoch}
-        row |= evaluate_on_tests(model, corpus, args, rows[0] if at_round else None)
+        row |= evaluate_on_tests(setting, corpus, rows[0] if at_round else None)
         seconds = round(at.seconds + time.monotonic() - started, 1)
         return row | {"seconds": seconds, "waited": round(at.waited, 3), "resumed": at.resumed}
 
@@ -582,6 +629,8 @@ def retrain(run: Path, number: int) -> None:
         if not 0 <= number < len(rows):
             raise IndexError(f"the ledger has {len(rows)} rounds")
         argv = command_line(config)
+        if config["lm_sha256"]:
+            argv += ["--lm", config["machine"]["lm"]]
         row = rows[number]
         where = ["--data", config["machine"]["data"], "--device", row["device"], "--cache", config["machine"]["cache"]]
         args = parse([*argv, *where, "--out", str(run)])
@@ -615,7 +664,7 @@ def retrain(run: Path, number: int) -> None:
         ticket.prune(rows[number + 1]["kept"])
         compared["mask_sha256"] = lottery.sha256(ticket.masks)
     setting.model.load_state_dict(at.best)
-    compared["test_errors"] = evaluate_on_tests(setting.model, corpus, args, None)["test_errors"]
+    compared["test_errors"] = evaluate_on_tests(setting, corpus, None)["test_errors"]
     for what, value in compared.items():
         if value != rows[number + (what == "mask_sha256")][what]:
             raise lottery.LotteryError(f"round {number} trained again differs from the ledger in {what}")

@@ -152,7 +152,9 @@ def small_corpus():
 def trained(ticket, recipe):
     args = argparse.Namespace(recipe=recipe, device="cpu", seed=0, workers=0)
     corpus = small_corpus()
-    return train.train_round(ticket, corpus, train.Setting(args, {}, {}, corpus.tokens, ticket.model, [], "memory"))
+    return train.train_round(
+        ticket, corpus, train.Setting(args, {}, {}, corpus.tokens, ticket.model, None, [], "memory")
+    )
 
 
 def test_best_epoch_is_chosen_on_valid_and_the_model_keeps_the_last():
