@@ -421,7 +421,6 @@ class Setting:
     model: torch.nn.Module
     transcribe: Callable  # the search of the test
     counts: list[int]  # kept weights, a round
-
     cache: "str | data.Cache"
 
     def __post_init__(self):
