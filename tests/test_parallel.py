@@ -12,7 +12,6 @@ import soak
 import torch
 
 import lottery
-import models
 
 ROOT = Path(lottery.__file__).parent
 SCRIPT = f"""
@@ -54,7 +53,7 @@ def finish(process):
     return out
 
 
-@pytest.mark.parametrize("backbone", list(models.BACKBONES))
+@pytest.mark.parametrize("backbone", ["cnn-lstm", "rnnt"])  # with batch norm, and without
 def test_two_processes_come_to_the_masks_of_one_with_the_doubled_batch(backbone, script, corpus, tmp_path):
     one = start(script, corpus, tmp_path / "one", 1, "--backbone", backbone, "--batch-size", 4)
     finish(one)
