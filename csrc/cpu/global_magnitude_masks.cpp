@@ -463,7 +463,8 @@ void select_masks(Chunks<Key>& chunks, int64_t total, int64_t keep, uint64_t inf
   auto [low, high] = sample_bracket(chunks, total, rank, seed);
   if (scan_all(chunks, low, high, room)) {
     const Counts sum = checked_sum(chunks, keep, infinity);
-    if (sum.above <= keep && keep <= sum.above + sum.inside) return keep_candidates(chunks, low, high, keep - sum.above);
+    const int64_t want = keep - sum.above;
+    if (want >= 0 && want <= sum.inside) return keep_candidates(chunks, low, high, want);
     for (auto& chunk : chunks) chunk.candidates = {};
     std::tie(low, high) = sample_bracket(chunks, total, rank, ++seed);
   }

@@ -15,17 +15,23 @@ namespace {
 constexpr int64_t CHUNK = 1 << 15;  // elements a task
 constexpr int64_t BLOCK = 512;      // elements that are looked at before they are written
 
+// All ones where the mask is false, which is only at byte 0, and 0 where it is true. Compared as bytes, then widened.
+template <typename Bits>
+AUDIO_LOTTERY_INLINE Bits pruned(uint8_t mask) {
+  return static_cast<Bits>(static_cast<int8_t>(-(mask == 0)));
+}
+
 // Bits is the unsigned integer of the element's width: AND-ing with 0 or ~0 vectorises, keeps signs and payloads where
 // the mask is true, and makes NaN 0 where it is false. A block with nothing to clear is read, not written: that is the
-// rule for weights, which were zeroed the step before. Any byte of a mask but 0 is true.
+// rule for weights, which were zeroed the step before.
 template <typename Bits>
 AUDIO_LOTTERY_INLINE void hold(Bits* __restrict x, const uint8_t* __restrict mask, int64_t n) {
   for (int64_t start = 0; start < n; start += BLOCK) {
     const int64_t end = std::min(n, start + BLOCK);
     Bits dirty = 0;
-    for (int64_t i = start; i < end; ++i) dirty |= x[i] & static_cast<Bits>((mask[i] != 0) - 1);
+    for (int64_t i = start; i < end; ++i) dirty |= x[i] & pruned<Bits>(mask[i]);
     if (dirty) {
-      for (int64_t i = start; i < end; ++i) x[i] &= static_cast<Bits>(-static_cast<Bits>(mask[i] != 0));
+      for (int64_t i = start; i < end; ++i) x[i] &= static_cast<Bits>(~pruned<Bits>(mask[i]));
     }
   }
 }
