@@ -522,7 +522,7 @@ def bench_save(args: argparse.Namespace) -> None:
     optimizer.step()
     at = runs.Progress(best=lottery.copy_state(model))
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        keeper = runs.Keeper(Path(folder), "", 5, runs.Signals(), None)
+        keeper = runs.Keeper(Path(folder), "", None, runs.Signals(), None)
         keeper.save(ticket, optimizer, schedule, at)  # writes the rewind state too
         seconds = in_turns("cpu", args.repeats, save=lambda: keeper.save(ticket, optimizer, schedule, at))["save"]
         size = (Path(folder) / "checkpoint.safetensors").stat().st_size

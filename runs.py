@@ -70,8 +70,12 @@ class Keeper:
     All processes call it in step; the first one writes, for all.
     """
 
-    def __init__(self, out: Path, run_sha256: str, minutes: float, signals: Signals, kept: "Kept | None"):
-        self.out, self.run, self.seconds, self.signals = out, {"run": run_sha256}, 60 * minutes, signals
+    SHARE = 0.01
+
+    def __init__(self, out: Path, run_sha256: str, minutes: float | None, signals: Signals, kept: "Kept | None"):
+        """minutes: between checkpoints; None: 5, or as many as keep saving below SHARE of the time."""
+        self.out, self.run, self.signals = out, {"run": run_sha256}, signals
+        self.seconds, self.adapts = 300.0 if minutes is None else 60 * minutes, minutes is None
         self.rewind_saved = kept is not None and kept.has_rewind_state
         self.saved = time.monotonic()
         self.parent = ""  # the hash of the masks of the round before
@@ -115,7 +119,9 @@ class Keeper:
             lottery.write_sealed(self.out / "rewind.safetensors", "rewind state", ticket.rewind_state, self.run)
             self.rewind_saved = True
         lottery.write_sealed(self.out / "checkpoint.safetensors", "checkpoint", tensors, about)
-        self.saved = time.monotonic()
+        took, self.saved = time.monotonic() - self.saved, time.monotonic()
+        if self.adapts:
+            self.seconds = max(300.0, took / self.SHARE)
 
 
 def generator_states() -> dict[str, torch.Tensor]:

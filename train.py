@@ -140,7 +140,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--cache", default="memory", metavar="memory|none|DIR", help="where features are kept (default: memory)")
     add("--workers", type=int, default=0, metavar="N", help="processes that prepare features and batches (default: 0)")
     add("--tensorboard", action="store_true", help="write scalars for TensorBoard to the run folder")
-    add("--save-every", type=float, default=5, metavar="MINUTES", help="minutes between checkpoints (default: 5)")
+    add("--save-every", type=float, metavar="MINUTES", help="between checkpoints (default: 5; more if slow to write)")
     add("--plan", action="store_true", help="print what a search costs at paper size, and train nothing")
     add("--out", type=Path, help="run folder (default: runs/BACKBONE-DATA-SIZE-SPARSITY-seedSEED)")
     add("--retrain", nargs=2, metavar=("RUN", "ROUND"), help=argparse.SUPPRESS)  # for lottery.py verify
@@ -157,7 +157,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if not low <= value < 2**31:
             p.error(f"{flag} must be at least {low} and below 2^31, got {value}")
     check_search(p, args)
-    if not 0 <= args.save_every < math.inf:
+    if args.save_every is not None and not 0 <= args.save_every < math.inf:
         p.error(f"--save-every must be at least 0, got {args.save_every}")
     if not 0 < args.recipe.lr < math.inf:
         p.error(f"--lr must be above 0, got {args.recipe.lr}")

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import soak
+import torch
 
 import lottery
+import runs
 import train
 
 ROOT = Path(train.__file__).parent
@@ -369,3 +371,18 @@ def test_an_unwritable_folder_ends_in_one_line(corpus, tmp_path, capsys):
         out = out / "run"
     assert train.main(command(corpus, out)[2:]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_checkpoints_that_are_slow_to_write_are_written_less_often(tmp_path, monkeypatch):
+    """At the default saving takes 1 % of the time at most; a stated --save-every is kept."""
+    now = [0.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(lottery, "write_sealed", lambda *_: now.__setitem__(0, now[0] + 20))
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    rest = lottery.Ticket(model), optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), train.Progress()
+    for minutes, seconds in ((None, 2000), (1, 60)):
+        keeper = train.Keeper(tmp_path, "", minutes, train.Signals(), None)
+        keeper.save(*rest)  # twenty seconds each, of two files
+        keeper.save(*rest)
+        assert keeper.seconds == seconds
