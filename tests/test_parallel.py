@@ -12,6 +12,7 @@ import soak
 import torch
 
 import lottery
+import train
 
 ROOT = Path(lottery.__file__).parent
 SCRIPT = f"""
@@ -86,3 +87,14 @@ def test_two_processes_are_stopped_and_go_on(script, corpus, tmp_path):
     alone = start(script, corpus, tmp_path / "whole", 1, "--batch-size", 2)
     _, said = alone.communicate(timeout=100)
     assert alone.returncode == 2 and "holds another run (processes 2 there, 1 now)" in said
+
+
+def test_processes_that_pruned_differently_are_refused(corpus, tmp_path, monkeypatch, capsys):
+    def gather(value):
+        other = ("0" * 64, value[1]) if isinstance(value, tuple) else value
+        return [value, other] if isinstance(value, tuple) else [value]
+
+    monkeypatch.setattr(train.parallel, "gather", gather)
+    argv = ["--data", str(corpus), "--out", str(tmp_path / "run"), "--epochs", "1", "--sparsity", "0.2"]
+    assert train.main(argv) == 2
+    assert "round 0: the processes have other masks or weights" in capsys.readouterr().err
