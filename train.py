@@ -152,7 +152,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for flag, value, low in (
         ("--epochs", args.recipe.epochs, 1), ("--batch-size", args.recipe.batch_size, 1), ("--seed", args.seed, 0),
         ("--rewind-step", args.rewind_step, 0), ("--margin", args.margin, 0), ("--accumulate", args.accumulate, 1),
-        ("--workers", args.workers, 0), ("--batch-seconds", args.batch_seconds or 1, 1),
+        ("--workers", args.workers, 0), ("--batch-seconds", 1 if args.batch_seconds is None else args.batch_seconds, 1),
     ):  # fmt: skip
         if not low <= value < 2**31:
             p.error(f"{flag} must be at least {low} and below 2^31, got {value}")
