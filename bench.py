@@ -48,19 +48,20 @@ def in_turns(device: str, repeats: int, **functions) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def memory(key: str) -> int:
+    """Bytes of resident memory: VmRSS now, VmHWM at most so far (Linux)."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+
 def peak_memory(function) -> int:
     """Bytes of resident memory that a call adds at its peak, over what was there before (Linux)."""
-
-    def status(key: str) -> int:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
-
     ctypes.CDLL(None).malloc_trim(0)  # so that the call cannot live on memory freed before it
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets VmHWM, the high-water mark
-    before = status("VmRSS")
+    before = memory("VmRSS")
     function()
-    return status("VmHWM") - before
+    return memory("VmHWM") - before
 
 
 # ---------------------------------------------------------------------------- ops
@@ -325,11 +326,6 @@ def training_run(way: str, size: str, steps: int) -> None:
                 parameter.copy_(value)
     held = statistics.median(hold) if hold else 0.0
     print(json.dumps([seconds, held, pruning, peak_of_steps, memory("VmHWM") - before]))
-
-
-def memory(key: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
 
 
 def validate_training() -> None:

@@ -31,6 +31,8 @@ import torchaudio
 from torch import Tensor
 from tqdm import tqdm
 
+from lottery import write_atomically
+
 SAMPLE_RATE = 16_000
 BLANK = "<blank>"  # token 0, of CTC and of the transducer
 SPACE = "▁"  # sentencepiece's: what a BPE piece at the start of a word starts with
@@ -265,7 +267,6 @@ def log1p_stft(waveform: Tensor) -> Tensor:
 
 _TRANSFORMS: dict[str, torch.nn.Module] = {}  # built once: the filter banks cost more than an utterance
 FEATURES = {"log-mel": log_mel, "log1p-stft": log1p_stft}
-BINS = {"log-mel": 80, "log1p-stft": 161}
 
 
 def normalize(features: Tensor) -> Tensor:
@@ -348,7 +349,8 @@ def load_examples(
     the disk. workers: processes that compute beside this one.
     """
     if cache == "none":
-        found = ((Fresh(u, kind, (frames, BINS[kind])), seconds) for u in utterances for frames, seconds in [length(u)])
+        bins = FEATURES[kind](torch.zeros(1)).shape[1]
+        found = ((Fresh(u, kind, (frames, bins)), seconds) for u in utterances for frames, seconds in [length(u)])
     elif isinstance(cache, Cache):
         found = cache.features(utterances, kind, progress, workers)
     else:
@@ -437,24 +439,26 @@ class Cache:
     def hash_files(self, paths: list[Path]) -> dict[Path, str]:
         """hash_files, but a file whose size and time are those of the last start is not read again."""
         index, known = self.folder / "hashes.json", {}
-        with contextlib.suppress(OSError, ValueError):  # damaged or not there: all are read
-            known = dict(json.loads(index.read_text(encoding="utf-8")))
-        stamps = {path: [stat.st_size, stat.st_mtime_ns] for path in paths for stat in [_stat(path)]}
-        self.hashes = {p: known[str(p)][2] for p, s in stamps.items() if known.get(str(p), [])[:2] == s}
-        self.hashes |= hash_files([path for path in stamps if path not in self.hashes])
-        known |= {str(path): [*stamp, self.hashes[path]] for path, stamp in stamps.items()}
-        _write(index, json.dumps(known).encode())
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):  # damaged or not there: all are read
+            rows = json.loads(index.read_text(encoding="utf-8")).items()
+            known = {path: (size, time, sha256) for path, (size, time, sha256) in rows}
+        stamps = {p: (stat.st_size, stat.st_mtime_ns) for p in paths if p not in self.hashes for stat in [_stat(p)]}
+        if stamps:
+            new = {path: known[str(path)][2] for path, s in stamps.items() if known.get(str(path), ())[:2] == s}
+            new |= hash_files([path for path in stamps if path not in new])
+            known |= {str(path): (*stamp, new[path]) for path, stamp in stamps.items()}
+            write_atomically(index, json.dumps(known).encode(), f".{os.getpid()}.tmp")
+            self.hashes |= new
         return self.hashes
 
     def shards(self, utterances: list[Utterance], kind: str) -> list[tuple[Path, list[Utterance]]]:
-        missing = [u.audio for u in utterances if u.audio not in self.hashes]
-        self.hashes |= self.hash_files(missing) if missing else {}
+        hashes = self.hash_files([u.audio for u in utterances])
         steps = (load_audio, to_sample_rate, FEATURES[kind], normalize, features_of)
         code = [inspect.getsource(step) for step in steps] + [torchaudio.__version__, soundfile.__libsndfile_version__]
         found = []
         for start in range(0, len(utterances), self.SHARD):
             part = utterances[start : start + self.SHARD]
-            key = json.dumps([code, [[self.hashes[u.audio], u.offset, u.duration] for u in part]])
+            key = json.dumps([code, [[hashes[u.audio], u.offset, u.duration] for u in part]])
             found.append((self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors", part))
         return found
 
@@ -467,11 +471,12 @@ class Cache:
         for path, _ in shards:
             try:
                 table = _opened(path).get_tensor("table").tolist()
+                _, bins = _opened(path).get_slice("features").get_shape()
             except (OSError, safetensors.SafetensorError) as error:
                 raise DataError(f"{path}: damaged ({error}): delete it, and it is computed again") from None
             start = 0
             for frames, samples, crc32 in table:
-                yield Stored(path, start, (frames, BINS[kind]), crc32), samples / SAMPLE_RATE
+                yield Stored(path, start, (frames, bins), crc32), samples / SAMPLE_RATE
                 start += frames
 
 
@@ -490,25 +495,12 @@ class _Shards(torch.utils.data.Dataset):
             found = [features_of(utterance, self.kind) for utterance in utterances]
             rows = [(len(f), round(s * SAMPLE_RATE), zlib.crc32(f.contiguous().numpy())) for f, s in found]
             content = {"features": torch.cat([f for f, _ in found]), "table": torch.tensor(rows, dtype=torch.int64)}
-            _write(path, safetensors.torch.save(content))
+            write_atomically(path, safetensors.torch.save(content), f".{os.getpid()}.tmp")
         except OSError as error:
             return DataError(f"{path}: cannot write the cache ({error.strerror})")
         except DataError as error:
             return error
         return None
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all, whoever else writes the same file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _stat(path: Path) -> os.stat_result:

@@ -190,8 +190,8 @@ def weight_uses(model: nn.Module, call: Callable[[], object]) -> dict[str, int]:
     uses = dict.fromkeys(names.values(), 0)
 
     def count(module, inputs, output):
-        out = output[0] if isinstance(output, tuple) else output
-        for weight in module.parameters(recurse=False):
+        out = (output[0] if isinstance(output, tuple) else output).data  # of a packed sequence too
+        for weight in module.parameters(recurse=isinstance(module, nn.MultiheadAttention)):  # calls out_proj unseen
             if id(weight) in names:
                 convolution = isinstance(module, nn.modules.conv._ConvNd)
                 uses[names[id(weight)]] += out.numel() // (module.out_channels if convolution else out.shape[-1])
@@ -468,9 +468,12 @@ FORMAT = "audio-lottery 1"
 SEAL = b'"about":"sha256:'
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary file, fsync, rename, fsync the folder: the file is whole, old or new, at any instant."""
-    temporary = path.with_name(path.name + ".tmp")
+def write_atomically(path: Path, content: bytes, suffix: str = ".tmp") -> None:
+    """Write to a temporary file, fsync, rename, fsync the folder: the file is whole, old or new, at any instant.
+
+    suffix: of the temporary file; processes that may write one file at once need one each.
+    """
+    temporary = path.with_name(path.name + suffix)
     try:
         with open(temporary, "wb") as file:
             file.write(content)

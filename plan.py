@@ -12,14 +12,16 @@ TERAFLOPS = 20  # sustained by one GPU: an assumption; recurrent layers run far 
 TOKENS_A_SECOND = 15  # characters of read English
 
 
-def multiply_adds(backbone: str, size: str, tokens: int = 29, seconds: int = 4) -> float:
-    """Multiply-adds of the loss per second of speech, forward."""
-    model = models.build(backbone, size, tokens)
+def multiply_adds(backbone: str) -> float:
+    """Multiply-adds of the loss per second of speech, forward, at paper size with the paper's 29 tokens."""
+    seconds, tokens = 4, 29
+    model = models.build(backbone, "paper", tokens)
     uses = per_utterance(model, seconds, tokens)
     return sum(uses[name] * weight.numel() for name, weight in lottery.prunable(model).items()) / seconds
 
 
 def per_utterance(model: torch.nn.Module, seconds: int, tokens: int) -> dict[str, int]:
+    """How often each weight multiplies in the loss of one utterance."""
     frames, text = torch.tensor([100 * seconds]), torch.tensor([TOKENS_A_SECOND * seconds])
     bins = models.CnnLstm.BINS[model.features]
     targets = torch.randint(1, tokens, (1, int(text)))
@@ -32,7 +34,7 @@ def table(epochs: int, prune_rate: float) -> str:
     columns = ["backbone", "multiply-adds a second of speech", "training speech", *(f"{s:.1%}" for s in SPARSITIES)]
     lines = [report.markdown_line(columns), report.markdown_line(["---"] * len(columns))]
     for backbone in models.BACKBONES:
-        forward = multiply_adds(backbone, "paper")
+        forward = multiply_adds(backbone)
         for corpus, hours in HOURS.items():
             row = [backbone, f"{forward / 1e9:.2f} G", f"{corpus}, {hours} h"]
             for sparsity in SPARSITIES:

@@ -25,6 +25,10 @@ def markdown_line(texts: list[str]) -> str:
     return f"| {' | '.join(texts)} |"
 
 
+def markdown_table(ledger: list[dict]) -> list[str]:
+    return [markdown_line(COLUMNS), markdown_line(["---:"] * 7 + [":---"]), *(markdown_line(cells(r)) for r in ledger)]
+
+
 def summary(ledger: list[dict]) -> list[str]:
     """The dense model, the sparsest ticket that is not behind it, and the best one."""
     dense, tickets = ledger[0], ledger[1:]
@@ -60,12 +64,9 @@ def write_report(out: Path, config: dict, ledger: list[dict]) -> None:
         "the prunable weights, `of all` of all parameters."
     )
     lines = [f"# {config['backbone']} on {config['machine']['data']}, seed {config['seed']}", ""]
-    lines += [*(f"- {line}" for line in summary(ledger)), "", explained, ""]
-    lines += [markdown_line(COLUMNS), markdown_line(["---:"] * 7 + [":---"])]
-    lines += [markdown_line(cells(row)) for row in ledger]
+    lines += [*(f"- {line}" for line in summary(ledger)), "", explained, "", *markdown_table(ledger)]
     for name in ledger[0].get("other_tests", {}):
-        lines += ["", f"{name}:", "", markdown_line(COLUMNS), markdown_line(["---:"] * 7 + [":---"])]
-        lines += [markdown_line(cells(row | row["other_tests"][name])) for row in ledger]
+        lines += ["", f"{name}:", "", *markdown_table([row | row["other_tests"][name] for row in ledger])]
     lines += ["", "![WER and CER against remaining weights](report.png)", ""]
     lines += ["```json", json.dumps(config, indent=2), "```", ""]
     lottery.write_atomically(out / "report.md", "\n".join(lines).encode())

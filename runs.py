@@ -70,7 +70,7 @@ class Keeper:
     All processes call it in step; the first one writes, for all.
     """
 
-    SHARE = 0.01
+    SHARE = 0.01  # of the time, for saving, at most
 
     def __init__(self, out: Path, run_sha256: str, minutes: float | None, signals: Signals, kept: "Kept | None"):
         """minutes: between checkpoints; None: 5, or as many as keep saving below SHARE of the time."""
@@ -82,7 +82,7 @@ class Keeper:
 
     def after_step(self, ticket: lottery.Ticket, optimizer, schedule, at: Progress) -> None:
         """Save if it is time, or if a signal came to any of the processes; after a signal, raise Stopped."""
-        due = time.monotonic() - self.saved >= self.seconds
+        due = not parallel.index() and time.monotonic() - self.saved >= self.seconds  # the one that writes decides
         number = parallel.largest(self.signals.number)
         if number or parallel.largest(due):
             self.save(ticket, optimizer, schedule, at)
@@ -90,8 +90,7 @@ class Keeper:
             raise Stopped(number)
 
     def save(self, ticket: lottery.Ticket, optimizer, schedule, at: Progress) -> None:
-        generators = parallel.gather(generator_states())
-        self.saved = time.monotonic()
+        generators, started = parallel.gather(generator_states()), time.monotonic()
         if parallel.index():
             return
         model, tensors = ticket.model, {}
@@ -119,9 +118,9 @@ class Keeper:
             lottery.write_sealed(self.out / "rewind.safetensors", "rewind state", ticket.rewind_state, self.run)
             self.rewind_saved = True
         lottery.write_sealed(self.out / "checkpoint.safetensors", "checkpoint", tensors, about)
-        took, self.saved = time.monotonic() - self.saved, time.monotonic()
+        self.saved = time.monotonic()
         if self.adapts:
-            self.seconds = max(300.0, took / self.SHARE)
+            self.seconds = max(300.0, (self.saved - started) / self.SHARE)
 
 
 def generator_states() -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -97,7 +97,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def flags() -> Parser:
     recipe = {size: RECIPES["rnnt", size] for size in ("demo", "paper")}
 
     def default(field: str) -> str:
@@ -144,6 +144,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--plan", action="store_true", help="print what a search costs at paper size, and train nothing")
     add("--out", type=Path, help="run folder (default: runs/BACKBONE-DATA-SIZE-SPARSITY-seedSEED)")
     add("--retrain", nargs=2, metavar=("RUN", "ROUND"), help=argparse.SUPPRESS)  # for lottery.py verify
+    return p
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags with their defaults and the recipe filled in. What cannot be is one line and exit code 2."""
+    p = flags()
     args = p.parse_args(argv)
     args.recipe = RECIPES[args.backbone, "paper" if args.plan else args.size]
     names = ("epochs", "batch_size", "batch_seconds", "accumulate", "lr", "seconds", "amp")
@@ -181,9 +187,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     name = f"{args.backbone}-{args.data.resolve().name}-{args.size}-{args.sparsity:g}-seed{args.seed}"
     args.out = args.out or Path("runs") / name
     return args
-
-
-IN_MEMORY = 8e9  # bytes of recordings whose features are kept in memory, at most
 
 
 def check_search(p: Parser, args: argparse.Namespace) -> None:
@@ -340,7 +343,6 @@ def train_round(
     label = f"round {ticket.round}"
     bar = tqdm(total=ends[-1], desc=label, unit="step", disable=True if parallel.index() else None, leave=False)
     bar.update(schedule.last_epoch)
-    loss_of, autocast = setting.loss, torch.autocast(args.device, torch.bfloat16, enabled=recipe.amp)
     started = said = time.monotonic()
     started -= at.seconds
     for number in range(at.epoch, recipe.epochs):
@@ -353,18 +355,7 @@ def train_round(
         while at.batch < len(epoch):
             optimizer.zero_grad()
             parts = range(at.batch, min(at.batch + recipe.accumulate, len(epoch)))
-            utterances, loss = sum(len(epoch.chunks[i]) for i in parts), 0.0
-            for i in parts:
-                asked = time.monotonic()
-                batch = next(batches)
-                at.waited += time.monotonic() - asked
-                batch = batch.to(args.device)
-                with contextlib.nullcontext() if i == parts[-1] else parallel.without_averaging(loss_of):
-                    with autocast:
-                        part = loss_of(batch.features, batch.input_lengths, batch.targets, batch.target_lengths)
-                    # a mean over this part's utterances; the step's is over those of all parts and processes
-                    (part * (epoch.weight(i) * parallel.count() / utterances)).backward()
-                loss += part.item() * epoch.weight(i)
+            loss = add_gradients(setting, epoch, parts, batches, at)
             ticket.hold()
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             optimizer.step()
@@ -398,6 +389,27 @@ def train_round(
     if keeper:
         keeper.save(ticket, optimizer, schedule, at)
     return at
+
+
+def add_gradients(setting: "Setting", epoch: data.Epoch, parts: range, batches: Iterator, at: Progress) -> float:
+    """Forward and backward over the batches `parts` of the epoch, which make up one step, as the next of `batches`.
+
+    Gradients are of the mean loss over all of their utterances, in all processes. Returns the sum of this one's losses.
+    """
+    device, loss_of = setting.args.device, setting.loss
+    utterances, total = sum(len(epoch.chunks[i]) for i in parts), 0.0
+    for i in parts:
+        asked = time.monotonic()
+        batch = next(batches)
+        at.waited += time.monotonic() - asked
+        batch = batch.to(device)
+        with contextlib.nullcontext() if i == parts[-1] else parallel.without_averaging(loss_of):
+            with torch.autocast(device, torch.bfloat16, enabled=setting.args.recipe.amp):
+                loss = loss_of(batch.features, batch.input_lengths, batch.targets, batch.target_lengths)
+            # a mean over this batch's share; DistributedDataParallel divides by the number of processes
+            (loss * (epoch.weight(i) * parallel.count() / utterances)).backward()
+        total += loss.item() * epoch.weight(i)
+    return total
 
 
 # ---------------------------------------------------------------------------- the whole
@@ -443,6 +455,9 @@ class Setting:
         return list(itertools.accumulate(steps))
 
 
+IN_MEMORY = 8e9  # bytes of recordings whose features are kept in memory, at most
+
+
 def prepare(args: argparse.Namespace) -> Setting:
     if args.corpus == "manifests":
         utterances = data.read_corpus(args.data)
@@ -468,9 +483,9 @@ def prepare(args: argparse.Namespace) -> Setting:
     hashes = parallel.first_then_others(lambda: cache.hash_files(files)) if cached else data.hash_files(files)
     config = configuration(args) | {"data_sha256": data.corpus_sha256(utterances, hashes)}
     counts = lottery.kept_counts(total, args.sparsity, args.prune_rate)
-    search = {key: getattr(args, key) for key in SEARCH} if args.lm else {"beam": args.beam}
+    options = {key: getattr(args, key) for key in SEARCH} if args.lm else {"beam": args.beam}
     words = {word for utterance in utterances["train"] for word in utterance.text.split()}
-    transcribe = decode.transcriber(model, tokens, lm=args.lm, words=words, **search)
+    transcribe = decode.transcriber(model, tokens, lm=args.lm, words=words, **options)
     return Setting(args, config, utterances, tokens, model, transcribe, counts, cache)
 
 
@@ -564,9 +579,12 @@ def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signa
         if number:  # came during the test: the round's checkpoint is there
             raise Stopped(number)
     signals.deferred = False
+    if board:
+        board.close()
 
 
 def scalars_to(folder: Path):
+    """A writer for TensorBoard. It writes by itself every two minutes, and at its close."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -578,8 +596,9 @@ def evaluate_on_tests(setting: Setting, corpus: Corpus, dense: dict | None) -> d
     """What a ledger row says of the first test set, and under "other_tests" of each other one; dense: round 0's row."""
     args, rows = setting.args, {}
     for name, examples in corpus.tests.items():
-        batch_size, search = args.recipe.batch_size, setting.transcribe
-        hypotheses = recognise(setting.model, examples, corpus.tokens, batch_size, args.device, search)
+        hypotheses = recognise(
+            setting.model, examples, corpus.tokens, args.recipe.batch_size, args.device, setting.transcribe
+        )
         found = score([e.text for e in examples], hypotheses)
         row = rows[name] = {f"test_{key}": found[key] for key in ("wer", "cer", "errors", "words")}
         if dense is not None:
@@ -663,9 +682,10 @@ def retrain(run: Path, number: int) -> None:
         ticket.prune(rows[number + 1]["kept"])
         compared["mask_sha256"] = lottery.sha256(ticket.masks)
     setting.model.load_state_dict(at.best)
-    compared["test_errors"] = evaluate_on_tests(setting, corpus, None)["test_errors"]
+    tested = evaluate_on_tests(setting, corpus, rows[0] if number else None)
+    compared |= {what: tested[what] for what in ("other_tests", "test_errors") if what in tested}
     for what, value in compared.items():
-        if value != rows[number + (what == "mask_sha256")][what]:
+        if value != rows[number + (what == "mask_sha256")].get(what):
             raise lottery.LotteryError(f"round {number} trained again differs from the ledger in {what}")
     print(f"ok      round {number} trained again: {', '.join(compared)} are the ledger's, bit for bit")
 

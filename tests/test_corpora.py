@@ -10,6 +10,7 @@ import pytest
 import soak
 import soundfile
 import torchaudio
+from test_resume import forge
 
 import corpora
 import data
@@ -436,6 +437,13 @@ def test_a_ticket_of_each_corpus_stopped_and_taken_up_again(corpus, tmp_path, mo
         assert len(others["test-other"]["test_errors"]) + len(rows[1]["test_errors"]) == 4
         assert "test-other" in (tmp_path / "run" / "report.md").read_text()
     train.retrain(tmp_path / "run", 1)
+    if others:  # training again compares all of them
+        errors = others["test-other"]["test_errors"]
+        forge(
+            tmp_path / "run", 1, other_tests={"test-other": others["test-other"] | {"test_errors": errors[::-1] + [9]}}
+        )
+        with pytest.raises(lottery.LotteryError, match="differs from the ledger in other_tests"):
+            train.retrain(tmp_path / "run", 1)
 
 
 def test_flags_of_a_corpus(tmp_path, capsys):

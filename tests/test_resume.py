@@ -386,3 +386,13 @@ def test_checkpoints_that_are_slow_to_write_are_written_less_often(tmp_path, mon
         keeper.save(*rest)  # twenty seconds each, of two files
         keeper.save(*rest)
         assert keeper.seconds == seconds
+
+
+def test_only_the_process_that_writes_decides_when_to_save(tmp_path, monkeypatch):
+    """The others do not know how long writing takes."""
+    saved = []
+    monkeypatch.setattr(train.Keeper, "save", lambda *_: saved.append(1))
+    for process, expected in ((1, 0), (0, 1)):
+        monkeypatch.setattr(runs.parallel, "index", lambda: process)  # noqa: B023
+        train.Keeper(tmp_path, "", 0, train.Signals(), None).after_step(None, None, None, None)
+        assert len(saved) == expected
