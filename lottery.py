@@ -96,9 +96,40 @@ def reference_global_magnitude_masks(weights: list[Tensor], masks: list[Tensor],
     return [part.view(mask.shape) for part, mask in zip(kept.split([mask.numel() for mask in masks]), masks)]
 
 
+def check_blocks(weights: list[Tensor], rows: int, columns: int) -> None:
+    """What csrc/checks.h refuses of blocks."""
+    if rows < 1 or columns < 1:
+        raise ValueError(f"rows and columns of a block must be at least 1, got {rows} and {columns}")
+    for i, weight in enumerate(weights):
+        if weight.dim() < 2:
+            raise ValueError(f"weights[{i}] must have two or more dimensions to be cut into blocks, got {weight.dim()}")
+
+
+def reference_block_norms(weights: list[Tensor], rows: int, columns: int) -> list[Tensor]:
+    """L1 norms of the blocks of each weight, seen as R x C: out_features x the rest.
+
+    Returns (ceil(R / rows), ceil(C / columns)) float64 tensors. Blocks start at the first row and column; those at the
+    far edges are what is left there. |w| is summed in float64 along a block's rows, the first row first, on any device.
+    """
+    check_blocks(weights, rows, columns)
+    norms = []
+    for weight in weights:
+        matrix = weight.flatten(1).abs().double()
+        down, across = -(-matrix.shape[0] // rows), -(-matrix.shape[1] // columns)
+        padding = (0, across * columns - matrix.shape[1], 0, down * rows - matrix.shape[0])  # x + 0.0 is x
+        blocks = nn.functional.pad(matrix, padding).view(down, rows, across, columns)
+        norm = matrix.new_zeros(down, across)
+        for i in range(rows):
+            for j in range(columns):
+                norm += blocks[:, i, :, j]
+        norms.append(norm)
+    return norms
+
+
 class Ops(NamedTuple):
     hold_ticket_: Callable[[list[Tensor], list[Tensor], list[Tensor]], None]
     global_magnitude_masks: Callable[[list[Tensor], list[Tensor], int], list[Tensor]]
+    block_norms: Callable[[list[Tensor], int, int], list[Tensor]]
     path: str  # which path this is, for the line at start-up
 
 
@@ -107,7 +138,8 @@ def choose_ops() -> Ops:
     try:
         import _lottery  # registers torch.ops.audio_lottery
     except ImportError as error:
-        return Ops(reference_hold_ticket_, reference_global_magnitude_masks, f"pure PyTorch ({error})")
+        references = reference_hold_ticket_, reference_global_magnitude_masks, reference_block_norms
+        return Ops(*references, f"pure PyTorch ({error})")
     compiled, facts = torch.ops.audio_lottery, _lottery.build_facts()
     torch.library.register_fake("audio_lottery::hold_ticket_", _check_tensors)
 
@@ -116,6 +148,13 @@ def choose_ops() -> Ops:
         _check_tensors(weights, [], masks)
         return [mask.new_empty(mask.shape) for mask in masks]
 
+    @torch.library.register_fake("audio_lottery::block_norms")
+    def fake_norms(weights, rows, columns):
+        check_blocks(weights, rows, columns)
+        matrices = [weight.flatten(1) for weight in weights]
+        shapes = [(-(-m.shape[0] // rows), -(-m.shape[1] // columns)) for m in matrices]
+        return [m.new_empty(shape, dtype=torch.float64) for m, shape in zip(matrices, shapes)]
+
     def on_its_devices(op, reference):  # a build without CUDA leaves tensors on a GPU to the reference
         devices = {"cpu", "cuda"} if facts["cuda"] else {"cpu"}
         return lambda weights, *rest: (op if {w.device.type for w in weights} <= devices else reference)(weights, *rest)
@@ -123,6 +162,7 @@ def choose_ops() -> Ops:
     return Ops(
         on_its_devices(compiled.hold_ticket_, reference_hold_ticket_),
         on_its_devices(compiled.global_magnitude_masks, reference_global_magnitude_masks),
+        on_its_devices(compiled.block_norms, reference_block_norms),
         f"compiled C++ ({facts['instructions']}, {'OpenMP' if facts['openmp'] else 'one thread'})"
         + (f" and CUDA ({facts['cuda']})" if facts["cuda"] else ""),
     )
@@ -789,9 +829,9 @@ def rounds_of(rows: list[dict], settings: dict) -> list[int]:
 def check_chain(rows: list[dict], settings: dict) -> None:
     """Raise LotteryError unless the rows are the settings' rounds, in one chain from them on, with exact counts."""
     try:
-        previous = hash_json(settings)
+        previous, rounds = hash_json(settings), rounds_of(rows, settings) if rows else []
         for number, row in enumerate(rows):
-            if row["round"] != rounds_of(rows, settings)[number]:
+            if [row["round"]] != rounds[number : number + 1]:
                 raise LotteryError(f"line {number + 1} is round {row['round']}")
             if row["previous"] != previous:
                 before = f"round {rows[number - 1]['round']}" if number else "the configuration"
@@ -804,7 +844,7 @@ def check_chain(rows: list[dict], settings: dict) -> None:
             counts = unit_counts(rows, settings)[: len(rows)]
             if kept != counts:
                 raise LotteryError(f"kept counts are {kept}, not {counts}")
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, LotteryError):
             raise
         raise LotteryError(f"a value is missing or of the wrong kind ({type(error).__name__}: {error})") from None
