@@ -263,7 +263,7 @@ def test_blocks_by_hand():
 
 
 def test_layers_by_hand():
-    # ranks of a, the largest first: 6 5 4 3 2 1; scores 6 / (rank + 1/2) = 12, 4, 2.4, 1.71, 1.33, 1.09; b: 8, 2.67, 1.6, 1.14
+    # n / (rank + 1/2), the largest weight first: a 12, 4, 2.4, 1.71, 1.33, 1.09; b 8, 2.67, 1.6, 1.14
     shares = [{n: int(m.sum()) for n, m in pruned(lottery.Pruning(scope="layer"), keep).items()} for keep in range(11)]
     assert [(s["a"], s["b"]) for s in shares] == [
         (0, 0), (1, 0), (1, 1), (2, 1), (2, 2), (3, 2), (4, 2), (4, 3), (5, 3), (5, 4), (6, 4)
