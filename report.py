@@ -164,7 +164,7 @@ def tables(methods: list[Method]) -> list[str]:
         for m in methods
     ]
     rows += [[f"paper: {row[1]}", *row[2:]] for row in PAPER if row[0] == methods[0].settings["backbone"]]
-    lines = [*plan.markdown([*columns, "source"], rows), "", CAVEAT, ""]
+    lines = [*plan.markdown([*columns, "source"], rows), ""]
     points = [(method, point) for method in methods for point in method.points.values()]
     tests = dict.fromkeys(test for _, point in points for test in point.tests())
     rows = [merged_cells(m, point, test) for test in tests for m, point in points if test in point.tests()]
@@ -219,7 +219,7 @@ def claims(title: str, methods: list[Method]) -> list[str]:
 
 
 def merged_report(groups: dict[str, list[Method]], pictures: bool) -> str:
-    lines = ["# Tickets: seeds and methods", "", EXPLAINED]
+    lines = ["# Tickets: seeds and methods", "", EXPLAINED, "", CAVEAT]
     for title, methods in groups.items():
         lines += ["", f"## {title}", "", *tables(methods)]
         if pictures:

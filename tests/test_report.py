@@ -195,13 +195,17 @@ def test_command_prints_and_writes(tmp_path, capsys):
     assert "(cnn-lstm-on-demo-demo-size-layers.png)" in (tmp_path / "out" / "report.md").read_text()
 
 
+def edit(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
+
+
 @pytest.mark.parametrize(
     "damage, said",
     [
         (lambda run: (run / "ledger.jsonl").write_bytes(b"{}\n"), "a value is missing"),
         (lambda run: (run / "ledger.jsonl").write_bytes(b"[\n"), "line 1: not a row of a ledger"),
         (lambda run: (run / "config.json").write_text("{"), "not a run folder"),
-        (lambda run: (run / "config.json").write_text('{"seed": 0}'), "round 0 does not follow the configuration"),
+        (lambda run: edit(run / "config.json", '"seed": 0', '"seed": 1'), "round 0 does not follow the configuration"),
         (lambda run: (run / "ledger.jsonl").unlink(), "cannot read the ledger"),
         (lambda run: (run / "ledger.jsonl").write_bytes(b""), "no run with a finished round"),
     ],
