@@ -641,7 +641,7 @@ def run(args: argparse.Namespace, signals: Signals) -> None:
             if not all((args.out / name).exists() for name in ("report.md", "report.png")):
                 report.write_report(args.out, config, rows)
             (args.out / "checkpoint.safetensors").unlink(missing_ok=True)
-    print("\n".join(report.summary(rows)))
+    print("\n".join(report.summary(setting.config, rows)))
     print(f"{args.out}: ledger.jsonl, ticket.safetensors, report.md, report.png")
 
 
