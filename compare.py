@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import controls
 import lottery
 import models
 import plan
@@ -28,15 +29,7 @@ ROW |= {"test_wer", "test_cer", "test_errors", "test_words"}
 
 def load(path: Path) -> Run:
     """The finished rounds of a run folder. Raises LotteryError unless they are one chain from the settings on."""
-    try:
-        config = dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise lottery.LotteryError(f"{path}: not a run folder: no config.json that can be read") from None
-    rows = lottery.read_ledger(path / "ledger.jsonl")
-    try:
-        lottery.check_chain(rows, lottery.settings_of(config))
-    except lottery.LotteryError as error:
-        raise lottery.LotteryError(f"{path / 'ledger.jsonl'}: {error} (see lottery.py verify)") from None
+    config, rows = controls.read_run(path)
     missing = (CONFIG - config.keys()).union(*(ROW - row.keys() for row in rows))
     if missing:
         raise lottery.LotteryError(f"{path}: not a run of train.py: it has no {', '.join(sorted(missing))}")

@@ -57,13 +57,16 @@ class Source:
 
 
 def read_run(path: Path) -> tuple[dict, list[dict]]:
-    """Configuration and ledger of a run folder. Raises LotteryError."""
+    """Configuration and ledger of a run folder. Raises LotteryError unless they are one chain."""
     try:
         config = dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise lottery.LotteryError(f"{path}: not a run ({type(error).__name__}: {error})") from None
+    except (OSError, ValueError, TypeError):
+        raise lottery.LotteryError(f"{path}: not a run folder: no config.json that can be read") from None
     rows = lottery.read_ledger(path / "ledger.jsonl")
-    lottery.check_chain(rows, lottery.settings_of(config))
+    try:
+        lottery.check_chain(rows, lottery.settings_of(config))
+    except lottery.LotteryError as error:
+        raise lottery.LotteryError(f"{path / 'ledger.jsonl'}: {error} (see lottery.py verify)") from None
     return config, rows
 
 
