@@ -9,6 +9,7 @@ import argparse
 import bisect
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -38,6 +39,7 @@ import parallel
 import plan
 import report
 from data import SpecAugment
+from noise import Noise
 from runs import Keeper, Kept, Progress, Signals, Stopped, locked, read_run
 
 HERE = Path(__file__).resolve().parent
@@ -91,6 +93,36 @@ def low_high(text: str) -> tuple[float, float]:
     return low, high
 
 
+def decibels(text: str, separator: str) -> tuple[float, ...]:
+    """Numbers between the separators, each in [-100, 100]."""
+    values = tuple(map(float, text.split(separator)))
+    if not all(-100 <= value <= 100 for value in values):
+        raise ValueError
+    return values
+
+
+def snr_range(text: str) -> tuple[float, float]:
+    """LO:HI, in dB."""
+    try:
+        low, high = decibels(text, ":")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be LO:HI, two numbers of dB in [-100, 100], got {text!r}") from None
+    if low > high:
+        raise argparse.ArgumentTypeError(f"must be LO:HI with LO <= HI, got {text!r}")
+    return low, high
+
+
+def snr_list(text: str) -> tuple[float, ...]:
+    """A,B,..., in dB."""
+    try:
+        values = decibels(text, ",")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be A,B,..., numbers of dB in [-100, 100], got {text!r}") from None
+    if len({f"{value:g}" for value in values}) < len(values):
+        raise argparse.ArgumentTypeError(f"must not name an SNR twice, got {text!r}")
+    return values
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, exit code 2 (argparse prints its usage above it)."""
@@ -142,8 +174,12 @@ def flags() -> Parser:
     add("--tensorboard", action="store_true", help="write scalars for TensorBoard to the run folder")
     add("--save-every", type=float, metavar="MINUTES", help="between checkpoints (default: 5; more if slow to write)")
     add("--plan", action="store_true", help="print what a search costs at paper size, and train nothing")
+    add("--noise", type=Path, metavar="DIR", help="recordings to add: DIR/train in training, DIR/test in the test")
+    add("--snr", type=snr_range, metavar="LO:HI", help="speech over noise in training, in dB (valid stays clean)")
+    add("--test-snr", type=snr_list, metavar="A,B,...", help="in dB, one more test each, e.g. 20,10,5,0")
     add("--out", type=Path, help="run folder (default: runs/BACKBONE-DATA-SIZE-SPARSITY-seedSEED)")
     add("--retrain", nargs=2, metavar=("RUN", "ROUND"), help=argparse.SUPPRESS)  # for lottery.py verify
+    p._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's: --snr -5:10 is a value and not a flag
     return p
 
 
@@ -177,6 +213,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error(f"--corpus {args.corpus} wants --data DIR, the folder with the unpacked corpus")
     if args.batch_seconds and args.batch_size:
         p.error("--batch-size and --batch-seconds: only one of them can say how large a batch is")
+    if args.noise and args.snr is None and args.test_snr is None:
+        p.error("--noise needs --snr LO:HI (training), --test-snr A,B,... (test) or both")
+    if not args.noise and not (args.snr is None and args.test_snr is None):
+        p.error("--snr and --test-snr need --noise DIR")
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: torch finds no CUDA device here")
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
@@ -215,6 +255,7 @@ CHOICES = ("backbone", "sparsity", "size", "prune_rate", "rewind_step", "seed", 
 CHOICES += ("train_sets", "valid_sets", "test_sets", "tokens")
 SEARCH = ("beam", "lm_weight", "word_score")
 FLAGS = (*CHOICES, *SEARCH, "epochs", "batch_size", "batch_seconds", "accumulate", "lr", "seconds", "amp")
+FLAGS += ("snr", "test_snr")
 
 
 def configuration(args: argparse.Namespace) -> dict:
@@ -227,6 +268,8 @@ def configuration(args: argparse.Namespace) -> dict:
     config["machine"]["data"] = "demo" if args.data == HERE / "demo" else str(args.data.resolve())
     config["machine"]["cache"] = args.cache if isinstance(args.cache, str) else str(args.cache.resolve())
     config["machine"]["lm"] = args.lm and str(args.lm.resolve())
+    config["machine"]["noise"] = args.noise and str(args.noise.resolve())
+    config |= {"snr": args.snr, "test_snr": args.test_snr}
     return json.loads(json.dumps(config))
 
 
@@ -237,8 +280,8 @@ def command_line(config: dict) -> list[str]:
         flag, value = f"--{name.replace('_', '-')}", config[name]
         if name == "batch_size" and config["batch_seconds"]:
             continue
-        if name == "seconds":
-            value = f"{value[0]}:{value[1]}"
+        if name in ("seconds", "snr", "test_snr") and value:
+            value = ("," if name == "test_snr" else ":").join(map(str, value))
         if value is True:
             argv.append(flag)
         elif isinstance(value, list):
@@ -288,15 +331,18 @@ class Corpus:
 
     def __init__(
         self, utterances: dict[str, list[data.Utterance]], tokens: list[str], model, seconds=(0.0, math.inf),
-        cache: "str | data.Cache" = "memory", workers: int = 0,
+        cache: "str | data.Cache" = "memory", workers: int = 0, noise: Noise | None = None,
     ):  # fmt: skip
         self.tokens = tokens
 
+        def examples(split: str, name: str, **how) -> list[data.Example]:
+            return data.load_examples(
+                utterances[split], tokens, model.features, f"features of {name}", cache, workers, **how
+            )
+
         def load() -> dict[str, list[data.Example]]:
-            return {
-                split: data.load_examples(part, tokens, model.features, f"features of {split}", cache, workers)
-                for split, part in utterances.items()
-            }
+            noisy = noise is not None and noise.snr is not None
+            return {split: examples(split, split, fresh=noisy and split == "train") for split in utterances}
 
         splits = parallel.first_then_others(load) if isinstance(cache, data.Cache) else load()
         print(f"data: {', '.join(f'{len(part)} {split}' for split, part in splits.items())} utterances")
@@ -320,6 +366,12 @@ class Corpus:
             if unseen:
                 counts = ", ".join(f"{c!r} x {n}" for c, n in sorted(unseen.items()))
                 print(f"data: {split} has characters that train has not, counted as errors: {counts}")
+        if noise:
+            print(f"noise: {noise}")
+            for split, snr in itertools.product(list(self.tests), noise.test_snr):
+                mixes = [functools.partial(noise.for_test, snr=snr, index=i) for i in range(len(utterances[split]))]
+                name = f"{split} at {snr:g} dB"
+                self.tests[name] = examples(split, name, mixes=mixes)
 
 
 def train_round(
@@ -417,7 +469,7 @@ def add_gradients(setting: "Setting", epoch: data.Epoch, parts: range, batches: 
 
 def code_sha256() -> str:
     """Hash of the sources that decide a result."""
-    names = ("train", "runs", "parallel", "lottery", "models", "data", "corpora", "decode")
+    names = ("train", "runs", "parallel", "lottery", "models", "data", "corpora", "decode", "noise")
     sources = [HERE / f"{name}.py" for name in names] + sorted((HERE / "csrc").rglob("*.*"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
@@ -434,19 +486,24 @@ class Setting:
     transcribe: Callable  # the search of the test
     counts: list[int]  # kept weights, a round
     cache: "str | data.Cache"
+    noise: Noise | None = None
 
     def __post_init__(self):
         self.loss = parallel.loss_of(self.model)
 
     def corpus(self) -> Corpus:
         args = self.args
-        return Corpus(self.utterances, self.tokens, self.model, args.recipe.seconds, self.cache, args.workers)
+        return Corpus(
+            self.utterances, self.tokens, self.model, args.recipe.seconds, self.cache, args.workers, self.noise
+        )
 
     def epoch(self, corpus: Corpus, number: int, augment: SpecAugment | None = None) -> data.Epoch:
         recipe, process, processes = self.args.recipe, parallel.index(), parallel.count()
+        mix = self.noise.for_training if self.noise and self.noise.snr is not None else None
         return data.Epoch(
-            corpus.train, recipe.batch_size, self.args.seed, number, augment, recipe.batch_seconds, process, processes
-        )
+            corpus.train, recipe.batch_size, self.args.seed, number, augment, recipe.batch_seconds, process, processes,
+            mix,
+        )  # fmt: skip
 
     def epoch_ends(self, corpus: Corpus) -> list[int]:
         """Steps after which each epoch of a round ends."""
@@ -482,11 +539,13 @@ def prepare(args: argparse.Namespace) -> Setting:
         )
     hashes = parallel.first_then_others(lambda: cache.hash_files(files)) if cached else data.hash_files(files)
     config = configuration(args) | {"data_sha256": data.corpus_sha256(utterances, hashes)}
+    noise = Noise(args.noise, args.snr, args.test_snr or ()) if args.noise else None
+    config["noise_sha256"] = noise and noise.sha256
     counts = lottery.kept_counts(total, args.sparsity, args.prune_rate)
     options = {key: getattr(args, key) for key in SEARCH} if args.lm else {"beam": args.beam}
     words = {word for utterance in utterances["train"] for word in utterance.text.split()}
     transcribe = decode.transcriber(model, tokens, lm=args.lm, words=words, **options)
-    return Setting(args, config, utterances, tokens, model, transcribe, counts, cache)
+    return Setting(args, config, utterances, tokens, model, transcribe, counts, cache, noise)
 
 
 def run(args: argparse.Namespace, signals: Signals) -> None:
@@ -649,6 +708,8 @@ def retrain(run: Path, number: int) -> None:
         argv = command_line(config)
         if config["lm_sha256"]:
             argv += ["--lm", config["machine"]["lm"]]
+        if config["noise_sha256"]:
+            argv += ["--noise", config["machine"]["noise"]]
         row = rows[number]
         where = ["--data", config["machine"]["data"], "--device", row["device"], "--cache", config["machine"]["cache"]]
         args = parse([*argv, *where, "--out", str(run)])
