@@ -13,6 +13,8 @@ TORCH_LIBRARY(audio_lottery, m) {
   m.def("hold_ticket_(Tensor(a!)[] weights, Tensor(b!)[] grads, Tensor[] masks) -> ()");
   // Masks of the `keep` largest |w| among surviving weights; ties: earlier tensor, then lower flat index, is kept.
   m.def("global_magnitude_masks(Tensor[] weights, Tensor[] masks, int keep) -> Tensor[]");
+  // The sum of |w| over each tile of rows x columns of each weight, seen as (size(0), the rest), in float64.
+  m.def("block_norms(Tensor[] weights, int rows, int columns) -> Tensor[]");
 }
 
 // Facts about this build; tensors go through the dispatcher.
