@@ -13,7 +13,7 @@ TORCH_LIBRARY(audio_lottery, m) {
   m.def("hold_ticket_(Tensor(a!)[] weights, Tensor(b!)[] grads, Tensor[] masks) -> ()");
   // Masks of the `keep` largest |w| among surviving weights; ties: earlier tensor, then lower flat index, is kept.
   m.def("global_magnitude_masks(Tensor[] weights, Tensor[] masks, int keep) -> Tensor[]");
-  // Sums of |w| over rows x columns blocks of each weight, seen as out_features x the rest; float64, a fixed order.
+  // The sum of |w| over each tile of rows x columns of each weight, seen as (size(0), the rest), in float64.
   m.def("block_norms(Tensor[] weights, int rows, int columns) -> Tensor[]");
 }
 
