@@ -1,5 +1,5 @@
 // All operators of Audio Lottery. Implementations: cpu/*.cpp and cuda/*.cu, names mirrored; checks: checks.h;
-// the slow reference they are tested against: lottery.py.
+// the slow reference they are tested against: lottery.py and sparse.py.
 
 #include <torch/extension.h>
 #include <torch/library.h>
@@ -13,6 +13,15 @@ TORCH_LIBRARY(audio_lottery, m) {
   m.def("hold_ticket_(Tensor(a!)[] weights, Tensor(b!)[] grads, Tensor[] masks) -> ()");
   // Masks of the `keep` largest |w| among surviving weights; ties: earlier tensor, then lower flat index, is kept.
   m.def("global_magnitude_masks(Tensor[] weights, Tensor[] masks, int keep) -> Tensor[]");
+  // x (..., inputs) times a matrix of kept blocks: values (blocks, r, c), columns uint16, offsets int32 (cpu/sparse.cpp).
+  m.def(
+      "sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor offsets, Tensor? scales, Tensor? bias, int outputs) "
+      "-> Tensor");
+  // LSTM over projections (batch, time, 4 * hidden) = inputs through W_ih, with both biases; the matrix is W_hh. Reverse
+  // starts at each end. Returns outputs (zeros behind an end) and the last h and c.
+  m.def(
+      "sparse_lstm(Tensor projections, Tensor values, Tensor columns, Tensor offsets, Tensor? scales, Tensor h0, "
+      "Tensor c0, Tensor? lengths, bool reverse) -> (Tensor, Tensor, Tensor)");
 }
 
 // Facts about this build; tensors go through the dispatcher.

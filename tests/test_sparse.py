@@ -1,0 +1,235 @@
+"""Sparse products against dense masked ones, and compressed models against the dense masked model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lottery
+import sparse
+
+LAYOUTS, VALUES = list(sparse.LAYOUTS), list(sparse.VALUES)
+built = pytest.mark.skipif("pure" in lottery.ops.path, reason=f"the extension is not built: {lottery.ops.path}")
+
+
+def random_mask(outputs, inputs, layout, remaining=0.1, seed=0):
+    """Whole blocks kept at random; some block rows lose everything."""
+    r, c = sparse.LAYOUTS[layout]
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(-(-outputs // r), -(-inputs // c), generator=generator) < remaining
+    kept[::5] = False
+    return kept.repeat_interleave(r, 0).repeat_interleave(c, 1)[:outputs, :inputs]
+
+
+def random_matrix(outputs, inputs, layout, values="float32", remaining=0.1):
+    """A packed matrix and what it is worth, in float32."""
+    torch.manual_seed(outputs + inputs)
+    weight, mask = torch.randn(outputs, inputs), random_mask(outputs, inputs, layout, remaining)
+    matrix = sparse.pack(weight, mask, layout, values)
+    dense = sparse.unpack(*matrix, outputs, inputs)
+    wanted = weight * mask
+    error = {"float32": 0.0, "bfloat16": 2**-8 * wanted.abs(), "int8": wanted.abs().amax(1, keepdim=True) / 254}[values]
+    assert ((dense - wanted).abs() <= error * 1.01 + 1e-7 * (values == "int8")).all()
+    assert (dense[~mask] == 0).all()
+    return matrix, dense
+
+
+# ---------------------------------------------------------------------------- packing
+
+
+def test_pack_by_hand():
+    weight = torch.arange(1.0, 13).view(3, 4)
+    mask = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]]).bool()
+    values, columns, offsets, scales = sparse.pack(weight, mask, "unstructured")
+    assert values.flatten().tolist() == [1, 4, 10] and scales is None
+    assert columns.tolist() == [0, 3, 1] and offsets.tolist() == [0, 2, 2, 3]
+    values, columns, offsets, _ = sparse.pack(weight, mask, "1x4")
+    assert values[:, 0].tolist() == [[1, 0, 0, 4], [0, 10, 0, 0]] and columns.tolist() == [0, 0]
+    values, columns, offsets, _ = sparse.pack(weight, mask, "4x1")  # the fourth output is not there
+    assert values[:, :, 0].tolist() == [[1, 0, 0, 0], [0, 0, 10, 0], [4, 0, 0, 0]]
+    assert columns.tolist() == [0, 1, 3] and offsets.tolist() == [0, 3]
+    values, _, _, scales = sparse.pack(weight, mask, "unstructured", "int8")
+    assert values.flatten().tolist() == [32, 127, 127]
+    torch.testing.assert_close(scales, torch.tensor([4 / 127, 0, 10 / 127]))
+
+
+def test_pack_refuses_places_of_more_than_16_bits():
+    mask = torch.zeros(1, 65_540, dtype=torch.bool)
+    with pytest.raises(ValueError, match="inputs must be at most 65536 for layout unstructured"):
+        sparse.pack(mask.float(), mask, "unstructured")
+    mask[0, -1] = True
+    matrix = sparse.pack(mask.float(), mask, "1x4")
+    assert torch.equal(sparse.unpack(*matrix, 1, 65_540), mask.float())
+
+
+# ---------------------------------------------------------------------------- sparse_linear
+
+
+@built
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_linear_equals_dense(layout, values, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for outputs, inputs in ((1, 1), (3, 5), (16, 16), (17, 19), (100, 67), (130, 258), (515, 1030)):
+            matrix, dense = random_matrix(outputs, inputs, layout, values)
+            for columns in (1, 2, 3, 4, 5, 15, 16, 17, 33, 100, 129):
+                x, bias = torch.randn(columns, inputs), torch.randn(outputs)
+                for b in (bias, None):
+                    got = sparse.sparse_linear(x, *matrix, b, outputs)
+                    want = F.linear(x.double(), dense.double(), None if b is None else b.double()).float()
+                    torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+@built
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_linear_shapes(layout):
+    matrix, dense = random_matrix(37, 22, layout)
+    x = torch.randn(22, 3, 5).permute(2, 1, 0)  # not contiguous
+    torch.testing.assert_close(sparse.sparse_linear(x, *matrix, None, 37), F.linear(x, dense), rtol=1e-5, atol=1e-5)
+    vector = torch.randn(22)
+    torch.testing.assert_close(sparse.sparse_linear(vector, *matrix, None, 37), dense @ vector, rtol=1e-5, atol=1e-5)
+    assert sparse.sparse_linear(torch.randn(0, 22), *matrix, None, 37).shape == (0, 37)
+    for remaining in (0.0, 1.0):  # nothing left, and nothing left out
+        matrix, dense = random_matrix(37, 22, layout, remaining=remaining)
+        for rows in (x, vector):
+            got = sparse.sparse_linear(rows, *matrix, None, 37)
+            torch.testing.assert_close(got, F.linear(rows, dense), rtol=1e-5, atol=1e-5)
+
+
+@built
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_linear_keeps_nan_and_infinity_where_they_are(layout):
+    """An input that no kept block reads may be anything; in many columns, neither may other columns suffer."""
+    weight = torch.zeros(16, 64)
+    weight[:, 3] = 1.0
+    matrix = sparse.pack(weight, weight.bool(), layout)
+    x = torch.ones(40, 64)
+    x[:, 20:] = float("nan")
+    x[7, 3] = float("inf")
+    for columns in (x, x[:1]):
+        got = sparse.sparse_linear(columns, *matrix, None, 16)
+        assert got[0].tolist() == [1.0] * 16
+    assert sparse.sparse_linear(x, *matrix, None, 16).isinf().sum() == 16
+
+
+@built
+def test_linear_refuses():
+    matrix = sparse.pack(torch.ones(32, 20), torch.ones(32, 20, dtype=torch.bool), "8x1")
+    x = torch.randn(2, 20)
+
+    def call(x=x, bias=None, outputs=32, **changes):
+        return sparse.sparse_linear(x, *matrix._replace(**changes), bias, outputs)
+
+    call()
+    wrong = [
+        (TypeError, "x must be float32, got Double", dict(x=x.double())),
+        (ValueError, "columns must be below 19 for 19 inputs in blocks of 1, got 19", dict(x=torch.randn(2, 19))),
+        (TypeError, "values must be float32, bfloat16 or int8, got Half", dict(values=matrix.values.half())),
+        (ValueError, "blocks must be 1x1, 1x4, 4x1, 8x1 or 16x1, got 7x1", dict(values=matrix.values[:, :7])),
+        (ValueError, r"values must be \(blocks, r, c\)", dict(values=matrix.values.flatten())),
+        (TypeError, "columns must be uint16, got Int", dict(columns=matrix.columns.int())),
+        (ValueError, "one a block of values", dict(columns=matrix.columns[1:])),
+        (TypeError, "offsets must be int32, got Long", dict(offsets=matrix.offsets.long())),
+        (ValueError, r"offsets must be \(6\) for 33 outputs in blocks of 8", dict(outputs=33)),
+        (ValueError, "offsets must run from 0 to the", dict(offsets=matrix.offsets + 1)),
+        (ValueError, "offsets must not decrease", dict(offsets=matrix.offsets[[0, 3, 2, 3, 4]].contiguous())),
+        (ValueError, "scales must be given with int8 values, and only then", dict(scales=torch.ones(32))),
+        (ValueError, "scales must be given", dict(values=matrix.values.to(torch.int8))),
+        (ValueError, r"scales must be \(32\)", dict(values=matrix.values.to(torch.int8), scales=torch.ones(31))),
+        (ValueError, r"bias must be \[32\], got \[31\]", dict(bias=torch.zeros(31))),
+    ]
+    for error, message, changes in wrong:
+        with pytest.raises(error, match=message):
+            call(**changes)
+
+
+# ---------------------------------------------------------------------------- sparse_lstm
+
+
+@built
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_lstm_equals_reference(layout, values, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for hidden, batch, time in ((1, 1, 1), (5, 3, 4), (16, 1, 3), (37, 2, 6), (272, 3, 7)):
+            matrix, _ = random_matrix(4 * hidden, hidden, layout, values)
+            projections, (h0, c0) = torch.randn(batch, time, 4 * hidden), torch.randn(2, batch, hidden)
+            lengths = torch.arange(batch).clamp(max=time)
+            for ends in (None, lengths):
+                for reverse in (False, True):
+                    arguments = projections, *matrix, h0, c0, ends, reverse
+                    got, want = sparse.sparse_lstm(*arguments), sparse.reference_sparse_lstm(*arguments)
+                    for g, w in zip(got, want, strict=True):
+                        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+@built
+def test_lstm_gates_far_out():
+    """Saturated gates, and NaN stays NaN."""
+    matrix = sparse.pack(torch.zeros(20, 5), torch.zeros(20, 5, dtype=torch.bool), "unstructured")
+    zeros = torch.zeros(1, 5)
+    gates = torch.tensor([-1e30, -100.0, 0.0, 100.0, float("nan")]).expand(1, 1, 4, 5).reshape(1, 1, 20)
+    out, h, c = sparse.sparse_lstm(gates, *matrix, zeros, zeros, None, False)
+    torch.testing.assert_close(out[0, 0], torch.tensor([0, 0, 0, 0.76159416, float("nan")]), equal_nan=True)
+    torch.testing.assert_close(c[0], torch.tensor([0, 0, 0, 1, float("nan")]), equal_nan=True)
+
+
+@built
+def test_lstm_refuses():
+    matrix, _ = random_matrix(32, 8, "8x1")
+    projections, state = torch.randn(2, 3, 32), torch.zeros(2, 8)
+
+    def call(projections=projections, h0=state, c0=state, lengths=None, matrix=matrix):
+        return sparse.sparse_lstm(projections, *matrix, h0, c0, lengths, False)
+
+    call()
+    wrong = [
+        (ValueError, r"projections must be \(batch, time, 4 \* hidden\)", dict(projections=torch.randn(2, 3, 30))),
+        (TypeError, "projections must be float32", dict(projections=projections.double())),
+        (ValueError, r"h0 must be \[2, 8\], got \[1, 8\]", dict(h0=state[:1])),
+        (TypeError, "c0 must be float32", dict(c0=state.double())),
+        (ValueError, r"lengths must be \(2\)", dict(lengths=torch.tensor([3]))),
+        (ValueError, "lengths must be between 0 and the 3 frames, got 4", dict(lengths=torch.tensor([3, 4]))),
+        (TypeError, "lengths must be int64", dict(lengths=torch.tensor([3, 3], dtype=torch.int32))),
+        (ValueError, "offsets must be", dict(matrix=random_matrix(40, 8, "8x1")[0])),
+    ]
+    for error, message, changes in wrong:
+        with pytest.raises(error, match=message):
+            call(**changes)
+
+
+@built
+def test_opcheck():
+    for layout, values in (("unstructured", "float32"), ("1x4", "bfloat16"), ("8x1", "int8")):
+        matrix, _ = random_matrix(32, 8, layout, values)
+        torch.library.opcheck(torch.ops.audio_lottery.sparse_linear, (torch.randn(5, 8), *matrix, torch.randn(32), 32))
+        arguments = torch.randn(2, 3, 32), *matrix, torch.zeros(2, 8), torch.zeros(2, 8), torch.tensor([3, 2]), True
+        torch.library.opcheck(torch.ops.audio_lottery.sparse_lstm, arguments)
+
+
+@built
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_lesser_instructions(capability):
+    """The portable and the AVX2 path, where this processor would take a better one."""
+    if os.environ.get("ATEN_CPU_CAPABILITY"):
+        pytest.skip("asked for already")
+    tests = Path(__file__)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", str(tests), "-k", "test_linear or test_lstm"], cwd=tests.parent.parent,
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:]
