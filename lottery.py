@@ -169,6 +169,13 @@ def prunable(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def compress(model: nn.Module, masks: Masks, run: Callable[[nn.Module], object], **options):
+    """A copy of the model with sparse products for inference, and what each layer took: see sparse.compress."""
+    import sparse  # which imports this file
+
+    return sparse.compress(model, masks, run, **options)
+
+
 # ---------------------------------------------------------------------------- how many are kept
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import lottery
+import models
 import sparse
 
 LAYOUTS, VALUES = list(sparse.LAYOUTS), list(sparse.VALUES)
@@ -219,6 +221,170 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.audio_lottery.sparse_linear, (torch.randn(5, 8), *matrix, torch.randn(32), 32))
         arguments = torch.randn(2, 3, 32), *matrix, torch.zeros(2, 8), torch.zeros(2, 8), torch.tensor([3, 2]), True
         torch.library.opcheck(torch.ops.audio_lottery.sparse_lstm, arguments)
+
+
+# ---------------------------------------------------------------------------- compress
+
+
+def masked_model(backbone, layout, remaining=0.1):
+    """A backbone of demo size under random masks, and the masks."""
+    torch.manual_seed(0)
+    model = models.build(backbone, "demo", 29).eval()
+    masks = {}
+    with torch.no_grad():
+        for seed, (name, weight) in enumerate(lottery.prunable(model).items()):
+            flat = weight.flatten(1)
+            masks[name] = random_mask(*flat.shape, layout, remaining, seed).view(weight.shape)
+            weight.mul_(8).masked_fill_(~masks[name], 0)  # louder, so that something is heard behind all layers
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.running_mean.uniform_(-0.5, 0.5)
+                module.running_var.uniform_(0.5, 2)
+    return model, masks
+
+
+def outputs(model, features, lengths):
+    """All log-probs or encoder outputs before each end."""
+    with torch.inference_mode():
+        out, lengths = model.encode(features, lengths) if hasattr(model, "encode") else model(features, lengths)
+        return torch.cat([o[:length] for o, length in zip(out, lengths.tolist())])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backbone", list(models.BACKBONES))
+def test_compressed_models_say_the_same(backbone, layout):
+    model, masks = masked_model(backbone, layout)
+    features, lengths = torch.randn(2, 130, 80), torch.tensor([130, 77])
+    want, texts = outputs(model, features, lengths), model.transcribe(features, lengths)
+    for values, tolerance in (("float32", 1e-4), ("bfloat16", 0.1), ("int8", 0.1)):
+        compressed, rows = lottery.compress(
+            model, masks, lambda m: m.transcribe(features, lengths), layout=layout, values=values
+        )
+        got = outputs(compressed, features, lengths)
+        assert (got - want).abs().max() <= tolerance * max(1, want.abs().max()), values
+        if values == "float32":
+            assert compressed.transcribe(features, lengths) == texts
+            assert all(texts)
+        assert [row.name for row in rows] == list(masks)
+        assert all(row.layout in (layout, "dense", "dense prepacked") for row in rows)
+    assert torch.equal(outputs(model, features, lengths), want)  # the model itself is untouched
+
+
+def always_sparse(monkeypatch):
+    """Take the last layout there is, however long it takes."""
+    order = {name: -i for i, name in enumerate(["nn.LSTM", "dense", "dense prepacked", *LAYOUTS, "ours"])}
+    monkeypatch.setattr(sparse, "time_calls", lambda candidates, calls: {name: order[name] for name in candidates})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backbone", list(models.BACKBONES))
+def test_all_layers_sparse(backbone, layout, monkeypatch):
+    always_sparse(monkeypatch)
+    model, masks = masked_model(backbone, layout)
+    features, lengths = torch.randn(2, 130, 80), torch.tensor([130, 77])
+    compressed, rows = sparse.compress(model, masks, lambda m: m.transcribe(features, lengths), layout=layout)
+    dense = {row.name: row.why for row in rows if row.layout != layout}
+    if backbone == "conformer":
+        assert dense.keys() == {f"blocks.{i}.depthwise.weight" for i in range(4)}
+        assert set(dense.values()) == {"no sparse form of this Conv1d"}
+    else:
+        assert dense == ({"ctc_output.weight": "run does not reach it"} if backbone == "rnnt" else {})
+    want, got = outputs(model, features, lengths), outputs(compressed, features, lengths)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert compressed.transcribe(features, lengths) == model.transcribe(features, lengths)
+    sizes = {row.name: row.bytes for row in rows if row.layout == layout}
+    buffers = {name.replace(".product", ""): b.numel() * b.element_size() for name, b in compressed.named_buffers()}
+    for name, size in sizes.items():
+        if name.endswith(".weight"):
+            layer = name.removesuffix(".weight")
+            assert size == sum(buffers[f"{layer}.{part}"] for part in ("values", "columns", "offsets"))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_any_lstm(batch_first, monkeypatch):
+    """Layers, two directions, no bias, with a state or without."""
+    always_sparse(monkeypatch)
+    for options in (dict(num_layers=2, bidirectional=True), dict(num_layers=3, bias=False), dict(bidirectional=True)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.LSTM(11, 13, batch_first=batch_first, **options)).eval()
+        masks = {name: torch.rand_like(w) < 0.3 for name, w in lottery.prunable(model).items()}
+        with torch.no_grad():
+            for name, w in lottery.prunable(model).items():
+                w.masked_fill_(~masks[name], 0)
+            compressed, rows = sparse.compress(model, masks, lambda m: m(torch.randn(4, 6, 11)), layout="unstructured")
+            assert isinstance(compressed[0], sparse.Lstm) and len(rows) == len(masks)
+            x = torch.randn(3, 5, 11)
+            batch = 3 if batch_first else 5
+            state = torch.randn(2, options.get("num_layers", 1) * (1 + ("bidirectional" in options)), batch, 13)
+            for given in (None, tuple(state)):
+                (got, got_state), (want, want_state) = compressed[0](x, given), model[0](x, given)
+                torch.testing.assert_close((got, *got_state), (want, *want_state), rtol=1e-4, atol=1e-5)
+
+
+def test_streaming_in_chunks_equals_all_at_once(monkeypatch):
+    always_sparse(monkeypatch)
+    model = nn.Sequential(nn.LSTM(10, 24, batch_first=True)).eval()
+    masks = {name: torch.rand_like(w) < 0.2 for name, w in lottery.prunable(model).items()}
+    x, state, chunks = torch.randn(1, 12, 10), None, []
+    with torch.inference_mode():
+        compressed, _ = sparse.compress(model, masks, lambda m: m(x))
+        whole, (h, c) = compressed[0](x)
+        for chunk in x.split([1, 1, 4, 6], 1):
+            out, state = compressed[0](chunk, state)
+            chunks.append(out)
+    torch.testing.assert_close(torch.cat(chunks, 1), whole, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(state, (h, c), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(3, 17, (5, 3), (2, 1), (2, 1)),
+        nn.Conv2d(3, 8, 3, 2, 1, dilation=2, bias=False),
+        nn.Conv1d(6, 9, 4, stride=3),
+        nn.Conv1d(6, 9, 1),
+        nn.Conv2d(2, 5, 1, stride=2),
+    ],
+)
+def test_any_convolution(conv, monkeypatch):
+    always_sparse(monkeypatch)
+    model = nn.Sequential(conv).eval()
+    x = torch.randn(2, conv.in_channels, *([19, 23] if isinstance(conv, nn.Conv2d) else [23]))
+    masks = {"0.weight": torch.rand_like(conv.weight) < 0.3}
+    with torch.inference_mode():
+        conv.weight.masked_fill_(~masks["0.weight"], 0)
+        compressed, _ = sparse.compress(model, masks, lambda m: m(x), layout="unstructured")
+        assert isinstance(compressed[0], sparse.Conv)
+        torch.testing.assert_close(compressed(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_compress_measures_and_says_why():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 2048), nn.Linear(2048, 16), nn.GRU(16, 16)).eval()
+    masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in lottery.prunable(model).items()}
+    masks["0.weight"] = random_mask(2048, 512, "16x1", 0.05)
+    compressed, rows = sparse.compress(model, masks, lambda m: [m(torch.randn(3, 40, 512)) for _ in range(2)])
+    assert [(row.name, row.shape, row.columns) for row in rows[:2]] == [
+        ("0.weight", (2048, 512), 120), ("1.weight", (16, 2048), 120)
+    ]  # fmt: skip
+    assert rows[1].layout.startswith("dense") and rows[1].remaining == 1  # nothing to leave out
+    assert rows[2].why == rows[3].why == "no sparse form of this GRU"
+    if "pure" not in lottery.ops.path:
+        assert isinstance(compressed[0], sparse.Product) and rows[0].bytes < 4 * 2048 * 512 / 8
+
+
+def test_compress_refuses():
+    model = nn.Sequential(nn.Linear(4, 4))
+    masks = {"0.weight": torch.ones(4, 4, dtype=torch.bool)}
+    run = lambda m: m(torch.zeros(1, 4))  # noqa: E731
+    for message, changes in (
+        ("values must be one of float32, bfloat16, int8, got int4", dict(values="int4")),
+        ("layout must be one of unstructured, 1x4, 4x1, 8x1, 16x1, got 2x2", dict(layout="2x2")),
+    ):
+        with pytest.raises(lottery.LotteryError, match=message):
+            sparse.compress(model, masks, run, **changes)
+    with pytest.raises(lottery.LotteryError, match=r"0.weight: a mask of shape \[4, 4\] is needed, got none"):
+        sparse.compress(model, {}, run)
 
 
 @built

@@ -4,13 +4,11 @@
 
 namespace SPARSE_ISA {
 
-// N floats, and what they are decoded from.
+// Vectors of N.
 template <int N>
 struct Lanes {
   typedef float Floats __attribute__((vector_size(4 * N)));
   typedef int32_t Ints __attribute__((vector_size(4 * N)));
-  typedef uint16_t Halves __attribute__((vector_size(2 * N)));
-  typedef int8_t Bytes __attribute__((vector_size(N)));
 };
 typedef Lanes<LANES>::Floats Floats;
 typedef Lanes<LANES>::Ints Ints;
@@ -20,6 +18,35 @@ KERNEL inline void read(To& to, const From* from) {
   std::memcpy(&to, from, sizeof(To));
 }
 
+// Small integers to 32 bits.
+template <typename To, typename From>
+KERNEL inline void widen(To& v, const From* from) {
+  for (size_t i = 0; i < sizeof(To) / 4; ++i) v[i] = from[i];
+}
+
+#if defined(__x86_64__) && LANES > 4  // one instruction where compilers make a dozen
+KERNEL inline void widen(Lanes<4>::Ints& v, const uint16_t* from) {
+  v = (Lanes<4>::Ints)_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)from));
+}
+KERNEL inline void widen(Lanes<4>::Ints& v, const int8_t* from) {
+  v = (Lanes<4>::Ints)_mm_cvtepi8_epi32(_mm_loadu_si32(from));
+}
+KERNEL inline void widen(Lanes<8>::Ints& v, const uint16_t* from) {
+  v = (Lanes<8>::Ints)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
+}
+KERNEL inline void widen(Lanes<8>::Ints& v, const int8_t* from) {
+  v = (Lanes<8>::Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
+}
+#endif
+#if defined(__x86_64__) && LANES == 16
+KERNEL inline void widen(Lanes<16>::Ints& v, const uint16_t* from) {
+  v = (Lanes<16>::Ints)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)from));
+}
+KERNEL inline void widen(Lanes<16>::Ints& v, const int8_t* from) {
+  v = (Lanes<16>::Ints)_mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128((const __m128i*)from));
+}
+#endif
+
 template <int N>
 KERNEL inline void load(typename Lanes<N>::Floats& v, const float* from) {
   read(v, from);
@@ -27,16 +54,16 @@ KERNEL inline void load(typename Lanes<N>::Floats& v, const float* from) {
 
 template <int N>
 KERNEL inline void load(typename Lanes<N>::Floats& v, const Bfloat16* from) {
-  typename Lanes<N>::Halves halves;
-  read(halves, from);
-  v = (typename Lanes<N>::Floats)(__builtin_convertvector(halves, typename Lanes<N>::Ints) << 16);
+  typename Lanes<N>::Ints bits;
+  widen(bits, &from->bits);
+  v = (typename Lanes<N>::Floats)(bits << 16);
 }
 
 template <int N>
 KERNEL inline void load(typename Lanes<N>::Floats& v, const int8_t* from) {
-  typename Lanes<N>::Bytes bytes;
-  read(bytes, from);
-  v = __builtin_convertvector(__builtin_convertvector(bytes, typename Lanes<N>::Ints), typename Lanes<N>::Floats);
+  typename Lanes<N>::Ints ints;
+  widen(ints, from);
+  v = __builtin_convertvector(ints, typename Lanes<N>::Floats);
 }
 
 KERNEL inline float decode(float value) { return value; }
@@ -103,11 +130,12 @@ KERNEL void one_column_wide(const Matrix& m, const Value* values, const float* x
 
 KERNEL inline void gather(Floats& v, const float* x, const uint16_t* columns) {
 #if defined(__x86_64__) && LANES > 4
-  Lanes<LANES>::Halves halves;
-  read(halves, columns);
-  const Ints places = __builtin_convertvector(halves, Ints);
+  Ints places;
+  widen(places, columns);
 #if LANES == 16
-  v = (Floats)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, (__m512i)places, x, 4);
+  __mmask16 all = 0xffff;
+  asm("" : "+Yk"(all));  // may be anything, so the target is zeroed first: a gather waits for what its target held
+  v = (Floats)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), all, (__m512i)places, x, 4);
 #else
   v = (Floats)_mm256_i32gather_ps(x, (__m256i)places, 4);
 #endif
@@ -123,6 +151,7 @@ KERNEL void one_column_single(const Matrix& m, const Value* values, const float*
                               int64_t end) {
   Ints lanes;
   for (int i = 0; i < LANES; ++i) lanes[i] = i;
+  const uint16_t* const columns = m.columns;
   for (int64_t row = begin; row < end; ++row) {
     Floats sums[2] = {}, v, inputs = {};
     int64_t k = m.offsets[row];
@@ -130,19 +159,19 @@ KERNEL void one_column_single(const Matrix& m, const Value* values, const float*
     for (; k + 2 * LANES <= last; k += 2 * LANES) {
       for (int i = 0; i < 2; ++i) {
         load<LANES>(v, values + k + i * LANES);
-        gather(inputs, x, m.columns + k + i * LANES);
+        gather(inputs, x, columns + k + i * LANES);
         sums[i] += v * inputs;
       }
     }
     if (k + LANES <= last) {
       load<LANES>(v, values + k);
-      gather(inputs, x, m.columns + k);
+      gather(inputs, x, columns + k);
       sums[0] += v * inputs;
       k += LANES;
     }
     if (k < last && last >= LANES) {
       load<LANES>(v, values + last - LANES);
-      gather(inputs, x, m.columns + last - LANES);
+      gather(inputs, x, columns + last - LANES);
       const Floats product = v * inputs;
       sums[1] += (Floats)((Ints)product & (lanes >= static_cast<int32_t>(LANES - (last - k))));
       k = last;
@@ -150,7 +179,7 @@ KERNEL void one_column_single(const Matrix& m, const Value* values, const float*
     const Floats sum = sums[0] + sums[1];
     float total = 0;
     for (int i = 0; i < LANES; ++i) total += sum[i];
-    for (; k < last; ++k) total += decode(values[k]) * x[m.columns[k]];  // the first rows of a tiny matrix
+    for (; k < last; ++k) total += decode(values[k]) * x[columns[k]];  // the first rows of a tiny matrix
     y[row] += m.scales ? total * m.scales[row] : total;
   }
 }
@@ -260,21 +289,28 @@ KERNEL void block_row(const Matrix& m, const float* values, int64_t g, const flo
 }
 
 // The values of block row g as floats: where they are, or decoded into `buffer`.
-KERNEL const float* as_floats(const Matrix& m, int64_t g, float* buffer) {
-  const int64_t size = m.r * m.c, from = m.offsets[g] * size, n = m.offsets[g + 1] * size - from;
-  if (m.type == at::kFloat) return static_cast<const float*>(m.values) + from;
-  if (m.type == at::kBFloat16) {
-    const auto* values = static_cast<const Bfloat16*>(m.values) + from;
-    for (int64_t i = 0; i < n; ++i) buffer[i] = decode(values[i]);
-    return buffer;
-  }
-  const auto* values = static_cast<const int8_t*>(m.values) + from;
-  float scales[BAND] = {};
-  for (int64_t r = 0; r < std::min(m.r, m.outputs - g * m.r); ++r) scales[r] = m.scales[g * m.r + r];
-  for (int64_t i = 0; i < n; i += size) {
-    for (int64_t j = 0; j < size; ++j) buffer[i + j] = decode(values[i + j]) * scales[j / m.c];
+template <typename Value>
+KERNEL const float* decoded(const Matrix& m, const Value* values, int64_t g, float* buffer) {
+  const int64_t size = m.r * m.c, n = (m.offsets[g + 1] - m.offsets[g]) * size;
+  values += m.offsets[g] * size;
+  for (int64_t i = 0; i < n; ++i) buffer[i] = decode(values[i]);
+  if (!m.scales) return buffer;
+  const float* scales = m.scales + g * m.r;
+  if (m.r == 1) {
+    for (int64_t i = 0; i < n; ++i) buffer[i] *= scales[0];
+  } else {
+    const int64_t rows = std::min(m.r, m.outputs - g * m.r);
+    for (int64_t i = 0; i < n; i += m.r) {
+      for (int64_t r = 0; r < rows; ++r) buffer[i + r] *= scales[r];
+    }
   }
   return buffer;
+}
+
+KERNEL const float* as_floats(const Matrix& m, int64_t g, float* buffer) {
+  if (m.type == at::kFloat) return static_cast<const float*>(m.values) + m.offsets[g] * m.r * m.c;
+  if (m.type == at::kBFloat16) return decoded(m, static_cast<const Bfloat16*>(m.values), g, buffer);
+  return decoded(m, static_cast<const int8_t*>(m.values), g, buffer);
 }
 
 // Y = X W^T + bias for bands [begin, end) of BAND outputs. x is (inputs, width), zeros behind its `columns` columns and
