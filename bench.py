@@ -1,21 +1,25 @@
-"""Side-by-side measurements: `python bench.py ops` validates first and then times. Tables go to RESULTS.md.
+"""Side-by-side measurements: `python bench.py ops` or `infer` validates first and then times. Tables go to RESULTS.md.
 
 All figures of a row come from one process, in turns, as medians; what counts is the ratio.
 """
 
 import argparse
 import ctypes
+import functools
+import math
 import statistics
 import sys
 import time
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
 import lottery
 import models
+import sparse
 
 
 def clock(device: str) -> float:
@@ -218,14 +222,217 @@ def bench_ops(args: argparse.Namespace) -> None:
             print(f"a training step at paper size: {step:.2f} s; holding is {seconds / step:.2%} of it", flush=True)
 
 
+# ---------------------------------------------------------------------------- infer
+
+
+def random_mask(shape: tuple[int, ...], sparsity: float, layout: str, seed: int) -> torch.Tensor:
+    """Blocks kept at random, as many as `sparsity` leaves."""
+    (r, c), rows, columns = sparse.LAYOUTS[layout], shape[0], math.prod(shape[1:])
+    grid = torch.rand(-(-rows // r), -(-columns // c), generator=torch.Generator().manual_seed(seed))
+    kept = grid.flatten().argsort() < round(grid.numel() * (1 - sparsity))
+    return kept.view_as(grid).repeat_interleave(r, 0).repeat_interleave(c, 1)[:rows, :columns].reshape(shape)
+
+
+def random_masks(model: nn.Module, sparsity: float, layout: str) -> lottery.Masks:
+    weights = lottery.prunable(model).items()
+    return {name: random_mask(tuple(w.shape), sparsity, layout, seed) for seed, (name, w) in enumerate(weights)}
+
+
+def validate_infer() -> None:
+    torch.manual_seed(0)
+    for layout in sparse.LAYOUTS:
+        weight, mask = torch.randn(1024, 256), random_mask((1024, 256), 0.9, layout, 0)
+        for values in sparse.VALUES:
+            matrix = sparse.pack(weight, mask, layout, values)
+            for columns in (1, 100):
+                x = torch.randn(columns, 256)
+                got = sparse.sparse_linear(x, *matrix, None, 1024)
+                if not torch.allclose(got, F.linear(x, sparse.unpack(*matrix, 1024, 256)), rtol=1e-4, atol=1e-4):
+                    sys.exit(f"bench.py: sparse_linear {layout} {values} differs from dense: nothing was timed")
+            arguments = torch.randn(1, 20, 1024), *matrix, torch.zeros(1, 256), torch.zeros(1, 256), None, False
+            for got, want in zip(sparse.sparse_lstm(*arguments), sparse.reference_sparse_lstm(*arguments)):
+                if not torch.allclose(got, want, rtol=1e-4, atol=1e-4):
+                    sys.exit(f"bench.py: sparse_lstm {layout} {values} differs from the reference: nothing was timed")
+    print("validated against dense masked products: every layout and values")
+
+
+def bench_products(columns: int, sparsity: float, repeats: int) -> None:
+    """A 4096x1024 gate matrix times `columns` columns; matrices take turns, so each comes from the outer cache."""
+    weight, x = torch.randn(4096, 1024), torch.randn(columns, 1024)
+    functions = {
+        "F.linear": lambda: F.linear(x, weight),
+        "prepacked oneDNN": functools.partial(sparse.DenseProduct(weight, None, columns), x),
+        "ours, nothing left out": functools.partial(
+            sparse.Product(sparse.pack(weight, torch.ones_like(weight, dtype=torch.bool), "16x1"), None, 4096), x
+        ),
+    }
+    if columns == 1:
+        functions["torch.mv"] = lambda: torch.mv(weight, x[0])
+    mask = random_mask((4096, 1024), sparsity, "unstructured", 0)
+    csr, x_t = (weight * mask).to_sparse_csr(), x.t().contiguous()
+    functions["torch CSR"] = lambda: csr @ x_t
+    for layout in sparse.LAYOUTS:
+        mask = random_mask((4096, 1024), sparsity, layout, 0)
+        for values in sparse.VALUES:
+            product = sparse.Product(sparse.pack(weight, mask, layout, values), None, 4096)
+            functions[f"{layout} {values}"] = functools.partial(product, x)
+    t = in_turns("cpu", repeats, **functions)
+    dense = [name for name in ("F.linear", "prepacked oneDNN", "torch.mv") if name in t]
+    best = min(dense, key=t.get)
+    print(f"4096x1024, {sparsity:.1%} sparse, {columns} columns, {torch.get_num_threads()} threads (times over {best})")
+    for name, seconds in t.items():
+        print(f"  {name:24} {seconds * 1e6:9.1f} us  {t[best] / seconds:6.2f} x")
+
+
+class DenseSteps:
+    """An LSTM stack frame by frame in torch, with care: one product a layer, gates in one buffer, nothing copied."""
+
+    def __init__(self, lstm: nn.LSTM):
+        self.weights, self.biases, hidden = [], [], lstm.hidden_size
+        order = torch.arange(4 * hidden).view(4, hidden)[[0, 1, 3, 2]].flatten()  # i, f, o, g: one sigmoid for three
+        for i in range(lstm.num_layers):
+            ih, hh, bias_ih, bias_hh = (p.detach() for p in lstm.all_weights[i])
+            self.weights.append(torch.cat((ih, hh), 1)[order].contiguous())
+            self.biases.append((bias_ih + bias_hh)[order].contiguous())
+        self.inputs = [torch.zeros(w.shape[1]) for w in self.weights]  # a layer's input, then its own last output
+        self.cells, self.hidden = [torch.zeros(hidden) for _ in self.weights], hidden
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        for weight, bias, both, cell in zip(self.weights, self.biases, self.inputs, self.cells):
+            both[: len(x)] = x
+            gates = torch.addmv(bias, weight, both)
+            i, f, o = gates[: 3 * self.hidden].sigmoid_().view(3, -1)
+            cell.mul_(f).addcmul_(i, gates[3 * self.hidden :].tanh_())
+            x = torch.mul(o, cell.tanh(), out=both[len(both) - self.hidden :])
+        return x
+
+
+def bench_streaming(repeats: int, hidden: int = 1024, layers: int = 5) -> None:
+    """Microseconds a frame through a unidirectional LSTM stack, one utterance, one frame a call."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, hidden)
+
+    def stream(lstm: nn.Module):
+        def frame() -> None:
+            frame.out, frame.state = lstm(x, frame.state)
+
+        frame.state = None
+        return frame
+
+    def cells(lstm: nn.LSTM):
+        made = []
+        for i in range(layers):
+            cell = nn.LSTMCell(hidden, hidden)
+            for to, given in zip(cell.parameters(), lstm.all_weights[i]):
+                to.data = given.data
+            made.append(cell)
+        states = [(torch.zeros(1, hidden), torch.zeros(1, hidden))] * layers
+
+        def frame() -> None:
+            out = x[0]
+            for i, cell in enumerate(made):
+                states[i] = cell(out, states[i])
+                out = states[i][0]
+            frame.out = out
+
+        return frame
+
+    dense = nn.LSTM(hidden, hidden, layers, batch_first=True)
+    steps = DenseSteps(dense)
+    functions = {"nn.LSTM": stream(dense), "nn.LSTMCell": cells(dense), "dense steps": lambda: steps(x[0, 0])}
+    sizes = {}
+    for sparsity in (0.0, 0.8, 0.9, 0.956):
+        for layout in sparse.LAYOUTS if sparsity else ("16x1",):
+            for values in sparse.VALUES if sparsity else ("float32",):
+                model = nn.Sequential(dense)
+                masks = random_masks(model, sparsity, layout)
+                lstm, rows = sparse.compress(model, masks, lambda m: m(x), layout=layout, values=values)
+                name = f"{sparsity:.1%} {layout} {values}" if sparsity else "ours, nothing left out"
+                functions[name], sizes[name] = stream(lstm[0]), sum(row.bytes for row in rows)
+    for _ in range(3):
+        functions["nn.LSTM"](), functions["nn.LSTMCell"](), steps(x[0, 0])
+    if not torch.allclose(functions["nn.LSTM"].out[0, 0], functions["nn.LSTMCell"].out[0], atol=1e-5) or not (
+        torch.allclose(steps.inputs[-1][hidden:], functions["nn.LSTMCell"].out[0], atol=1e-5)
+    ):
+        sys.exit("bench.py: the dense ways to stream differ: nothing was timed")
+    t = in_turns("cpu", 5 * repeats, **functions)
+    print(
+        f"{layers} LSTM layers of {hidden}, frame by frame, {torch.get_num_threads()} threads; times over nn.LSTMCell"
+    )
+    print("and over the dense steps; real-time factor at 40 ms a frame; bytes of weights")
+    for name, seconds in t.items():
+        ratios = f"{t['nn.LSTMCell'] / seconds:7.2f} x {t['dense steps'] / seconds:7.2f} x"
+        size = sizes.get(name, 8 * 4 * layers * hidden * hidden)
+        print(f"  {name:28} {seconds * 1e6:9.1f} us {ratios}  {seconds / 0.04:.4f}  {size / 1e6:6.1f} MB")
+
+
+def bench_utterance(backbone: str, repeats: int, seconds: int = 5) -> None:
+    """One utterance at paper size: the whole CNN-LSTM or Conformer, the encoder of the transducer."""
+    torch.manual_seed(0)
+    model = models.build(backbone, "paper", 29).eval().requires_grad_(False)
+    features = torch.randn(1, 100 * seconds, 161 if model.features == "log1p-stft" else 80)
+    lengths = torch.tensor([100 * seconds])
+
+    def run(model: nn.Module):
+        with torch.inference_mode():
+            return (model.encode if backbone == "rnnt" else model)(features, lengths)
+
+    def sizes(rows: list[sparse.Taken]) -> float:
+        return sum(row.bytes for row in rows) / 1e6
+
+    all_kept = {name: torch.ones_like(w, dtype=torch.bool) for name, w in lottery.prunable(model).items()}
+    best_dense, rows = sparse.compress(model, all_kept, run)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.Linear}, torch.qint8)
+    candidates = {"dense": model, "torch.ao dynamic int8": quantized, "ours, nothing left out": best_dense}
+    bytes_of = {"dense": sizes(rows), "ours, nothing left out": sizes(rows)}
+    for sparsity in (0.8, 0.9, 0.956):
+        for layout in sparse.LAYOUTS:
+            masks = random_masks(model, sparsity, layout)
+            name = f"{sparsity:.1%} {layout}"
+            candidates[name], rows = sparse.compress(model, masks, run)
+            bytes_of[name] = sizes(rows)
+            if sparsity == 0.9 and layout in ("unstructured", "16x1"):
+                print(f"\n{backbone}: what {name} took (milliseconds of what was tried)")
+                print("\n".join(map(str, rows)))
+    t = in_turns("cpu", max(3, repeats // 4), **{name: functools.partial(run, m) for name, m in candidates.items()})
+    print(
+        f"\n{backbone} at paper size, {seconds} s of audio, {torch.get_num_threads()} threads; times over dense torch,"
+    )
+    print(
+        "and over the same product by product choice with nothing left out; real-time factor; bytes of pruned weights"
+    )
+    for name, took in t.items():
+        ratios = f"{t['dense'] / took:6.2f} x {t['ours, nothing left out'] / took:6.2f} x"
+        size = f"{bytes_of[name]:7.1f} MB" if name in bytes_of else ""
+        print(f"  {name:24} {took * 1e3:8.1f} ms {ratios}  {took / seconds:.4f}  {size}", flush=True)
+
+
+def bench_infer(args: argparse.Namespace) -> None:
+    print(f"torch {torch.__version__}, ops: {lottery.ops.path}, {torch.backends.cpu.get_cpu_capability()}")
+    if "pure" in lottery.ops.path:
+        sys.exit("bench.py: the extension is not built: there is nothing to time against the reference")
+    validate_infer()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        print(f"\n{threads} threads")
+        with torch.inference_mode():
+            for columns in (1, 100):
+                for sparsity in (0.8, 0.9, 0.956):
+                    bench_products(columns, sparsity, args.repeats)
+            bench_streaming(args.repeats)
+        for backbone in models.BACKBONES:
+            bench_utterance(backbone, args.repeats)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("what", choices=["ops"])
+    parser.add_argument("what", choices=["ops", "infer"])
     parser.add_argument("--repeats", type=int, default=21, help="turns a median is taken over (default: 21)")
     parser.add_argument(
         "--no-peers", dest="peers", action="store_false", help="without torch.nn.utils.prune, which takes minutes"
     )
-    bench_ops(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    (bench_infer if args.what == "infer" else bench_ops)(args)
 
 
 if __name__ == "__main__":

@@ -255,6 +255,8 @@ def record_calls(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[n
     seen: dict[nn.Module, dict] = {}
 
     def record(module: nn.Module, arguments: tuple) -> None:
+        if not arguments:  # all by keyword: not what a replacement could be called with
+            return
         shapes = tuple(a.shape if isinstance(a, Tensor) else type(a) for a in arguments)
         often = seen.setdefault(module, {}).get(shapes, (0, None))[0]
         seen[module][shapes] = (often + 1, arguments)
@@ -300,8 +302,7 @@ def compress_layer(name: str, layer: nn.Module, masks: lottery.Masks, calls: Cal
     mask, weight = masks[f"{name}.weight"].flatten(1), layer.weight.detach().flatten(1)
     bias = None if layer.bias is None else layer.bias.detach()
     matrices = smaller(weight, mask, layouts, values)
-    with torch.inference_mode():
-        columns = max(layer(*arguments).numel() for _, arguments in calls) // len(weight)
+    columns = max(layer(*arguments).numel() for _, arguments in calls) // len(weight)
     candidates = products(weight, bias, matrices, columns)
     if not isinstance(layer, nn.Linear):
         candidates = {way: Conv(layer, product) for way, product in candidates.items()}
@@ -315,7 +316,7 @@ def compress_lstm(name: str, lstm: nn.LSTM, masks: lottery.Masks, calls: Calls, 
     """An nn.LSTM: what it becomes, and a row for each of its weights. Its layers are measured in turn."""
     inputs, recurrent, rows = [], [], []
     xs = [(often, a[0] if lstm.batch_first else a[0].transpose(0, 1)) for often, a in calls]  # (B, T, inputs) each
-    outs, total = [], 0.0
+    outs = []
     suffixes = [f"l{i}{end}" for i in range(lstm.num_layers) for end in ("", "_reverse")[: 1 + lstm.bidirectional]]
     for suffix in suffixes:
         weight, mask = getattr(lstm, f"weight_ih_{suffix}").detach(), masks[f"{name}.weight_ih_{suffix}"]
@@ -327,7 +328,6 @@ def compress_lstm(name: str, lstm: nn.LSTM, masks: lottery.Masks, calls: Calls, 
         taken = min(times, key=times.get)
         inputs.append(candidates[taken])
         rows.append(row(f"{name}.weight_ih_{suffix}", mask, columns, taken, matrices, said(times)))
-        total += times[taken]
 
         weight, mask = getattr(lstm, f"weight_hh_{suffix}").detach(), masks[f"{name}.weight_hh_{suffix}"]
         columns = max(x.shape[0] for _, x in xs)  # at a time
@@ -340,7 +340,6 @@ def compress_lstm(name: str, lstm: nn.LSTM, masks: lottery.Masks, calls: Calls, 
         taken = min(times, key=times.get)
         recurrent.append(candidates[taken])
         rows.append(row(f"{name}.weight_hh_{suffix}", mask, columns, taken, matrices, said(times)))
-        total += times[taken]
 
         outs.append([recurrent[-1](x, zeros, zeros, reverse)[0] for _, x, zeros in states])
         if len(outs) == 1 + lstm.bidirectional:
@@ -378,20 +377,23 @@ def compress(
             raise lottery.LotteryError(f"{name}: a mask of shape {list(weight.shape)} is needed, got {shape}")
         weight.masked_fill_(~masks[name], 0)
     rows = []
-    with torch.inference_mode():
+    with torch.no_grad():
         all_calls = record_calls(compressed, run)
         for name, module in list(compressed.named_modules()):
             own = [n for n in weights if n.rpartition(".")[0] == name]
             if not own:
                 continue
             calls = all_calls.get(module, [])
+            on_batches = all(isinstance(a[0], Tensor) and a[0].dim() == 3 for _, a in calls)  # neither packed nor alone
             become, plain = None, type(module) in (nn.Conv1d, nn.Conv2d) and module.groups == 1
             plain = plain and module.padding_mode == "zeros" and not isinstance(module.padding, str)
             if not calls:
                 why = "run does not reach it"
+            elif not name:
+                why = "it is the whole model"
             elif type(module) is nn.Linear or plain:
                 become = compress_layer
-            elif type(module) is nn.LSTM and not module.proj_size and calls[0][1][0].dim() == 3:
+            elif type(module) is nn.LSTM and not module.proj_size and on_batches:
                 become = compress_lstm
             else:
                 why = f"no sparse form of this {type(module).__name__}"

@@ -373,6 +373,24 @@ def test_compress_measures_and_says_why():
         assert isinstance(compressed[0], sparse.Product) and rows[0].bytes < 4 * 2048 * 512 / 8
 
 
+def test_what_stays_dense():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(5, 8, batch_first=True)
+
+        def forward(self, x):
+            return self.lstm(nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 2]), batch_first=True))[0].data
+
+    model = Packed().eval()
+    masks = {name: torch.rand_like(w) < 0.1 for name, w in lottery.prunable(model).items()}
+    compressed, rows = sparse.compress(model, masks, lambda m: m(torch.randn(2, 4, 5)))
+    assert type(compressed.lstm) is nn.LSTM and {row.why for row in rows} == {"no sparse form of this LSTM"}
+    model = nn.Linear(4, 4)
+    compressed, rows = sparse.compress(model, {"weight": torch.zeros(4, 4).bool()}, lambda m: m(torch.randn(1, 4)))
+    assert rows[0].why == "it is the whole model" and torch.equal(compressed(torch.randn(1, 4))[0], model.bias)
+
+
 def test_compress_refuses():
     model = nn.Sequential(nn.Linear(4, 4))
     masks = {"0.weight": torch.ones(4, 4, dtype=torch.bool)}

@@ -223,15 +223,23 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
   }
   const int64_t longest = batch ? *std::max_element(ends.begin(), ends.end()) : 0;
   Tensor out = at::empty({batch, time, hidden}, projections.options());
-  for (int64_t b = 0; b < batch; ++b) out.select(0, b).narrow(0, ends[b], time - ends[b]).zero_();
+  for (int64_t b = 0; b < batch; ++b) {
+    if (ends[b] < time) out.select(0, b).narrow(0, ends[b], time - ends[b]).zero_();
+  }
 
   // States and gates with room for whole vectors; behind `hidden` the state stays 0, so that blocks 1 x 4 may read it.
   const int64_t wide = round_up(hidden, 16), gates_wide = 4 * hidden + 16;
-  const Tensor h = at::constant_pad_nd(h0, {0, wide - hidden}), c = at::constant_pad_nd(c0, {0, wide - hidden});
-  const Tensor gates = at::zeros({batch, gates_wide}, projections.options());
+  std::vector<float> gates(batch * gates_wide), h(batch * wide), c(batch * wide);
+  const auto copy_state = [&](const Tensor& state, std::vector<float>& to) {
+    const Tensor given = state.contiguous();
+    for (int64_t b = 0; b < batch; ++b) {
+      std::memcpy(to.data() + b * wide, given.const_data_ptr<float>() + b * hidden, hidden * sizeof(float));
+    }
+  };
+  copy_state(h0, h);
+  copy_state(c0, c);
   const Tensor given = projections.contiguous();
   const auto* projection = given.const_data_ptr<float>();
-  auto *h_data = h.data_ptr<float>(), *c_data = c.data_ptr<float>(), *gate_data = gates.data_ptr<float>();
   auto* out_data = out.data_ptr<float>();
   const int64_t threads = threads_for(m, batch);
   const auto begin = share(m, threads, 1);
@@ -243,16 +251,16 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
       for (int64_t b = 0; b < batch; ++b) {
         if (step >= ends[b]) continue;
         const int64_t t = reverse ? ends[b] - 1 - step : step;
-        float* own = gate_data + b * gates_wide;
+        float* own = gates.data() + b * gates_wide;
         std::memcpy(own + row, projection + (b * time + t) * 4 * hidden + row, rows * sizeof(float));
-        kernels().one_column(m, h_data + b * wide, own, first, last);
+        kernels().one_column(m, h.data() + b * wide, own, first, last);
       }
       wait();
       for (int64_t b = 0; b < batch; ++b) {
         if (step >= ends[b] || units <= 0) continue;
         const int64_t t = reverse ? ends[b] - 1 - step : step;
-        float* own = h_data + b * wide;
-        kernels().lstm_cell(gate_data + b * gates_wide, c_data + b * wide, own, hidden, unit, unit + units);
+        float* own = h.data() + b * wide;
+        kernels().lstm_cell(gates.data() + b * gates_wide, c.data() + b * wide, own, hidden, unit, unit + units);
         std::memcpy(out_data + (b * time + t) * hidden + unit, own + unit, units * sizeof(float));
         for (int64_t i = hidden; i < wide && unit + units == hidden; ++i) own[i] = 0;
       }
@@ -260,18 +268,21 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
     }
   };
 #ifdef _OPENMP
-  if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-    {
-      run(omp_get_thread_num(), omp_get_num_threads(), [] {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  run(omp_get_thread_num(), omp_get_num_threads(), [] {
 #pragma omp barrier
-      });
-    }
-    return {out, h.narrow(1, 0, hidden).contiguous(), c.narrow(1, 0, hidden).contiguous()};
-  }
-#endif
+  });
+#else
   run(0, 1, [] {});
-  return {out, h.narrow(1, 0, hidden).contiguous(), c.narrow(1, 0, hidden).contiguous()};
+#endif
+  const auto last_state = [&](const std::vector<float>& from) {
+    Tensor state = at::empty({batch, hidden}, projections.options());
+    for (int64_t b = 0; b < batch; ++b) {
+      std::memcpy(state.data_ptr<float>() + b * hidden, from.data() + b * wide, hidden * sizeof(float));
+    }
+    return state;
+  };
+  return {out, last_state(h), last_state(c)};
 }
 
 }  // namespace
