@@ -1,6 +1,6 @@
 # make demo   everything from nothing: environment, package, a winning ticket on the embedded corpus
 # make test   the tests        make soak   kills and damage at length      make sanitize   operators under ASan, UBSan
-# make lint   ruff             make clean      the environment and builds away
+# make lint   ruff             make baseline   operators without AVX       make clean      environment and builds away
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,6 +28,15 @@ sanitize: $(VENV)/installed
 	(cd build/sanitize && $(abspath $(BIN))/python -c 'import torch, _lottery; assert "sanitize" in _lottery.__file__') && \
 	$(BIN)/python -m pytest -o pythonpath="build/sanitize . tests" tests/test_ops.py
 
+# the operators' tests on the code for other processors: no AVX2, no AVX-512
+baseline: $(VENV)/installed
+	rm -rf build/baseline
+	PATH=$(abspath $(BIN)):$$PATH USE_CUDA=0 CXXFLAGS=-DAUDIO_LOTTERY_BASELINE $(BIN)/python setup.py build_ext \
+	--build-temp build/baseline/temp --build-lib build/baseline
+	(cd build/baseline && $(abspath $(BIN))/python -c 'import torch, _lottery; \
+	assert "baseline" in _lottery.__file__ and _lottery.build_facts()["instructions"] == "baseline"') && \
+	$(BIN)/python -m pytest -o pythonpath="build/baseline . tests" tests/test_ops.py
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,4 +52,4 @@ $(VENV)/installed: requirements.txt setup.py pyproject.toml $(wildcard csrc/*.* 
 clean:
 	rm -rf $(VENV) build *.egg-info *.so
 
-.PHONY: demo test soak sanitize lint clean
+.PHONY: demo test soak sanitize baseline lint clean

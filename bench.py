@@ -1,25 +1,33 @@
-"""Side-by-side measurements: `python bench.py ops` or `infer` validates first and then times. Tables go to RESULTS.md.
+"""Side-by-side measurements: `python bench.py ops` validates first and then times. Tables go to RESULTS.md.
 
 All figures of a row come from one process, in turns, as medians; what counts is the ratio.
 """
 
 import argparse
+import contextlib
 import ctypes
-import functools
-import math
+import dataclasses
+import io
+import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
-import torch.nn.functional as F
+import torchaudio
 from torch import nn
 from torch.nn.utils import prune
 
+import data
 import lottery
 import models
-import sparse
+import runs
+import train
 
 
 def clock(device: str) -> float:
@@ -40,19 +48,20 @@ def in_turns(device: str, repeats: int, **functions) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def memory(key: str) -> int:
+    """Bytes of resident memory: VmRSS now, VmHWM at most so far (Linux)."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+
 def peak_memory(function) -> int:
     """Bytes of resident memory that a call adds at its peak, over what was there before (Linux)."""
-
-    def status(key: str) -> int:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
-
     ctypes.CDLL(None).malloc_trim(0)  # so that the call cannot live on memory freed before it
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets VmHWM, the high-water mark
-    before = status("VmRSS")
+    before = memory("VmRSS")
     function()
-    return status("VmHWM") - before
+    return memory("VmHWM") - before
 
 
 # ---------------------------------------------------------------------------- ops
@@ -122,22 +131,44 @@ def validate_ops(device: str) -> None:
     print(f"validated against the reference on {device}: masks and held weights equal, bit for bit")
 
 
+def falls_back(weights: list[torch.Tensor]) -> dict[str, tuple[list[torch.Tensor], int]]:
+    """Weights and a keep for each way in which the CPU operator misses its fast path.
+
+    ties: two magnitudes, cut between them. between: the same and five weights between the two, where the cut falls and
+    which no sample sees. misled: every place of the first sample holds a magnitude far above all others.
+    """
+    total = sum(w.numel() for w in weights)
+    tied = [torch.where(w > 0, 1.0, 2.0).to(w.dtype) for w in weights]
+    keep = sum(int((w == 2).sum()) for w in tied)
+    between = [w.clone() for w in tied]
+    between[0].view(-1)[between[0].flatten().eq(1).nonzero()[:5]] = 1.5
+    misled = torch.cat([w.flatten() for w in weights])
+    n = int(min(max(0.7 * total ** (2 / 3), (3 * total / (0.7 * 3 * 2**19)) ** 2) + 1, 2**22))  # as sample_bracket
+    stride = total // min(n, total)
+    j = torch.arange(total // stride, device=misled.device)
+    misled[j * stride + (j * 2654435761 % 2**32 * stride >> 32)] += 1000
+    misled = [part.view_as(w) for part, w in zip(misled.split([w.numel() for w in weights]), weights)]
+    return {"ties": (tied, keep), "between": (between, keep + 3), "misled": (misled, total // 2)}
+
+
 def bench_pruning(device: str, hidden: int, rounds: int, repeats: int, peers: bool) -> str:
     weights = cnn_lstm_weights(hidden, device)
     total = sum(w.numel() for w in weights)
     masks = masks_of_round(weights, rounds - 1)
     keep = lottery.kept_after(total, rounds, 0.2)
-    tied = [torch.where(w > 0, 1.0, 2.0) for w in weights]  # two magnitudes, cut between them: the fall-back
-    survivors = [torch.ones_like(m) for m in masks]
-    keep_tied = sum(int((w == 2).sum()) for w in tied)
+    dense = [torch.ones_like(m) for m in masks]
+    ties, between, misled = falls_back(weights).values()
     functions = {
         "ours": lambda: lottery.ops.global_magnitude_masks(weights, masks, keep),
-        "fallback": lambda: lottery.ops.global_magnitude_masks(tied, survivors, keep_tied),
-        "read": lambda: [w.sum() for w in weights],
+        "ties": lambda: lottery.ops.global_magnitude_masks(ties[0], dense, ties[1]),
+        "read": lambda: [w.sum() for w in weights],  # not next to ours, which would leave the weights in the cache
+        "between": lambda: lottery.ops.global_magnitude_masks(between[0], dense, between[1]),
+        "misled": lambda: lottery.ops.global_magnitude_masks(misled[0], dense, misled[1]),
     }
     t = in_turns(device, repeats, **functions)
     line = f"{total / 1e6:6.1f} M  round {rounds:2d}  {torch.get_num_threads()} threads  ours {t['ours'] * 1e3:8.2f} ms"
-    line += f"  {t['ours'] / t['read']:5.2f} reads  fall-back {t['fallback'] / t['read']:5.2f} reads"
+    line += f"  {t['ours'] / t['read']:5.2f} reads  fall-back"
+    line += "".join(f" {name} {t[name] / t['read']:5.2f}" for name in ("ties", "between", "misled")) + " reads"
     if device == "cpu":
         extra = peak_memory(functions["ours"]) - total
         line += f"  extra memory {extra / 1e6:5.1f} MB"
@@ -222,217 +253,300 @@ def bench_ops(args: argparse.Namespace) -> None:
             print(f"a training step at paper size: {step:.2f} s; holding is {seconds / step:.2%} of it", flush=True)
 
 
-# ---------------------------------------------------------------------------- infer
+# ---------------------------------------------------------------------------- train
 
 
-def random_mask(shape: tuple[int, ...], sparsity: float, layout: str, seed: int) -> torch.Tensor:
-    """Blocks kept at random, as many as `sparsity` leaves."""
-    (r, c), rows, columns = sparse.LAYOUTS[layout], shape[0], math.prod(shape[1:])
-    grid = torch.rand(-(-rows // r), -(-columns // c), generator=torch.Generator().manual_seed(seed))
-    kept = grid.flatten().argsort() < round(grid.numel() * (1 - sparsity))
-    return kept.view_as(grid).repeat_interleave(r, 0).repeat_interleave(c, 1)[:rows, :columns].reshape(shape)
+class OfficialBiLstm(nn.Module):
+    """A layer as the official code runs it: nn.LSTM over packed sequences, the two directions summed."""
+
+    def __init__(self, inputs: int, hidden: int):
+        super().__init__()
+        self.rnn = nn.LSTM(inputs, hidden, batch_first=True, bidirectional=True)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        out = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=x.shape[1])[0]
+        return out.unflatten(-1, (2, -1)).sum(2)
 
 
-def random_masks(model: nn.Module, sparsity: float, layout: str) -> lottery.Masks:
-    weights = lottery.prunable(model).items()
-    return {name: random_mask(tuple(w.shape), sparsity, layout, seed) for seed, (name, w) in enumerate(weights)}
+def official_cnn_lstm(size: str) -> nn.Module:
+    """models.CnnLstm with packed layers, every prunable weight under torch.nn.utils.prune at 20 % remaining."""
+    model = models.build("cnn-lstm", size, 29)
+    for i, lstm in enumerate(model.lstms):
+        model.lstms[i] = OfficialBiLstm(lstm.ahead.input_size, lstm.ahead.hidden_size)
+    for module in list(model.modules()):
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight.dim() > 1 and "bias" not in name:
+                prune.custom_from_mask(module, name, torch.rand_like(weight) < 0.2)
+    return model
 
 
-def validate_infer() -> None:
+def training_run(way: str, size: str, steps: int) -> None:
+    """Child process: print the median seconds of a step, of holding and of pruning, and the peak memory in bytes.
+
+    Both ways keep theta_0 in memory, to rewind to.
+    """
     torch.manual_seed(0)
-    for layout in sparse.LAYOUTS:
-        weight, mask = torch.randn(1024, 256), random_mask((1024, 256), 0.9, layout, 0)
-        for values in sparse.VALUES:
-            matrix = sparse.pack(weight, mask, layout, values)
-            for columns in (1, 100):
-                x = torch.randn(columns, 256)
-                got = sparse.sparse_linear(x, *matrix, None, 1024)
-                if not torch.allclose(got, F.linear(x, sparse.unpack(*matrix, 1024, 256)), rtol=1e-4, atol=1e-4):
-                    sys.exit(f"bench.py: sparse_linear {layout} {values} differs from dense: nothing was timed")
-            arguments = torch.randn(1, 20, 1024), *matrix, torch.zeros(1, 256), torch.zeros(1, 256), None, False
-            for got, want in zip(sparse.sparse_lstm(*arguments), sparse.reference_sparse_lstm(*arguments)):
-                if not torch.allclose(got, want, rtol=1e-4, atol=1e-4):
-                    sys.exit(f"bench.py: sparse_lstm {layout} {values} differs from the reference: nothing was timed")
-    print("validated against dense masked products: every layout and values")
+    features, lengths = torch.randn(4, 500, 161 if size == "paper" else 80), torch.tensor([500, 470, 440, 400])
+    targets, target_lengths = torch.randint(1, 29, (4, 60)), torch.tensor([60, 55, 50, 45])
+    before = memory("VmRSS")
+    hold = []
+    if way == "official":
+        model, ticket = official_cnn_lstm(size), None
+        theta_0 = [parameter.detach().clone() for parameter in model.parameters()]
+    else:
+        model = models.build("cnn-lstm", size, 29)
+        ticket = lottery.Ticket(model)
+        ticket.masks = {name: torch.rand_like(w) < 0.2 for name, w in ticket.weights.items()}
+        ticket.rewind()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model.loss(features, lengths, targets, target_lengths).backward()
+        if ticket:
+            hold.append(_timed(ticket.hold))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 400.0)
+        optimizer.step()
+
+    seconds = in_turns("cpu", steps, step=step)["step"]
+    peak_of_steps = memory("VmHWM") - before
+    start = time.perf_counter()
+    if ticket:
+        ticket.prune(round(0.16 * sum(w.numel() for w in ticket.weights.values())))
+        ticket.rewind()
+    else:
+        pairs = [(m, n[: -len("_orig")]) for m in model.modules() for n, _ in m.named_parameters(recurse=False)]
+        pairs = [(m, n) for m, n in pairs if hasattr(m, f"{n}_mask")]
+        prune.global_unstructured(pairs, prune.L1Unstructured, amount=0.2)
+    pruning = time.perf_counter() - start
+    if not ticket:
+        with torch.no_grad():  # rewind
+            for parameter, value in zip(model.parameters(), theta_0, strict=True):
+                parameter.copy_(value)
+    held = statistics.median(hold) if hold else 0.0
+    print(json.dumps([seconds, held, pruning, peak_of_steps, memory("VmHWM") - before]))
 
 
-def bench_products(columns: int, sparsity: float, repeats: int) -> None:
-    """A 4096x1024 gate matrix times `columns` columns; matrices take turns, so each comes from the outer cache."""
-    weight, x = torch.randn(4096, 1024), torch.randn(columns, 1024)
-    functions = {
-        "F.linear": lambda: F.linear(x, weight),
-        "prepacked oneDNN": functools.partial(sparse.DenseProduct(weight, None, columns), x),
-        "ours, nothing left out": functools.partial(
-            sparse.Product(sparse.pack(weight, torch.ones_like(weight, dtype=torch.bool), "16x1"), None, 4096), x
-        ),
-    }
-    if columns == 1:
-        functions["torch.mv"] = lambda: torch.mv(weight, x[0])
-    mask = random_mask((4096, 1024), sparsity, "unstructured", 0)
-    csr, x_t = (weight * mask).to_sparse_csr(), x.t().contiguous()
-    functions["torch CSR"] = lambda: csr @ x_t
-    for layout in sparse.LAYOUTS:
-        mask = random_mask((4096, 1024), sparsity, layout, 0)
-        for values in sparse.VALUES:
-            product = sparse.Product(sparse.pack(weight, mask, layout, values), None, 4096)
-            functions[f"{layout} {values}"] = functools.partial(product, x)
-    t = in_turns("cpu", repeats, **functions)
-    dense = [name for name in ("F.linear", "prepacked oneDNN", "torch.mv") if name in t]
-    best = min(dense, key=t.get)
-    print(f"4096x1024, {sparsity:.1%} sparse, {columns} columns, {torch.get_num_threads()} threads (times over {best})")
-    for name, seconds in t.items():
-        print(f"  {name:24} {seconds * 1e6:9.1f} us  {t[best] / seconds:6.2f} x")
-
-
-class DenseSteps:
-    """An LSTM stack frame by frame in torch, with care: one product a layer, gates in one buffer, nothing copied."""
-
-    def __init__(self, lstm: nn.LSTM):
-        self.weights, self.biases, hidden = [], [], lstm.hidden_size
-        order = torch.arange(4 * hidden).view(4, hidden)[[0, 1, 3, 2]].flatten()  # i, f, o, g: one sigmoid for three
-        for i in range(lstm.num_layers):
-            ih, hh, bias_ih, bias_hh = (p.detach() for p in lstm.all_weights[i])
-            self.weights.append(torch.cat((ih, hh), 1)[order].contiguous())
-            self.biases.append((bias_ih + bias_hh)[order].contiguous())
-        self.inputs = [torch.zeros(w.shape[1]) for w in self.weights]  # a layer's input, then its own last output
-        self.cells, self.hidden = [torch.zeros(hidden) for _ in self.weights], hidden
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        for weight, bias, both, cell in zip(self.weights, self.biases, self.inputs, self.cells):
-            both[: len(x)] = x
-            gates = torch.addmv(bias, weight, both)
-            i, f, o = gates[: 3 * self.hidden].sigmoid_().view(3, -1)
-            cell.mul_(f).addcmul_(i, gates[3 * self.hidden :].tanh_())
-            x = torch.mul(o, cell.tanh(), out=both[len(both) - self.hidden :])
-        return x
-
-
-def bench_streaming(repeats: int, hidden: int = 1024, layers: int = 5) -> None:
-    """Microseconds a frame through a unidirectional LSTM stack, one utterance, one frame a call."""
+def validate_training() -> None:
+    """The official way of running gives the same loss and gradients, at demo size."""
     torch.manual_seed(0)
-    x = torch.randn(1, 1, hidden)
-
-    def stream(lstm: nn.Module):
-        def frame() -> None:
-            frame.out, frame.state = lstm(x, frame.state)
-
-        frame.state = None
-        return frame
-
-    def cells(lstm: nn.LSTM):
-        made = []
-        for i in range(layers):
-            cell = nn.LSTMCell(hidden, hidden)
-            for to, given in zip(cell.parameters(), lstm.all_weights[i]):
-                to.data = given.data
-            made.append(cell)
-        states = [(torch.zeros(1, hidden), torch.zeros(1, hidden))] * layers
-
-        def frame() -> None:
-            out = x[0]
-            for i, cell in enumerate(made):
-                states[i] = cell(out, states[i])
-                out = states[i][0]
-            frame.out = out
-
-        return frame
-
-    dense = nn.LSTM(hidden, hidden, layers, batch_first=True)
-    steps = DenseSteps(dense)
-    functions = {"nn.LSTM": stream(dense), "nn.LSTMCell": cells(dense), "dense steps": lambda: steps(x[0, 0])}
-    sizes = {}
-    for sparsity in (0.0, 0.8, 0.9, 0.956):
-        for layout in sparse.LAYOUTS if sparsity else ("16x1",):
-            for values in sparse.VALUES if sparsity else ("float32",):
-                model = nn.Sequential(dense)
-                masks = random_masks(model, sparsity, layout)
-                lstm, rows = sparse.compress(model, masks, lambda m: m(x), layout=layout, values=values)
-                name = f"{sparsity:.1%} {layout} {values}" if sparsity else "ours, nothing left out"
-                functions[name], sizes[name] = stream(lstm[0]), sum(row.bytes for row in rows)
-    for _ in range(3):
-        functions["nn.LSTM"](), functions["nn.LSTMCell"](), steps(x[0, 0])
-    if not torch.allclose(functions["nn.LSTM"].out[0, 0], functions["nn.LSTMCell"].out[0], atol=1e-5) or not (
-        torch.allclose(steps.inputs[-1][hidden:], functions["nn.LSTMCell"].out[0], atol=1e-5)
-    ):
-        sys.exit("bench.py: the dense ways to stream differ: nothing was timed")
-    t = in_turns("cpu", 5 * repeats, **functions)
-    print(
-        f"{layers} LSTM layers of {hidden}, frame by frame, {torch.get_num_threads()} threads; times over nn.LSTMCell"
-    )
-    print("and over the dense steps; real-time factor at 40 ms a frame; bytes of weights")
-    for name, seconds in t.items():
-        ratios = f"{t['nn.LSTMCell'] / seconds:7.2f} x {t['dense steps'] / seconds:7.2f} x"
-        size = sizes.get(name, 8 * 4 * layers * hidden * hidden)
-        print(f"  {name:28} {seconds * 1e6:9.1f} us {ratios}  {seconds / 0.04:.4f}  {size / 1e6:6.1f} MB")
+    ours = models.build("cnn-lstm", "demo", 29).eval()
+    theirs = models.build("cnn-lstm", "demo", 29).eval()
+    state = ours.state_dict()
+    for i, lstm in enumerate(ours.lstms):
+        theirs.lstms[i] = OfficialBiLstm(lstm.ahead.input_size, lstm.ahead.hidden_size)
+        for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
+            state[f"lstms.{i}.rnn.{name}"] = state.pop(f"lstms.{i}.ahead.{name}")
+            state[f"lstms.{i}.rnn.{name}_reverse"] = state.pop(f"lstms.{i}.back.{name}")
+    theirs.load_state_dict(state)
+    batch = torch.randn(4, 500, 80), torch.tensor([500, 470, 440, 400])
+    batch += torch.randint(1, 29, (4, 60)), torch.tensor([60, 55, 50, 45])
+    losses = [model.loss(*batch) for model in (ours, theirs)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(ours.convs[0].weight.grad, theirs.convs[0].weight.grad, rtol=1e-3, atol=1e-4)
+    print("validated: packed and padded layers give the same loss and gradients")
 
 
-def bench_utterance(backbone: str, repeats: int, seconds: int = 5) -> None:
-    """One utterance at paper size: the whole CNN-LSTM or Conformer, the encoder of the transducer."""
-    torch.manual_seed(0)
-    model = models.build(backbone, "paper", 29).eval().requires_grad_(False)
-    features = torch.randn(1, 100 * seconds, 161 if model.features == "log1p-stft" else 80)
-    lengths = torch.tensor([100 * seconds])
-
-    def run(model: nn.Module):
-        with torch.inference_mode():
-            return (model.encode if backbone == "rnnt" else model)(features, lengths)
-
-    def sizes(rows: list[sparse.Taken]) -> float:
-        return sum(row.bytes for row in rows) / 1e6
-
-    all_kept = {name: torch.ones_like(w, dtype=torch.bool) for name, w in lottery.prunable(model).items()}
-    best_dense, rows = sparse.compress(model, all_kept, run)
-    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.Linear}, torch.qint8)
-    candidates = {"dense": model, "torch.ao dynamic int8": quantized, "ours, nothing left out": best_dense}
-    bytes_of = {"dense": sizes(rows), "ours, nothing left out": sizes(rows)}
-    for sparsity in (0.8, 0.9, 0.956):
-        for layout in sparse.LAYOUTS:
-            masks = random_masks(model, sparsity, layout)
-            name = f"{sparsity:.1%} {layout}"
-            candidates[name], rows = sparse.compress(model, masks, run)
-            bytes_of[name] = sizes(rows)
-            if sparsity == 0.9 and layout in ("unstructured", "16x1"):
-                print(f"\n{backbone}: what {name} took (milliseconds of what was tried)")
-                print("\n".join(map(str, rows)))
-    t = in_turns("cpu", max(3, repeats // 4), **{name: functools.partial(run, m) for name, m in candidates.items()})
-    print(
-        f"\n{backbone} at paper size, {seconds} s of audio, {torch.get_num_threads()} threads; times over dense torch,"
-    )
-    print(
-        "and over the same product by product choice with nothing left out; real-time factor; bytes of pruned weights"
-    )
-    for name, took in t.items():
-        ratios = f"{t['dense'] / took:6.2f} x {t['ours, nothing left out'] / took:6.2f} x"
-        size = f"{bytes_of[name]:7.1f} MB" if name in bytes_of else ""
-        print(f"  {name:24} {took * 1e3:8.1f} ms {ratios}  {took / seconds:.4f}  {size}", flush=True)
-
-
-def bench_infer(args: argparse.Namespace) -> None:
-    print(f"torch {torch.__version__}, ops: {lottery.ops.path}, {torch.backends.cpu.get_cpu_capability()}")
-    if "pure" in lottery.ops.path:
-        sys.exit("bench.py: the extension is not built: there is nothing to time against the reference")
-    validate_infer()
+def bench_train(args: argparse.Namespace) -> None:
+    validate_training()
     for threads in (1, 2):
+        found = {}
+        for way in ("ours", "official"):
+            call = f"import bench; bench.torch.set_num_threads({threads}); bench.training_run({way!r}, {args.size!r}, "
+            call += f"{args.repeats})"
+            said = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True).stdout
+            found[way] = json.loads(said)
+        (ours, held, pruned, peak, top), (theirs, _, their_pruning, their_peak, their_top) = found.values()
+        print(
+            f"cnn-lstm {args.size}, {threads} threads: a step {ours:.2f} s, the official way {theirs:.2f} s "
+            f"({theirs / ours:.1f} x); holding the ticket {held / ours:.2%} of the step; peak memory of steps "
+            f"{peak / 1e9:.2f} GB against {their_peak / 1e9:.2f} GB ({peak / their_peak:.2f}), with pruning and "
+            f"rewinding {top / 1e9:.2f} against {their_top / 1e9:.2f} GB ({top / their_top:.2f}); pruning "
+            f"{pruned:.2f} s against {their_pruning:.1f} s",
+            flush=True,
+        )
         torch.set_num_threads(threads)
-        print(f"\n{threads} threads")
-        with torch.inference_mode():
-            for columns in (1, 100):
-                for sparsity in (0.8, 0.9, 0.956):
-                    bench_products(columns, sparsity, args.repeats)
-            bench_streaming(args.repeats)
+        transducer_step(args.size, args.repeats)
+    if torch.cuda.is_available():
         for backbone in models.BACKBONES:
-            bench_utterance(backbone, args.repeats)
+            for amp in (False, True):
+                print(cuda_step(backbone, amp, args.repeats), flush=True)
+    else:
+        print("no GPU here: no step on CUDA timed")
+
+
+def transducer_step(size: str, repeats: int) -> None:
+    """Where the RNN-T's step goes, and what the padded joiner of most implementations would cost."""
+    torch.manual_seed(0)
+    model = models.build("rnnt", size, 29)
+    features, lengths = torch.randn(4, 500, 80), torch.tensor([500, 420, 350, 300])
+    targets, target_lengths = torch.randint(1, 29, (4, 75)), torch.tensor([75, 60, 50, 45])
+    ahead, frames = (x.detach() for x in model.encode(features, lengths))
+    joined, joiner_lengths = (x.detach() for x in model.every_second(ahead, frames))
+    predicted = model.predict(nn.functional.pad(targets, (1, 0)))[0].detach()
+
+    def ours() -> None:  # the lattice's valid cells alone
+        cells = [
+            (joined[b, :t, None] + predicted[b, None, : u + 1]).flatten(0, 1)
+            for b, (t, u) in enumerate(zip(joiner_lengths.tolist(), target_lengths.tolist()))
+        ]
+        model.join(torch.cat(cells)).sum().backward()
+
+    def padded() -> None:
+        model.join(joined[:, :, None] + predicted[:, None]).sum().backward()
+
+    def lattice() -> None:
+        logits = model.join(joined[:, :, None] + predicted[:, None]).detach().requires_grad_()
+        torchaudio.functional.rnnt_loss(
+            logits, targets.int(), joiner_lengths.int(), target_lengths.int(), blank=0, reduction="sum"
+        ).backward()
+
+    def forward_join() -> None:
+        with torch.no_grad():
+            model.join(joined[:, :, None] + predicted[:, None])
+
+    t = in_turns(
+        "cpu",
+        repeats,
+        step=lambda: model.loss(features, lengths, targets, target_lengths).backward(),
+        encoder=lambda: model.encode(features, lengths)[0].sum().backward(),
+        predictor=lambda: model.predict(nn.functional.pad(targets, (1, 0)))[0].sum().backward(),
+        joiner=ours,
+        padded=padded,
+        lattice=lattice,
+        forward_join=forward_join,
+    )
+    loss = t["lattice"] - t["forward_join"]
+    parts = ", ".join(f"{name} {t[name] / t['step']:.0%}" for name in ("encoder", "predictor", "joiner"))
+    print(
+        f"rnnt {size}, {torch.get_num_threads()} threads: forward and backward {t['step']:.2f} s: {parts}, transducer "
+        f"loss {loss / t['step']:.0%}; a padded joiner would take {t['padded'] / t['joiner']:.1f} x ours",
+        flush=True,
+    )
+
+
+def cuda_step(backbone: str, amp: bool, repeats: int) -> str:
+    """A step at paper size on CUDA: 32 utterances of 10 s."""
+    torch.manual_seed(0)
+    model = models.build(backbone, "paper", 29).cuda()
+    ticket, optimizer = lottery.Ticket(model), torch.optim.AdamW(model.parameters(), 3e-4)
+    features = torch.randn(32, 1000, models.CnnLstm.BINS[model.features], device="cuda")
+    lengths, target_lengths = (torch.full((32,), n, device="cuda") for n in (1000, 120))
+    targets = torch.randint(1, 29, (32, 120), device="cuda")
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+            loss = model.loss(features, lengths, targets, target_lengths)
+        loss.backward()
+        ticket.hold()
+        optimizer.step()
+
+    torch.cuda.reset_peak_memory_stats()
+    t = in_turns("cuda", repeats, step=step, hold=ticket.hold)
+    peak = torch.cuda.max_memory_allocated()
+    return (
+        f"{backbone} paper on {torch.cuda.get_device_name()}{' --amp' if amp else ''}: 32 utterances of 10 s: "
+        f"{t['step'] * 1e3:.0f} ms a step, holding {t['hold'] / t['step']:.1%} of it, {peak / 1e9:.1f} GB"
+    )
+
+
+# ---------------------------------------------------------------------------- data and saving
+
+
+def bench_data(args: argparse.Namespace) -> None:
+    """Features an hour and core, and the share of training that waits for the cache."""
+    torch.set_num_threads(1)
+    utterances = data.read_corpus(train.HERE / "demo")["train"]
+    hours = sum(u.duration for u in utterances) / 3600
+    with tempfile.TemporaryDirectory() as folder:
+        flac = []
+        for i, u in enumerate(utterances):
+            flac.append(dataclasses.replace(u, audio=Path(folder) / f"{i}.flac"))
+            soundfile.write(flac[-1].audio, data.load_audio(u.audio).numpy(), data.SAMPLE_RATE)
+        for name, corpus in (("Opus", utterances), ("FLAC", flac)):
+            for kind in data.FEATURES:
+                seconds = statistics.median(
+                    _timed(lambda: [data.features_of(u, kind) for u in corpus])  # noqa: B023
+                    for _ in range(args.repeats)
+                )
+                print(f"{name} to {kind}, one core: {hours * 3600 / seconds:,.0f} hours of audio an hour", flush=True)
+        cache = data.Cache(Path(folder) / "cache")
+        tokens = data.tokens_of(utterances)
+        for start in ("first", "second"):
+            data._opened.cache_clear()
+            seconds = _timed(lambda: data.load_examples(flac, tokens, "log-mel", "", cache))
+            print(f"cache, {start} start: {seconds:.2f} s for {hours * 60:.0f} minutes of audio", flush=True)
+        few = Path(folder) / "few"
+        few.mkdir()
+        for split, count in (("train", 24), ("valid", 4), ("test", 4)):
+            rows = [json.loads(line) for line in (train.HERE / "demo" / f"{split}.jsonl").read_text().splitlines()]
+            for row in rows:
+                row["audio_filepath"] = str(train.HERE / "demo" / row["audio_filepath"])
+            (few / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows[:count])))
+        for size, corpus, batch in (("demo", "demo", "8"), ("paper", str(few), "4")):
+            for backbone in models.BACKBONES:
+                for workers in (0, 1):
+                    out = f"{folder}/{backbone}{size}{workers}"
+                    argv = [
+                        "--backbone",
+                        backbone,
+                        "--size",
+                        size,
+                        "--data",
+                        corpus,
+                        "--batch-size",
+                        batch,
+                        "--out",
+                        out,
+                    ]
+                    argv += ["--epochs", "1", "--sparsity", "0", "--seconds", "0:15", "--workers", str(workers)]
+                    with contextlib.redirect_stdout(io.StringIO()):
+                        if train.main([*argv, "--cache", f"{folder}/cache"]):
+                            sys.exit("bench.py: the run failed")
+                    (row,) = lottery.read_ledger(Path(out) / "ledger.jsonl")
+                    share = row["waited"] / row["seconds"]
+                    print(
+                        f"{backbone} {size} from the cache, {workers} workers: waits for data {share:.2%} of the time",
+                        flush=True,
+                    )
+
+
+def bench_save(args: argparse.Namespace) -> None:
+    """What a checkpoint costs: of a step's time, every 5 minutes."""
+    torch.manual_seed(0)
+    model = models.build(args.backbone, args.size, 29)
+    ticket, optimizer = lottery.Ticket(model), torch.optim.AdamW(model.parameters(), 1e-3)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    at = runs.Progress(best=lottery.copy_state(model))
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        keeper = runs.Keeper(Path(folder), "", None, runs.Signals(), None)
+        keeper.save(ticket, optimizer, schedule, at)  # writes the rewind state too
+        seconds = in_turns("cpu", args.repeats, save=lambda: keeper.save(ticket, optimizer, schedule, at))["save"]
+        size = (Path(folder) / "checkpoint.safetensors").stat().st_size
+    print(
+        f"{args.backbone} {args.size}: a checkpoint of {size / 1e6:.1f} MB in {seconds:.3f} s: {seconds / 300:.2%} of "
+        "the time at one every 5 minutes"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("what", choices=["ops", "infer"])
+    parser.add_argument("what", choices=["ops", "train", "data", "save"])
+    parser.add_argument("--size", choices=["demo", "paper"], default="paper", help="of train and save")
+    parser.add_argument("--backbone", choices=list(models.BACKBONES), default="rnnt", help="of save")
     parser.add_argument("--repeats", type=int, default=21, help="turns a median is taken over (default: 21)")
     parser.add_argument(
         "--no-peers", dest="peers", action="store_false", help="without torch.nn.utils.prune, which takes minutes"
     )
     args = parser.parse_args(argv)
-    (bench_infer if args.what == "infer" else bench_ops)(args)
+    {"ops": bench_ops, "train": bench_train, "data": bench_data, "save": bench_save}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -5,23 +5,37 @@ object a line with audio_filepath (relative to the manifest), text and, if known
 (seconds) and speaker. Whatever is wrong with a file is a DataError that names the file, and the line in a manifest.
 """
 
+import contextlib
+import functools
 import hashlib
+import inspect
+import io
 import itertools
 import json
 import math
+import os
 import re
+import signal
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors
+import safetensors.torch
 import soundfile
 import torch
 import torchaudio
 from torch import Tensor
 from tqdm import tqdm
 
+from lottery import write_atomically
+
 SAMPLE_RATE = 16_000
 BLANK = "<blank>"  # token 0, of CTC and of the transducer
+SPACE = "▁"  # sentencepiece's: what a BPE piece at the start of a word starts with
 
 
 class DataError(ValueError):
@@ -85,39 +99,89 @@ def read_corpus(folder: Path) -> dict[str, list[Utterance]]:
     return {split: read_manifest(folder / f"{split}.jsonl") for split in ("train", "valid", "test")}
 
 
-def corpus_sha256(folder: Path, corpus: dict[str, list[Utterance]]) -> str:
-    """Hash of the three manifests and of the bytes of every recording, in their order."""
-    digest = hashlib.sha256()
-    for split, utterances in corpus.items():
-        digest.update((folder / f"{split}.jsonl").read_bytes())
-        for utterance in utterances:
-            digest.update(hashlib.sha256(utterance.audio.read_bytes()).digest())
+def audio_files(corpus: dict[str, list[Utterance]]) -> list[Path]:
+    return [utterance.audio for utterances in corpus.values() for utterance in utterances]
+
+
+def corpus_sha256(corpus: dict[str, list[Utterance]], hashes: dict[Path, str] | None = None) -> str:
+    """Hash of every utterance's part, text, speaker, times, file name and the recording's bytes.
+
+    The order counts, the folder does not. hashes: of the recordings, where they are known (hash_files).
+    """
+    digest, hashes = hashlib.sha256(), hashes or hash_files(audio_files(corpus))
+    for part, utterances in corpus.items():
+        for u in utterances:
+            row = [part, u.text, u.speaker, u.offset, u.duration, u.audio.name, hashes[u.audio]]
+            digest.update(json.dumps(row).encode())
     return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------- tokens
 
 
-def tokens_of(utterances: list[Utterance]) -> list[str]:
-    """The blank, then the characters of the texts in code point order."""
-    return [BLANK] + sorted(set("".join(utterance.text for utterance in utterances)))
+def tokens_of(utterances: list[Utterance], kind: str = "chars") -> list[str]:
+    """The blank, then what the texts are spelled with. The list is all that encode and decode need.
+
+    "chars": the characters in code point order. "bpe:N": byte pairs that sentencepiece merged, in its order, and the
+    characters; N tokens in all, the blank among them.
+    """
+    texts = [utterance.text for utterance in utterances]
+    characters = set("".join(texts))
+    if SPACE in characters:
+        raise DataError(f"a train text has the character {SPACE!r}, which stands for a space in BPE pieces")
+    if kind == "chars":
+        return [BLANK] + sorted(characters)
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=int(kind[len("bpe:") :]),
+            character_coverage=1.0, normalization_rule_name="identity", max_sentence_length=2**30,
+            num_threads=1, bos_id=-1, eos_id=-1, minloglevel=2,
+        )  # fmt: skip
+    except (RuntimeError, OSError) as error:
+        why = str(error).split("] ")[-1].split(" or decrease")[0]
+        raise DataError(f"--tokens {kind}: sentencepiece finds no such pieces in the train texts ({why})") from None
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    tokens = [BLANK] + [pieces.id_to_piece(i) for i in range(1, len(pieces))]  # 0 is its <unk>
+    if missing := characters - spelled_by(tokens):
+        raise DataError(f"--tokens {kind}: sentencepiece keeps no piece for {sorted(missing)}")
+    return tokens
+
+
+def spelled_by(tokens: list[str]) -> set[str]:
+    """The characters that the tokens can spell."""
+    return set("".join(tokens[1:]).replace(SPACE, " "))
 
 
 def encode(text: str, tokens: list[str]) -> list[int]:
-    index = {token: i for i, token in enumerate(tokens)}
-    return [index[character] for character in text]
+    """Characters, or as sentencepiece does: in each word, merge the pair that was merged first in training, again and
+    again. Equal bit for bit to its own encoder (see the tests), so that no model of it has to be kept."""
+    index = {token: i for i, token in enumerate(tokens) if i}
+    if SPACE not in index:
+        return [index[character] for character in text]
+    ids = []
+    for word in text.split():
+        pieces = [SPACE, *word]
+        while pairs := [(index[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(pieces)) if a + b in index]:
+            _, i = min(pairs)
+            pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+        ids += [index[piece] for piece in pieces]
+    return ids
 
 
 def decode(ids: list[int], tokens: list[str]) -> str:
     """Token ids to a text with single spaces."""
-    return " ".join("".join(tokens[i] for i in ids).split())
+    return " ".join("".join(tokens[i] for i in ids).replace(SPACE, " ").split())
 
 
 def unseen_characters(utterances: list[Utterance], tokens: list[str]) -> dict[str, int]:
     """Characters that no token stands for, with their counts. They stay in the reference, as errors."""
+    known = spelled_by(tokens)
     counts: dict[str, int] = {}
     for character in "".join(utterance.text for utterance in utterances):
-        if character not in tokens:
+        if character not in known:
             counts[character] = counts.get(character, 0) + 1
     return counts
 
@@ -213,31 +277,251 @@ def normalize(features: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- examples
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Features in a file of the cache: rows `start` to `start + frames` of it."""
+
+    path: Path
+    start: int
+    shape: tuple[int, int]  # (T, F)
+    crc32: int
+
+    def read(self) -> Tensor:
+        """(T, F). Raises DataError, naming the file, if the bytes are not those that were written."""
+        try:
+            features = _opened(self.path).get_slice("features")[self.start : self.start + self.shape[0]]
+        except (OSError, safetensors.SafetensorError) as error:
+            raise DataError(f"{self.path}: cannot read the cached features ({error})") from None
+        if zlib.crc32(features.contiguous().numpy()) != self.crc32:
+            raise DataError(f"{self.path}: damaged: delete it, and it is computed again")
+        return features
+
+
+@functools.cache
+def _opened(path: Path):
+    return safetensors.safe_open(path, "pt")  # maps the file: memory does not grow with it
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Features that are computed each time they are asked for."""
+
+    utterance: Utterance
+    kind: str
+    shape: tuple[int, int]  # (T, F), T from the header of the file and not above what is decoded
+
+    def read(self) -> Tensor:
+        return features_of(self.utterance, self.kind)[0]
+
+
 @dataclass
 class Example:
-    features: Tensor  # (T, F)
+    source: Tensor | Stored | Fresh  # (T, F)
     text: str
     targets: list[int]  # token ids; characters without a token left out
     seconds: float = 0.0
 
+    @property
+    def features(self) -> Tensor:
+        return self.source if isinstance(self.source, Tensor) else self.source.read()
 
-def load_examples(utterances: list[Utterance], tokens: list[str], kind: str, progress: str = "") -> list[Example]:
-    """Decode, compute features and encode the texts, one Example an utterance, in order."""
-    known = set(tokens)
-    examples = []
-    for utterance in tqdm(utterances, desc=progress, unit="utt", disable=None, leave=False):
-        waveform = load_audio(utterance.audio, utterance.offset, utterance.duration)
-        features = normalize(FEATURES[kind](waveform))
-        if not features.isfinite().all():
-            raise DataError(f"{utterance.audio}: its samples are too large (features are not finite; full scale is 1)")
-        targets = encode("".join(c for c in utterance.text if c in known), tokens)
-        examples.append(Example(features, utterance.text, targets, len(waveform) / SAMPLE_RATE))
-    return examples
+    @property
+    def frames(self) -> int:
+        return self.source.shape[0]
+
+
+def features_of(utterance: Utterance, kind: str) -> tuple[Tensor, float]:
+    """Decode and compute: normalised features (T, F) and seconds. Raises DataError naming the file."""
+    waveform = load_audio(utterance.audio, utterance.offset, utterance.duration)
+    features = normalize(FEATURES[kind](waveform))
+    if not features.isfinite().all():
+        raise DataError(f"{utterance.audio}: its samples are too large (features are not finite; full scale is 1)")
+    return features, len(waveform) / SAMPLE_RATE
+
+
+def load_examples(
+    utterances: list[Utterance], tokens: list[str], kind: str, progress: str = "",
+    cache: "str | Cache" = "memory", workers: int = 0,
+) -> list[Example]:  # fmt: skip
+    """One Example an utterance, in order.
+
+    cache: "memory" keeps all features there; "none" computes them each time they are asked for; a Cache keeps them on
+    the disk. workers: processes that compute beside this one.
+    """
+    if cache == "none":
+        bins = FEATURES[kind](torch.zeros(1)).shape[1]
+        found = ((Fresh(u, kind, (frames, bins)), seconds) for u in utterances for frames, seconds in [length(u)])
+    elif isinstance(cache, Cache):
+        found = cache.features(utterances, kind, progress, workers)
+    else:
+        found = _in_parallel(_Compute(utterances, kind), progress, workers)
+    known = spelled_by(tokens)
+    return [
+        Example(source, u.text, encode("".join(c for c in u.text if c in known), tokens), seconds)
+        for u, (source, seconds) in zip(utterances, found)
+    ]
+
+
+def length(utterance: Utterance) -> tuple[int, float]:
+    """Feature frames and seconds by the file's header: what is decoded is as long, or a little longer."""
+    try:
+        info = soundfile.info(utterance.audio)
+    except (soundfile.SoundFileError, OSError, RuntimeError) as error:
+        raise DataError(f"{utterance.audio}: cannot decode the audio ({str(error).strip()})") from None
+    samples = info.frames - 2 * 1152 * (info.format == "MP3")  # its header counts up to two frames too many
+    seconds = samples / info.samplerate - (utterance.offset or 0.0)
+    if utterance.offset is not None and utterance.duration is not None:
+        seconds = min(seconds, utterance.duration)
+    seconds = max(seconds, 1 / SAMPLE_RATE)
+    return 1 + int(seconds * SAMPLE_RATE) // 160, seconds
+
+
+class _Compute(torch.utils.data.Dataset):
+    """Features and seconds of each utterance, or the DataError that it meets (a worker must not raise it)."""
+
+    def __init__(self, utterances: list[Utterance], kind: str):
+        self.utterances, self.kind = utterances, kind
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def __getitem__(self, index: int):
+        try:
+            return features_of(self.utterances[index], self.kind)
+        except DataError as error:
+            return error
+
+
+def _in_parallel(dataset, progress: str = "", workers: int = 0, unit: str = "utt") -> Iterator:
+    """The items of a dataset, in order, computed by worker processes. An item that is a DataError is raised."""
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=None, num_workers=workers, worker_init_fn=_leave_signals_to_the_parent,
+        multiprocessing_context="fork" if workers else None, collate_fn=lambda item: item,
+        generator=torch.Generator(),  # else it draws from the global one
+    )  # fmt: skip
+    for item in tqdm(loader, desc=progress, unit=unit, disable=None if progress else True, leave=False):
+        if isinstance(item, DataError):
+            raise item
+        yield item
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def frames_needed(targets: list[int]) -> int:
     """Frames that CTC needs at the least: one a token, one more between equal neighbours."""
     return len(targets) + sum(a == b for a, b in itertools.pairwise(targets))
+
+
+# ---------------------------------------------------------------------------- the cache
+
+
+class Cache:
+    """Features on the disk, in files of up to SHARD utterances, mapped into memory when they are read.
+
+    A file's name is the hash of its recordings' bytes, segments, the kind of features and the code that computes
+    them, so whatever changes is computed anew and whatever does not is shared by all runs. Files appear whole or not
+    at all; an interrupted computation goes on where it was.
+    """
+
+    SHARD = 256
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"--cache {folder}: cannot make the folder ({error.strerror})") from None
+        self.hashes: dict[Path, str] = {}
+
+    def hash_files(self, paths: list[Path]) -> dict[Path, str]:
+        """hash_files, but a file whose size and time are those of the last start is not read again."""
+        index, known = self.folder / "hashes.json", {}
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):  # damaged or not there: all are read
+            rows = json.loads(index.read_text(encoding="utf-8")).items()
+            known = {path: (size, time, sha256) for path, (size, time, sha256) in rows}
+        stamps = {p: (stat.st_size, stat.st_mtime_ns) for p in paths if p not in self.hashes for stat in [_stat(p)]}
+        if stamps:
+            new = {path: known[str(path)][2] for path, s in stamps.items() if known.get(str(path), ())[:2] == s}
+            new |= hash_files([path for path in stamps if path not in new])
+            known |= {str(path): (*stamp, new[path]) for path, stamp in stamps.items()}
+            write_atomically(index, json.dumps(known).encode(), f".{os.getpid()}.tmp")
+            self.hashes |= new
+        return self.hashes
+
+    def shards(self, utterances: list[Utterance], kind: str) -> list[tuple[Path, list[Utterance]]]:
+        hashes = self.hash_files([u.audio for u in utterances])
+        steps = (load_audio, to_sample_rate, FEATURES[kind], normalize, features_of)
+        code = [inspect.getsource(step) for step in steps] + [torchaudio.__version__, soundfile.__libsndfile_version__]
+        found = []
+        for start in range(0, len(utterances), self.SHARD):
+            part = utterances[start : start + self.SHARD]
+            key = json.dumps([code, [[hashes[u.audio], u.offset, u.duration] for u in part]])
+            found.append((self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors", part))
+        return found
+
+    def features(self, utterances: list[Utterance], kind: str, progress: str = "", workers: int = 0):
+        """(Stored, seconds) an utterance, in order. Computes what is not there yet."""
+        shards = self.shards(utterances, kind)
+        missing = {path: part for path, part in shards if not path.exists()}
+        for _ in _in_parallel(_Shards(list(missing.items()), kind), progress, workers, "file"):
+            pass
+        for path, _ in shards:
+            try:
+                table = _opened(path).get_tensor("table").tolist()
+                _, bins = _opened(path).get_slice("features").get_shape()
+            except (OSError, safetensors.SafetensorError) as error:
+                raise DataError(f"{path}: damaged ({error}): delete it, and it is computed again") from None
+            start = 0
+            for frames, samples, crc32 in table:
+                yield Stored(path, start, (frames, bins), crc32), samples / SAMPLE_RATE
+                start += frames
+
+
+class _Shards(torch.utils.data.Dataset):
+    """Writing each missing file of a cache: an item is None, or the DataError met."""
+
+    def __init__(self, shards: list[tuple[Path, list[Utterance]]], kind: str):
+        self.shards, self.kind = shards, kind
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: int) -> DataError | None:
+        path, utterances = self.shards[index]
+        try:
+            found = [features_of(utterance, self.kind) for utterance in utterances]
+            rows = [(len(f), round(s * SAMPLE_RATE), zlib.crc32(f.contiguous().numpy())) for f, s in found]
+            content = {"features": torch.cat([f for f, _ in found]), "table": torch.tensor(rows, dtype=torch.int64)}
+            write_atomically(path, safetensors.torch.save(content), f".{os.getpid()}.tmp")
+        except OSError as error:
+            return DataError(f"{path}: cannot write the cache ({error.strerror})")
+        except DataError as error:
+            return error
+        return None
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the audio ({error.strerror})") from None
+
+
+def hash_files(paths: list[Path]) -> dict[Path, str]:
+    """SHA-256 of each file's bytes. Raises DataError naming the file."""
+
+    def one(path: Path) -> str:
+        try:
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise DataError(f"{path}: cannot read the audio ({error.strerror})") from None
+
+    distinct = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(distinct, pool.map(one, distinct)))
 
 
 # ---------------------------------------------------------------------------- SpecAugment and batches
@@ -253,20 +537,20 @@ class SpecAugment:
     time_width: int  # frames, at most
     time_share: float = 1.0  # of the utterance, at most, a mask
 
-    def __call__(self, features: Tensor, rng: np.random.Generator) -> Tensor:
-        """features: (T, F). Returns a masked copy."""
-        features = features.clone()
-        frames, bins = features.shape
+    def draw(self, shape: tuple[int, int], rng: np.random.Generator) -> list[tuple[slice, slice]]:
+        """The places to mask in features of shape (T, F)."""
+        places = []
+        frames, bins = shape
         time_width = min(self.time_width, int(self.time_share * frames))
         for _ in range(self.freq_masks):
             width = int(rng.integers(0, min(self.freq_width, bins) + 1))
             start = int(rng.integers(0, bins - width + 1))
-            features[:, start : start + width] = 0
+            places.append((slice(None), slice(start, start + width)))
         for _ in range(self.time_masks):
             width = int(rng.integers(0, time_width + 1))
             start = int(rng.integers(0, frames - width + 1))
-            features[start : start + width] = 0
-        return features
+            places.append((slice(start, start + width), slice(None)))
+        return places
 
 
 @dataclass
@@ -295,24 +579,73 @@ def collate(examples: list[Example], features: list[Tensor] | None = None) -> Ba
     )
 
 
-def train_batches(examples: list[Example], batch_size: int, seed: int, epoch: int, augment: SpecAugment | None):
-    """Batches of similar length in random order, each utterance once. Yields Batch.
+class Epoch(torch.utils.data.Dataset):
+    """The batches of an epoch, in random order, each of utterances of similar length, each utterance once.
 
-    Order and masks depend on (seed, epoch) alone, so an epoch is the same whatever ran before it.
+    All is decided here, from (seed, epoch) alone, so that an epoch is the same whatever ran before it and whoever
+    reads the features. An item is a Batch: this process's share, or one utterance that counts for nothing where the
+    batch has fewer utterances than there are processes.
+    batch_size: utterances a process; with batch_seconds, instead, seconds a process, padding counted.
     """
-    rng = np.random.default_rng([seed, epoch])
-    # Lengths jittered by up to 10 % before sorting: similar lengths meet, the same utterances do not always.
-    lengths = np.array([len(example.features) for example in examples]) * rng.uniform(0.9, 1.1, len(examples))
-    order = np.argsort(lengths, kind="stable")
-    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    for chunk in rng.permutation(len(chunks)):
-        chosen = [examples[i] for i in chunks[chunk]]
-        yield collate(chosen, [augment(e.features, rng) for e in chosen] if augment else None)
+
+    def __init__(
+        self, examples: list[Example], batch_size: int, seed: int, epoch: int, augment: "SpecAugment | None",
+        batch_seconds: float | None = None, process: int = 0, processes: int = 1,
+    ):  # fmt: skip
+        self.examples, self.process, self.processes = examples, process, processes
+        rng = np.random.default_rng([seed, epoch])
+        # Jittered by up to 10 % before sorting: similar lengths meet, the same utterances do not always.
+        lengths = np.array([example.frames for example in examples]) * rng.uniform(0.9, 1.1, len(examples))
+        order = np.argsort(lengths, kind="stable")
+        if batch_seconds:
+            chunks = _chunks_of_frames(order, lengths, 100 * batch_seconds * processes)
+        else:
+            size = batch_size * processes
+            chunks = [order[i : i + size] for i in range(0, len(order), size)]
+        self.chunks = [chunks[i] for i in rng.permutation(len(chunks))]
+        draw = augment.draw if augment else lambda shape, rng: []
+        self.masks = [[draw(examples[i].source.shape, rng) for i in chunk] for chunk in self.chunks]
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def mine(self, index: int) -> slice:
+        return slice(self.process, None, self.processes) if self.process < len(self.chunks[index]) else slice(1)
+
+    def weight(self, index: int) -> int:
+        """Utterances of batch `index` that this process has."""
+        return len(self.chunks[index][self.process :: self.processes])
+
+    def __getitem__(self, index: int) -> "Batch | DataError":
+        mine = self.mine(index)
+        chosen, features = [self.examples[i] for i in self.chunks[index][mine]], []
+        try:
+            for example, masks in zip(chosen, self.masks[index][mine]):
+                features.append(example.features.clone())
+                for place in masks:
+                    features[-1][place] = 0
+        except DataError as error:
+            return error
+        return collate(chosen, features)
+
+    def batches(self, first: int = 0, workers: int = 0) -> Iterator["Batch"]:
+        """From batch `first` on, prepared ahead by worker processes if there are any."""
+        yield from _in_parallel(torch.utils.data.Subset(self, range(first, len(self))), workers=workers)
+
+
+def _chunks_of_frames(order: np.ndarray, lengths: np.ndarray, frames: float) -> list[np.ndarray]:
+    """Cut `order` (shortest first) where the longest times the count would exceed `frames`."""
+    cuts, start = [], 0
+    for place in range(len(order)):
+        if place > start and lengths[order[place]] * (place - start + 1) > frames:
+            cuts.append(place)
+            start = place
+    return np.split(order, cuts)
 
 
 def eval_batches(examples: list[Example], batch_size: int):
     """All examples once, longest first. Yields (indices into examples, Batch)."""
-    order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].features), i))
+    order = sorted(range(len(examples)), key=lambda i: (-examples[i].frames, i))
     for i in range(0, math.ceil(len(order) / batch_size)):
         indices = order[i * batch_size : (i + 1) * batch_size]
         yield indices, collate([examples[i] for i in indices])

@@ -41,15 +41,26 @@ class LotteryError(ValueError):
 # ---------------------------------------------------------------------------- ops: the reference
 
 
-def _check_masks(weights: list[Tensor], masks: list[Tensor]) -> None:
+def _check_tensors(weights: list[Tensor], grads: list[Tensor], masks: list[Tensor]) -> None:
+    """What csrc/checks.h refuses, but for the dtypes of weights and gradients."""
     if len(weights) != len(masks):
         raise ValueError(f"weights and masks must be as many, got {len(weights)} and {len(masks)}")
+    if grads and len(grads) != len(weights):
+        raise ValueError(f"grads must be empty or as many as weights, got {len(grads)} and {len(weights)}")
     for i, (weight, mask) in enumerate(zip(weights, masks)):
         if mask.dtype != torch.bool:
             raise TypeError(f"masks[{i}] must be bool, got {mask.dtype}")
-        if weight.shape != mask.shape:
-            shapes = f"{list(mask.shape)} and {list(weight.shape)}"
-            raise ValueError(f"masks[{i}] must have the shape of weights[{i}], got {shapes}")
+        if weight.device != weights[0].device:
+            devices = f"weights[0] is on {weights[0].device}, weights[{i}] on {weight.device}"
+            raise ValueError(f"all weights must be on one device: {devices}")
+    for name, tensors in (("masks", masks), ("grads", grads)):
+        for i, (tensor, weight) in enumerate(zip(tensors, weights)):
+            if tensor.shape != weight.shape:
+                shapes = f"{list(tensor.shape)} and {list(weight.shape)}"
+                raise ValueError(f"{name}[{i}] must have the shape of weights[{i}], got {shapes}")
+            if tensor.device != weight.device:
+                devices = f"{tensor.device} and {weight.device}"
+                raise ValueError(f"{name}[{i}] must be on the device of weights[{i}], got {devices}")
 
 
 def reference_hold_ticket_(weights: list[Tensor], grads: list[Tensor], masks: list[Tensor]) -> None:
@@ -57,9 +68,7 @@ def reference_hold_ticket_(weights: list[Tensor], grads: list[Tensor], masks: li
 
     weights, masks: as many tensors, pairwise of one shape.  grads: as many, or none at all.
     """
-    _check_masks(weights, masks)
-    if grads:
-        _check_masks(grads, masks)
+    _check_tensors(weights, grads, masks)
     for tensors in (weights, grads):
         for tensor, mask in zip(tensors, masks):
             tensor.masked_fill_(mask.logical_not(), 0)
@@ -71,7 +80,7 @@ def reference_global_magnitude_masks(weights: list[Tensor], masks: list[Tensor],
     Ties at the threshold: the earlier tensor, then the lower flat index, is kept.  Raises ValueError for a NaN or
     infinite weight, naming its position, and unless 0 <= keep <= survivors.
     """
-    _check_masks(weights, masks)
+    _check_tensors(weights, [], masks)
     for i, weight in enumerate(weights):
         if not weight.isfinite().all():
             raise ValueError(f"weights[{i}] has a NaN or infinite value (magnitudes must be finite to be ranked)")
@@ -100,11 +109,12 @@ def choose_ops() -> Ops:
     except ImportError as error:
         return Ops(reference_hold_ticket_, reference_global_magnitude_masks, f"pure PyTorch ({error})")
     compiled, facts = torch.ops.audio_lottery, _lottery.build_facts()
-    torch.library.register_fake("audio_lottery::hold_ticket_", lambda weights, grads, masks: None)
-    torch.library.register_fake(
-        "audio_lottery::global_magnitude_masks",
-        lambda weights, masks, keep: [mask.new_empty(mask.shape) for mask in masks],
-    )
+    torch.library.register_fake("audio_lottery::hold_ticket_", _check_tensors)
+
+    @torch.library.register_fake("audio_lottery::global_magnitude_masks")
+    def fake_masks(weights, masks, keep):
+        _check_tensors(weights, [], masks)
+        return [mask.new_empty(mask.shape) for mask in masks]
 
     def on_its_devices(op, reference):  # a build without CUDA leaves tensors on a GPU to the reference
         devices = {"cpu", "cuda"} if facts["cuda"] else {"cpu"}
@@ -167,6 +177,32 @@ def prunable(model: nn.Module) -> dict[str, Tensor]:
     if not found:
         raise LotteryError("the model has no weight to prune (see lottery.scope)")
     return found
+
+
+def weight_uses(model: nn.Module, call: Callable[[], object]) -> dict[str, int]:
+    """How often each prunable weight multiplies an input during call(), which runs the model.
+
+    The sum of uses * numel is the multiply-adds of all products with weights; of uses * kept, with zeros skipped.
+    Counted are convolutions (padding included), recurrent layers (each step) and linear layers, not products of two
+    activations, as in attention. (Counters of FLOPs take nn.LSTM for 0.)
+    """
+    names = {id(weight): name for name, weight in prunable(model).items()}
+    uses = dict.fromkeys(names.values(), 0)
+
+    def count(module, inputs, output):
+        out = (output[0] if isinstance(output, tuple) else output).data  # of a packed sequence too
+        for weight in module.parameters(recurse=isinstance(module, nn.MultiheadAttention)):  # calls out_proj unseen
+            if id(weight) in names:
+                convolution = isinstance(module, nn.modules.conv._ConvNd)
+                uses[names[id(weight)]] += out.numel() // (module.out_channels if convolution else out.shape[-1])
+
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, PRUNED_LAYERS)]
+    try:
+        call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return uses
 
 
 def compress(model: nn.Module, masks: Masks, run: Callable[[nn.Module], object], **options):
@@ -439,9 +475,12 @@ FORMAT = "audio-lottery 1"
 SEAL = b'"about":"sha256:'
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary file, fsync, rename, fsync the folder: the file is whole, old or new, at any instant."""
-    temporary = path.with_name(path.name + ".tmp")
+def write_atomically(path: Path, content: bytes, suffix: str = ".tmp") -> None:
+    """Write to a temporary file, fsync, rename, fsync the folder: the file is whole, old or new, at any instant.
+
+    suffix: of the temporary file; processes that may write one file at once need one each.
+    """
+    temporary = path.with_name(path.name + suffix)
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -596,10 +635,10 @@ def _ticket_of(path: Path, tensors: dict[str, Tensor], about: dict) -> TicketFil
 # ---------------------------------------------------------------------------- the ledger
 #
 # One JSON object a line, a line a round. "previous" is the hash of the line before (in the first line of the
-# configuration): the chain. It leaves out "seconds", "resumed" and "timing_sha256", so that an interrupted run has the
-# chain of an uninterrupted one; "timing_sha256" covers those two.
+# configuration): the chain. It leaves out "seconds", "waited" (of them, for data), "resumed" and "timing_sha256", so
+# that an interrupted run has the chain of an uninterrupted one; "timing_sha256" covers those.
 
-TIMING = ("seconds", "resumed", "timing_sha256")
+TIMING = ("seconds", "waited", "resumed", "timing_sha256")
 
 
 def hash_json(value) -> str:
@@ -611,7 +650,7 @@ def row_hash(row: dict) -> str:
 
 
 def timing_hash(row: dict) -> str:
-    return hash_json([row_hash(row), row.get("seconds"), row.get("resumed")])
+    return hash_json([row_hash(row), *(row.get(key) for key in TIMING[:-1])])
 
 
 def ledger_line(row: dict) -> bytes:
@@ -664,8 +703,8 @@ def check_chain(rows: list[dict], settings: dict) -> None:
         raise LotteryError(f"a value is missing or of the wrong kind ({type(error).__name__}: {error})") from None
 
 
-def append_row(path: Path, rows: list[dict], row: dict, config: dict) -> None:
-    """Chain a row to the ledger and to `rows`, and write it to the disk.
+def append_row(path: Path | None, rows: list[dict], row: dict, config: dict) -> None:
+    """Chain a row to `rows` and to the ledger on the disk (path None: another process writes that).
 
     A round that is there already (an interrupted run came back to it) must be the same and is not written again.
     """
@@ -676,13 +715,14 @@ def append_row(path: Path, rows: list[dict], row: dict, config: dict) -> None:
             if rows[row["round"]][key] != row[key]:
                 raise LotteryError(f"{path}: round {row['round']} came out with another {key} than the ledger says")
         return
-    whole = path.read_bytes().rfind(b"\n") + 1  # behind it: a line that was being written
-    with open(path, "r+b") as file:
-        file.truncate(whole)
-        file.seek(whole)
-        file.write(ledger_line(row))
-        file.flush()
-        os.fsync(file.fileno())
+    if path:
+        whole = path.read_bytes().rfind(b"\n") + 1  # behind it: a line that was being written
+        with open(path, "r+b") as file:
+            file.truncate(whole)
+            file.seek(whole)
+            file.write(ledger_line(row))
+            file.flush()
+            os.fsync(file.fileno())
     rows.append(row)
 
 
@@ -732,17 +772,21 @@ def _verify_chain(found: dict) -> None:
 def _verify_rows(found: dict) -> None:
     settings, dense = found["settings"], found["rows"][0]
     for row in found["rows"]:
-        where, errors, words = f"round {row['round']}: ", row["test_errors"], row["test_words"]
+        where = f"round {row['round']}: "
         _expect(row["remaining"] == row["kept"] / row["total"], where + "remaining is not kept / total")
-        _expect(words == dense["test_words"], where + "other test utterances than round 0's")
-        _expect(row["test_wer"] == sum(errors) / sum(words), where + "test_wer is not test_errors / test_words")
         for key in ("seed", "data_sha256"):
             _expect(row[key] == settings[key], where + f"{key} is not the configuration's")
         _expect(row["config_sha256"] == hash_json(settings), where + "config_sha256 is not the configuration's")
-        if row["round"]:
-            right = verdict(errors, dense["test_errors"], words, settings["margin"])
-            stated = Verdict(row["verdict"], *row["interval"])
-            _expect(stated == right, where + f"the verdict is {right}, not {stated}")
+        others, dense_others = row.get("other_tests", {}), dense.get("other_tests", {})
+        _expect(list(others) == list(dense_others), where + "other test sets than round 0's")
+        for test, dense_test in zip([row, *others.values()], [dense, *dense_others.values()]):
+            errors, words = test["test_errors"], test["test_words"]
+            _expect(words == dense_test["test_words"], where + "other test utterances than round 0's")
+            _expect(test["test_wer"] == sum(errors) / sum(words), where + "test_wer is not test_errors / test_words")
+            if row["round"]:
+                right = verdict(errors, dense_test["test_errors"], words, settings["margin"])
+                stated = Verdict(test["verdict"], *test["interval"])
+                _expect(stated == right, where + f"the verdict is {right}, not {stated}")
 
 
 def _verify_masks(found: dict) -> None:

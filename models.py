@@ -16,6 +16,7 @@ or on the other utterances of the batch.
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import torch.distributed.nn.functional
 import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
@@ -46,6 +47,29 @@ def on_rows(layer, x: Tensor, rows: Tensor) -> Tensor:
     y = layer(x.flatten(0, 1).index_select(0, rows))  # (N, ...)
     out = y.new_zeros(x.shape[0] * x.shape[1], *y.shape[1:])
     return out.index_copy(0, rows, y).unflatten(0, x.shape[:2])
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm of (N, C) or (N, C, L). Where torch.distributed runs, its statistics are of all processes together.
+
+    torch's SyncBatchNorm is that for CUDA alone.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not (self.training and distributed):
+            return super().forward(x)
+        add_up = torch.distributed.nn.functional.all_reduce  # the sum over processes, in backward() too
+        values = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).movedim(1, -1)  # (..., C)
+        sums = add_up(torch.cat([values.flatten(0, -2).sum(0), values.new_tensor([x[:, 0].numel()])]))
+        n, mean = sums[-1], sums[:-1] / sums[-1]
+        variance = add_up((values - mean).square().flatten(0, -2).sum(0)) / n
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+        normal = (values - mean) * (variance + self.eps).rsqrt()
+        return (normal * self.weight + self.bias).movedim(-1, 1).to(x.dtype)
 
 
 def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
@@ -113,11 +137,11 @@ class CnnLstm(nn.Module):
         for i, (kernel, stride) in enumerate(zip(kernels, strides)):
             padding = (kernel[0] // 2, kernel[1] // 2)
             self.convs.append(nn.Conv2d(channels if i else 1, channels, kernel, stride, padding))
-            self.conv_norms.append(nn.BatchNorm1d(channels))
+            self.conv_norms.append(BatchNorm(channels))
             bins = (bins - 1) // stride[0] + 1
         sizes = [channels * bins] + [hidden] * layers
         self.lstms = nn.ModuleList(BiLstm(sizes[i], hidden) for i in range(layers))
-        self.lstm_norms = nn.ModuleList(nn.BatchNorm1d(hidden) for _ in range(layers))  # behind each layer
+        self.lstm_norms = nn.ModuleList(BatchNorm(hidden) for _ in range(layers))  # behind each layer
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(hidden, tokens, bias=False)
 
@@ -230,7 +254,7 @@ class Transducer(nn.Module):
         def rnnt_loss(b: int) -> Tensor:
             t, u = shapes[b]
             return torchaudio.functional.rnnt_loss(
-                logits[b].view(1, t, u, -1), targets[b : b + 1, : u - 1].int(),
+                logits[b].view(1, t, u, -1).float(), targets[b : b + 1, : u - 1].int(),
                 lengths[b : b + 1].int(), target_lengths[b : b + 1].int(), blank=BLANK, reduction="sum",
             )  # fmt: skip
 
@@ -315,7 +339,7 @@ class ConformerBlock(nn.Module):
         self.conv_norm = nn.LayerNorm(width)
         self.pointwise1 = nn.Conv1d(width, 2 * width, 1)
         self.depthwise = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
-        self.batch_norm = nn.BatchNorm1d(width)
+        self.batch_norm = BatchNorm(width)
         self.pointwise2 = nn.Conv1d(width, width, 1)
         self.norm, self.drop = nn.LayerNorm(width), drop
 

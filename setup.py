@@ -1,8 +1,8 @@
 """Builds csrc/ into the module _lottery; pyproject.toml says the rest.
 
-C++ where a compiler is, CUDA too where torch has CUDA and an nvcc of its major version is found; never by whether a GPU
-is present. USE_CUDA=0 refuses CUDA, TORCH_CUDA_ARCH_LIST chooses the architectures. Without a compiler nothing is built
-and lottery.py runs in pure PyTorch.
+C++ where a compiler is, with OpenMP where it takes -fopenmp; CUDA too where torch has CUDA and an nvcc of its major
+version is found; never by whether a GPU is present. USE_CUDA=0 refuses CUDA, TORCH_CUDA_ARCH_LIST chooses the
+architectures. Without a compiler nothing is built and lottery.py runs in pure PyTorch.
 """
 
 import os
@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from glob import glob
 
 from setuptools import setup
@@ -35,6 +36,18 @@ def cuda_home() -> str | None:
     return None
 
 
+def openmp(compiler: str) -> list[str]:
+    """The flag for OpenMP, or none where the compiler refuses it, as Apple's clang does."""
+    with tempfile.TemporaryDirectory() as folder:
+        with open(f"{folder}/trial.cpp", "w") as file:
+            file.write("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
+        trial = [*compiler.split(), "-fopenmp", "trial.cpp", "-o", "trial"]
+        if subprocess.run(trial, cwd=folder, capture_output=True).returncode == 0:
+            return ["-fopenmp"]
+    print(f"{compiler} refuses -fopenmp: csrc/ is built for one thread")
+    return []
+
+
 def extensions() -> list:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not compiler or not os.path.isfile(sysconfig.get_path("include") + "/Python.h"):
@@ -48,19 +61,15 @@ def extensions() -> list:
 
     sources = ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
     version = re.search(r'^version = "(.*)"', open("pyproject.toml").read(), re.M)[1]
-    flags = [
-        "-O3",
-        "-fopenmp",
-        "-Wall",
-        f'-DAUDIO_LOTTERY_VERSION="{version}"',
-        *os.environ.get("CXXFLAGS", "").split(),
-    ]
+    threads = openmp(compiler)
+    name = f'-DAUDIO_LOTTERY_VERSION="{version}"'
+    flags = ["-O3", *threads, "-Wall", name, *os.environ.get("CXXFLAGS", "").split()]
     if not home:
-        return [CppExtension("_lottery", sources, extra_compile_args=flags, extra_link_args=["-fopenmp"])]
+        return [CppExtension("_lottery", sources, extra_compile_args=flags, extra_link_args=threads)]
     define = f'-DAUDIO_LOTTERY_CUDA="{os.environ["TORCH_CUDA_ARCH_LIST"]}"'
     return [
         CUDAExtension(
-            "_lottery", sources + sorted(glob("csrc/cuda/*.cu")), extra_link_args=["-fopenmp"],
+            "_lottery", sources + sorted(glob("csrc/cuda/*.cu")), extra_link_args=threads,
             extra_compile_args={"cxx": [*flags, define], "nvcc": ["-O3", "--extra-device-vectorization"]},
         )
     ]  # fmt: skip

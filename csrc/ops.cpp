@@ -41,7 +41,7 @@ PYBIND11_MODULE(_lottery, m) {
 #endif
     facts["compiler"] = __VERSION__;
     facts["torch"] = TORCH_VERSION;
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(AUDIO_LOTTERY_BASELINE)
     __builtin_cpu_init();
     facts["instructions"] = __builtin_cpu_supports("avx512f") ? "AVX-512" : __builtin_cpu_supports("avx2") ? "AVX2" : "SSE2";
 #else

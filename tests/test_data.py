@@ -1,6 +1,7 @@
 """Corpora, features, SpecAugment, batches; and every way a file can be broken."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -220,10 +221,11 @@ def test_batches_lose_nobody_and_depend_on_seed_and_epoch_alone():
     some = examples([10, 50, 20, 40, 30, 60, 25])
 
     def epoch(seed, number):
-        return [(b.texts, b.features) for b in data.train_batches(some, 3, seed, number, data.SpecAugment(1, 3, 1, 9))]
+        batches = data.Epoch(some, 3, seed, number, data.SpecAugment(1, 3, 1, 9)).batches()
+        return [(b.texts, b.features) for b in batches]
 
     first, again = epoch(0, 0), epoch(0, 0)
-    list(data.train_batches(some, 2, 5, 7, None))  # whatever ran between
+    list(data.Epoch(some, 2, 5, 7, None).batches())  # whatever ran between
     assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
     assert sorted(t for texts, _ in first for t in texts) == sorted(e.text for e in some)
     assert [t for t, _ in first] != [t for t, _ in epoch(0, 1)] or [t for t, _ in first] != [t for t, _ in epoch(0, 2)]
@@ -232,7 +234,7 @@ def test_batches_lose_nobody_and_depend_on_seed_and_epoch_alone():
 
 def test_batches_are_of_similar_length():
     some = examples(range(10, 410))
-    for batch in data.train_batches(some, 8, 0, 0, None):
+    for batch in data.Epoch(some, 8, 0, 0, None).batches():
         assert batch.input_lengths.max() <= 1.35 * batch.input_lengths.min() + 10
         for b, n in enumerate(batch.input_lengths.tolist()):
             assert (batch.features[b, n:] == 0).all() and (batch.features[b, :n] != 0).all()
@@ -252,8 +254,147 @@ def test_spec_augment_masks_within_its_bounds():
     rng, features = np.random.default_rng(0), torch.ones(100, 80)
     widths = {"time": set(), "freq": set()}
     for _ in range(300):
-        masked = data.SpecAugment(1, 27, 1, 70, 0.2)(features, rng)
+        masked = features.clone()
+        for place in data.SpecAugment(1, 27, 1, 70, 0.2).draw((100, 80), rng):
+            masked[place] = 0
         widths["time"].add(int((masked == 0).all(1).sum()))
         widths["freq"].add(int((masked == 0).all(0).sum()))
     assert max(widths["time"]) == 20 and max(widths["freq"]) == 27 and 0 in widths["time"] and 0 in widths["freq"]
-    assert (features == 1).all()  # a copy was masked
+    some, places = examples([50, 50]), data.SpecAugment(2, 4, 2, 9)
+    (batch,) = data.Epoch(some, 2, 0, 0, places).batches()
+    assert (batch.features == 0).any() and all((e.features != 0).all() for e in some)  # copies were masked
+
+
+def test_batches_by_seconds_hold_at_most_as_many_padded_seconds():
+    some = examples(range(10, 410))  # 0.1 to 4.1 s
+    epoch = data.Epoch(some, 8, 0, 0, None, batch_seconds=20)
+    seen = []
+    for batch in epoch.batches():
+        longest, count = int(batch.input_lengths.max()), len(batch.texts)
+        assert longest * count <= 20 * 100 * 1.25  # lengths are jittered by up to 10 % before they are cut
+        seen += batch.texts
+    assert sorted(seen) == sorted(e.text for e in some) and len(epoch) < 60
+    # One longer than a batch stands alone.
+    assert len(data.Epoch(examples([5000, 10, 10]), 8, 0, 0, None, batch_seconds=1)) == 2
+
+
+@pytest.mark.parametrize("augment", [None, data.SpecAugment(1, 3, 1, 9)])
+def test_the_shares_of_several_processes_make_up_the_batches_of_one(augment):
+    some = examples([10, 50, 20, 40, 30, 60, 25])
+    whole = data.Epoch(some, 6, 0, 0, augment)
+    shares = [data.Epoch(some, 3, 0, 0, augment, process=p, processes=2) for p in (0, 1)]
+    for k, batch in enumerate(whole.batches()):
+        parts = [share[k] for share in shares]
+        texts = [text for share, part in zip(shares, parts) for text in part.texts[: share.weight(k)]]
+        assert sorted(texts) == sorted(batch.texts)
+        for part in parts:
+            for b, text in enumerate(part.texts):
+                of_whole = batch.texts.index(text)
+                n = int(part.input_lengths[b])
+                assert torch.equal(part.features[b, :n], batch.features[of_whole, :n])
+    assert [share.weight(k) for share in shares for k in range(2)].count(0) == 1  # 7 = 6 + 1: one has nothing
+
+
+@pytest.mark.parametrize("first, workers", [(0, 2), (2, 0), (1, 1)])
+def test_batches_from_the_middle_and_from_workers_are_the_same(first, workers):
+    some = examples([10, 50, 20, 40, 30, 60, 25])
+    torch.manual_seed(3)
+    expected = list(data.Epoch(some, 2, 0, 0, data.SpecAugment(1, 3, 1, 9)).batches())[first:]
+    state = torch.get_rng_state()
+    got = list(data.Epoch(some, 2, 0, 0, data.SpecAugment(1, 3, 1, 9)).batches(first, workers))
+    assert torch.equal(state, torch.get_rng_state())  # nothing is drawn from the global generator
+    assert [b.texts for b in got] == [b.texts for b in expected]
+    assert all(torch.equal(a.features, b.features) for a, b in zip(got, expected))
+
+
+# ---------------------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    (tmp_path / "audio").mkdir()
+    names = [tmp_path / "audio" / f"{i}.wav" for i in range(5)]
+    for i, name in enumerate(names):
+        write_wav(name, noise(1600 + 800 * i))
+    return [data.Utterance(name, "ab", "", *((0.05, 0.1) if i == 4 else ())) for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["log-mel", "log1p-stft"])
+def test_cached_and_fresh_features_are_those_in_memory(recordings, tmp_path, kind, workers, monkeypatch):
+    monkeypatch.setattr(data.Cache, "SHARD", 2)
+    tokens = [data.BLANK, "a", "b"]
+    expected = data.load_examples(recordings, tokens, kind)
+    cached = data.load_examples(recordings, tokens, kind, "", data.Cache(tmp_path / "cache"), workers)
+    fresh = data.load_examples(recordings, tokens, kind, "", "none")
+    for examples in (cached, fresh):
+        for a, b in zip(expected, examples, strict=True):
+            assert torch.equal(a.features, b.features) and a.targets == b.targets and abs(a.seconds - b.seconds) < 1e-3
+            assert a.frames == b.frames
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 3
+    # A second start computes nothing and does not read the recordings.
+    monkeypatch.setattr(data, "load_audio", None)
+    monkeypatch.setattr(data, "features_of", None)
+    monkeypatch.setattr(data.inspect, "getsource", lambda step: "the code of now")
+    with pytest.raises(TypeError):  # other code: another file
+        data.load_examples(recordings, tokens, kind, "", data.Cache(tmp_path / "cache"))
+
+
+def test_a_second_start_reads_no_recording_again(recordings, tmp_path, monkeypatch):
+    first = data.load_examples(recordings, [data.BLANK], "log-mel", "", data.Cache(tmp_path / "cache"))
+    monkeypatch.setattr(data, "hash_files", lambda paths: pytest.fail("hashed again") if paths else {})
+    monkeypatch.setattr(data._Shards, "__getitem__", lambda *_: pytest.fail("computed again"))
+    again = data.load_examples(recordings, [data.BLANK], "log-mel", "", data.Cache(tmp_path / "cache"))
+    assert all(torch.equal(a.features, b.features) for a, b in zip(first, again))
+
+
+def test_a_changed_recording_is_computed_anew_and_only_its_file(recordings, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.Cache, "SHARD", 2)
+    data.load_examples(recordings, [data.BLANK], "log-mel", "", data.Cache(tmp_path / "cache"))
+    before = set((tmp_path / "cache").glob("*.safetensors"))
+    write_wav(recordings[0].audio, noise(4000))
+    os.utime(recordings[0].audio, ns=(1, 1))
+    examples = data.load_examples(recordings, [data.BLANK], "log-mel", "", data.Cache(tmp_path / "cache"))
+    assert examples[0].frames == 26
+    assert len(set((tmp_path / "cache").glob("*.safetensors")) - before) == 1
+
+
+def test_a_damaged_cache_is_named(recordings, tmp_path):
+    examples = data.load_examples(recordings, [data.BLANK], "log-mel", "", data.Cache(tmp_path / "cache"))
+    (path,) = (tmp_path / "cache").glob("*.safetensors")
+    whole = path.read_bytes()
+    data._opened.cache_clear()
+    path.write_bytes(whole[:-1000] + bytes(1000))
+    with pytest.raises(data.DataError, match=rf"{path.name}: damaged: delete it"):
+        [example.features for example in examples]
+    data._opened.cache_clear()
+    path.write_bytes(whole[:-1000])
+    with pytest.raises(data.DataError, match=rf"{path.name}: damaged .*: delete it"):
+        data.load_examples(recordings, [data.BLANK], "log-mel", "", data.Cache(tmp_path / "cache"))
+    data._opened.cache_clear()
+    path.unlink()
+    for index in ("[1, 2", "[1, 2]", "7", json.dumps({str(recordings[0].audio): 5})):  # only slows the next start
+        (tmp_path / "cache" / "hashes.json").write_text(index)
+        again = data.load_examples(recordings, [data.BLANK], "log-mel", "", data.Cache(tmp_path / "cache"))
+        assert torch.equal(again[0].features, data.load_examples(recordings[:1], [data.BLANK], "log-mel")[0].features)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_recording_is_named_from_a_worker_too(recordings, tmp_path, workers):
+    recordings[3].audio.write_text("no audio")
+    for cache in ("memory", data.Cache(tmp_path / "cache")):
+        with pytest.raises(data.DataError, match=r"3.wav: cannot decode the audio"):
+            data.load_examples(recordings, [data.BLANK], "log-mel", "", cache, workers)
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+    (tmp_path / "file").touch()
+    with pytest.raises(data.DataError, match=r"--cache .*file: cannot make the folder"):
+        data.Cache(tmp_path / "file")
+
+
+def test_lengths_by_header_are_never_above_what_is_decoded(tmp_path):
+    for name, rate in (("a.wav", 16_000), ("b.wav", 44_100), ("c.flac", 8_000), ("d.mp3", 16_000), ("e.mp3", 22_050)):
+        for samples in (rate // 3, rate, 3 * rate + 17):
+            soundfile.write(tmp_path / name, noise(samples), rate)
+            utterance = data.Utterance(tmp_path / name, "a")
+            frames = len(data.features_of(utterance, "log-mel")[0])
+            assert 0 <= frames - data.length(utterance)[0] <= 30, name

@@ -79,15 +79,13 @@ def test_from_speech_to_a_ticket(backbone, corpus, tmp_path, capsys):
 
 def test_two_runs_of_one_seed_give_one_ledger(corpus, tmp_path):
     ledgers = []
-    for name in ("a", "b"):
-        assert run(corpus, tmp_path / name, "--backbone", "rnnt", "--rewind-step", "3") == 0
+    for name, flags in (("a", []), ("b", []), ("cached", ["--cache", str(tmp_path / "cache"), "--workers", "2"])):
+        assert run(corpus, tmp_path / name, "--backbone", "rnnt", "--rewind-step", "3", *flags) == 0
         rows = [json.loads(line) for line in (tmp_path / name / "ledger.jsonl").read_text().splitlines()]
-        ledgers.append(
-            [json.dumps({k: v for k, v in row.items() if k not in ("seconds", "timing_sha256")}) for row in rows]
-        )
-    assert ledgers[0] == ledgers[1]
-    tickets = [(tmp_path / name / "ticket.safetensors").read_bytes() for name in ("a", "b")]
-    assert tickets[0] == tickets[1]
+        ledgers.append([json.dumps({k: v for k, v in row.items() if k not in lottery.TIMING}) for row in rows])
+    assert ledgers[0] == ledgers[1] == ledgers[2]
+    tickets = [(tmp_path / name / "ticket.safetensors").read_bytes() for name in ("a", "b", "cached")]
+    assert tickets[0] == tickets[1] == tickets[2]
 
 
 def test_rewind_step_beyond_the_round(corpus, tmp_path, capsys):

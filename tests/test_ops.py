@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import bench
 import lottery
 
 pytestmark = pytest.mark.skipif("pure" in lottery.ops.path, reason=f"the extension is not built: {lottery.ops.path}")
@@ -174,6 +175,48 @@ def test_pruning_where_the_sample_misleads(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_pruning_falls_back(dtype, device):
+    """Inputs that overflow the list, that defeat the sample, and both."""
+    torch.manual_seed(6)
+    weights = [(torch.randn(n, device=device) * 0.1).to(dtype) for n in (300_001, 0, 1_700_000)]
+    cases = bench.falls_back(weights)
+    misled, keep = cases["misled"]
+    cases["tied"] = [torch.where(w.abs() > 500, w, torch.where(w > 0, 1.0, 2.0).to(dtype)) for w in misled], keep
+    half = [torch.where((w.abs() > 500) & (torch.rand(w.shape, device=device) < 0.5), w * 0, w) for w in misled]
+    cases["half"] = half, keep  # the bracket spans all other weights, and so do its ends
+    for weights, keep in cases.values():
+        same_masks(weights, random_masks(weights, 1.1), keep)
+        masks = random_masks(weights, 0.99)
+        for cut in (20_000, keep, 1_900_000):
+            same_masks(weights, masks, cut)
+    masks = [m & (w.abs() < 500) for w, m in zip(misled, masks)]  # the sample finds no survivor
+    same_masks(misled, masks, 700_000)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_byte_but_zero_is_true(dtype, device):
+    """A bool tensor made by view or frombuffer can hold any byte."""
+    generator = torch.Generator().manual_seed(7)
+    random = torch.rand(2_000_003, generator=generator)
+    for weight in (random[:3000] * 0.1, random, (random * 3).ceil()):
+        weight = weight.to(device, dtype)
+        choice = torch.randint(5, weight.shape, generator=generator)
+        raw = torch.tensor([0, 1, 2, 128, 255], dtype=torch.uint8)[choice].to(device)
+        mask, clean = raw.view(torch.bool), raw != 0
+        for keep in (1, len(weight) // 2, int(clean.sum())):
+            got = compiled.global_magnitude_masks([weight], [mask], keep)[0]
+            want = lottery.reference_global_magnitude_masks([weight], [clean], keep)[0]
+            assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+        for step in (1, 3):  # the second is not contiguous
+            held, want = weight.clone(), weight.clone()
+            compiled.hold_ticket_([held[::step]], [], [mask[::step]])
+            lottery.reference_hold_ticket_([want[::step]], [], [clean[::step]])
+            assert torch.equal(held, want)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_pruning_denormals_zeros_and_extremes(dtype, device):
     info = torch.finfo(dtype)
     tiny = info.smallest_normal * info.eps  # the smallest denormal
@@ -239,6 +282,11 @@ W, M = torch.randn(4, 4), torch.ones(4, 4, dtype=torch.bool)
 M2 = M.view(2, 8)
 
 
+def moved(arguments, device):
+    return [[t.to(device) for t in a] if isinstance(a, list) else a for a in arguments]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "error, message, arguments",
     [
@@ -251,15 +299,36 @@ M2 = M.view(2, 8)
         (ValueError, r"grads\[0\] must have the shape of weights\[0\], got \[2, 4\] and", ([W], [W[:2]], [M])),
     ],
 )
-def test_hold_refuses(error, message, arguments):
+def test_hold_refuses(error, message, arguments, device):
     with pytest.raises(error, match=message):
-        compiled.hold_ticket_(*arguments)
+        compiled.hold_ticket_(*moved(arguments, device))
+
+
+@pytest.mark.parametrize("device, other", [("cpu", "meta"), pytest.param("cuda", "cpu", marks=DEVICES[1].marks)])
+def test_mixed_devices_are_refused(device, other):
+    w, m = W.to(device), M.to(device)
+    far_w, far_m = W.to(other), M.to(other)
+    message = rf"\[1\] must be on the device of weights\[1\], got {other}(:0)? and {device}"
+    one_device = rf"all weights must be on one device: weights\[0\] is on {device}(:0)?, weights\[1\] on {other}"
+    for prune in (compiled.global_magnitude_masks, lottery.reference_global_magnitude_masks):
+        with pytest.raises(ValueError, match="masks" + message):
+            prune([w, w], [m, far_m], 1)
+        with pytest.raises(ValueError, match=one_device):
+            prune([w, far_w], [m, m], 1)
+    for hold in (compiled.hold_ticket_, lottery.reference_hold_ticket_):
+        with pytest.raises(ValueError, match="masks" + message):
+            hold([w, w], [], [m, far_m])
+        with pytest.raises(ValueError, match="grads" + message):
+            hold([w, w], [w, far_w], [m, m])
+        with pytest.raises(ValueError, match=one_device):
+            hold([w, far_w], [], [m, m])
 
 
 NAN = torch.tensor([1.0, float("nan")])
 SURVIVORS = "keep must be between 0 and the %d surviving weights, got %d"
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "error, message, arguments",
     [
@@ -278,7 +347,8 @@ SURVIVORS = "keep must be between 0 and the %d surviving weights, got %d"
         (TypeError, r"masks\[1\] must be bool", ([W, W], [M, M.int()], 2)),
     ],
 )
-def test_pruning_refuses(error, message, arguments):
+def test_pruning_refuses(error, message, arguments, device):
+    arguments = moved(arguments, device)
     with pytest.raises(error, match=message):
         compiled.global_magnitude_masks(*arguments)
     if "one dtype" not in message:  # which the reference compares by value
@@ -286,13 +356,30 @@ def test_pruning_refuses(error, message, arguments):
             lottery.reference_global_magnitude_masks(*arguments)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("keep", [-1, 10, 1_000_000, 3_000_000])
+def test_nan_is_refused_before_an_impossible_keep(keep, device):
+    torch.manual_seed(8)
+    listed, overflowing = torch.randn(2_000_000, device=device), torch.ones(2_000_000, device=device)
+    for weight in (listed, overflowing):
+        masks = random_masks([weight], 0.9)
+        bad = weight.clone()
+        bad[1_999_999] = float("nan")
+        with pytest.raises(ValueError, match=r"weights\[1\] has a NaN"):
+            compiled.global_magnitude_masks([weight, bad], masks * 2, keep)
+        if not 0 <= keep < 2_000_000:
+            with pytest.raises(ValueError, match="keep must be between"):
+                compiled.global_magnitude_masks([weight], masks, keep)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_infinity_is_refused_in_every_dtype(dtype):
-    weight = torch.ones(5000, dtype=dtype)
-    compiled.global_magnitude_masks([weight], [torch.ones(5000, dtype=torch.bool)], 10)
+def test_infinity_is_refused_in_every_dtype(dtype, device):
+    weight, mask = torch.ones(5000, dtype=dtype, device=device), torch.ones(5000, dtype=torch.bool, device=device)
+    compiled.global_magnitude_masks([weight], [mask], 10)
     weight[4999] = float("inf")
     with pytest.raises(ValueError, match=r"weights\[0\] has a NaN or infinite value"):
-        compiled.global_magnitude_masks([weight], [torch.ones(5000, dtype=torch.bool)], 10)
+        compiled.global_magnitude_masks([weight], [mask], 10)
 
 
 # ---------------------------------------------------------------------------- registrations

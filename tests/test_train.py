@@ -1,5 +1,6 @@
 """The command line: flags, messages, scores, run folders."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -43,6 +44,13 @@ def refused(capsys, *argv) -> str:
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--rewind-step", "-1"], "--rewind-step must be at least 0"),
         (["--margin", "nan"], "--margin must be at least 0"),
+        (["--batch-seconds", "0"], "--batch-seconds must be at least 1"),
+        (["--batch-seconds", "60", "--batch-size", "8"], "--batch-size and --batch-seconds: only one of them"),
+        (["--accumulate", "0"], "--accumulate must be at least 1"),
+        (["--workers", "-1"], "--workers must be at least 0"),
+        (["--seconds", "5"], "must be LO:HI, two numbers of seconds, got '5'"),
+        (["--seconds", "5:1"], "must be LO:HI with 0 <= LO < HI, got '5:1'"),
+        (["--device", "cpu", "--amp"], "--amp needs CUDA"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
         (["--data", "/nowhere/at/all"], "/nowhere/at/all: no such folder"),
     ],
@@ -148,12 +156,20 @@ def small_corpus():
     return corpus
 
 
+def trained(ticket, recipe):
+    args = argparse.Namespace(recipe=recipe, device="cpu", seed=0, workers=0)
+    corpus = small_corpus()
+    return train.train_round(
+        ticket, corpus, train.Setting(args, {}, {}, corpus.tokens, ticket.model, None, [], "memory")
+    )
+
+
 def test_best_epoch_is_chosen_on_valid_and_the_model_keeps_the_last():
     a_b, a, nothing = [[1, 2, 3]], [[1]], [[]]
     model = Counter([nothing, a_b, a_b, a])
     recipe = train.Recipe(4, 2, 1e-2, "anneal", 400.0, (0, 9), data.SpecAugment(0, 0, 0, 0))
     ticket = lottery.Ticket(model)
-    at = train.train_round(ticket, small_corpus(), recipe, 0, "cpu")
+    at = trained(ticket, recipe)
     assert (at.best_wer, at.best_epoch) == (0.0, 3)  # of two equal epochs the later
     assert ticket.steps == 8  # 3 utterances in batches of 2: two steps an epoch, nobody lost
     assert not torch.equal(at.best["linear.weight"], model.linear.weight)
@@ -163,11 +179,11 @@ def test_every_round_trains_alike():
     """After a rewind with full masks the same numbers come again: optimizer, schedule, order, dropout start afresh."""
     torch.manual_seed(0)
     model = models.build("rnnt", "demo", 4)
-    corpus, recipe = small_corpus(), train.Recipe(2, 2, 1e-2, "one-cycle", 5.0, (0, 9), data.SpecAugment(1, 9, 1, 3))
+    recipe = train.Recipe(2, 2, 1e-2, "one-cycle", 5.0, (0, 9), data.SpecAugment(1, 9, 1, 3))
     ticket = lottery.Ticket(model)
     states = []
     for _ in range(2):
-        states.append(train.train_round(ticket, corpus, recipe, 0, "cpu").best)
+        states.append(trained(ticket, recipe).best)
         torch.rand(17)  # whatever draws from the global generator between
         ticket.rewind()
     assert lottery.sha256(states[0]) == lottery.sha256(states[1]) != lottery.sha256(model.state_dict())
@@ -179,14 +195,32 @@ def test_long_utterances_leave_training_alone(capsys):
     tokens = data.tokens_of(utterances["train"])
     corpus = train.Corpus(short, tokens, models.build("cnn-lstm", "demo", len(tokens)), (0.0, 10.0))
     assert "10 train utterances left out of training: not between 0 and 10 s long" in capsys.readouterr().out
-    assert len(corpus.test) == len(short["test"]) and max(e.seconds for e in corpus.test) > 10
+    assert len(corpus.tests["test"]) == len(short["test"]) and max(e.seconds for e in corpus.tests["test"]) > 10
     assert len(corpus.train) == len(short["train"]) - 10 and max(e.seconds for e in corpus.train) < 10
+
+
+def test_accumulated_batches_step_like_one_batch():
+    """Without batch norm and dropout the mean over 2 + 1 utterances in two batches is that of 3 in one."""
+    states = []
+    for batch_size, accumulate in ((3, 1), (2, 2), (1, 3)):
+        torch.manual_seed(0)
+        model = models.build("rnnt", "demo", 4)
+        model.dropout.p = 0.0
+        augment = data.SpecAugment(0, 0, 0, 0)
+        recipe = train.Recipe(2, batch_size, 1e-3, "anneal", 5.0, (0, 9), augment, accumulate=accumulate)
+        ticket = lottery.Ticket(model)
+        trained(ticket, recipe)
+        assert ticket.steps == 2  # one an epoch
+        states.append(model.state_dict())
+    for state in states[1:]:
+        for name, value in state.items():
+            torch.testing.assert_close(value, states[0][name], atol=3e-5, rtol=1e-4, msg=name)
 
 
 def test_a_diverging_loss_is_named():
     recipe = train.Recipe(3, 2, 1e30, "anneal", 1e30, (0, 9), data.SpecAugment(0, 0, 0, 0))
     with pytest.raises(lottery.LotteryError, match=r"round 0, epoch \d: the loss is (nan|inf): try a lower --lr"):
-        train.train_round(lottery.Ticket(Counter([[[]]] * 9)), small_corpus(), recipe, 0, "cpu")
+        trained(lottery.Ticket(Counter([[[]]] * 9)), recipe)
 
 
 def test_corpus_says_what_it_leaves_out(tmp_path, capsys):
@@ -203,7 +237,40 @@ def test_corpus_says_what_it_leaves_out(tmp_path, capsys):
     assert "1 train utterances left out of training: fewer encoder frames than CTC needs" in said
     assert "valid has characters that train has not, counted as errors: 'n' x 2" not in said
     assert "'n' x 1" in said and "'ñ' x 1" in said and "'ú' x 1" in said
-    assert len(corpus.train) == 1 and len(corpus.test) == 1  # a test utterance is never dropped
+    assert len(corpus.train) == 1 and len(corpus.tests["test"]) == 1  # a test utterance is never dropped
     with pytest.raises(data.DataError, match="no train utterance is left"):
         train.Corpus(utterances, tokens, models.build("cnn-lstm", "demo", len(tokens)), (1.0, 9.0))
     assert "2 train utterances left out of training: not between 1 and 9 s long" in capsys.readouterr().out
+
+
+def test_plan_trains_nothing(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.plan, "multiply_adds", lambda backbone: 2e9)
+    assert train.main(["--plan"]) == 0
+    said = capsys.readouterr().out
+    # 0.8 ** 7 = 0.21: dense and 7 rounds, 16 epochs, 960 h; 3 * 2e9 * 3600 s each; 2 * 2.65e18 / 20e12 / 3600 h
+    assert "| rnnt | 2.00 G | LibriSpeech, 960 h | 8 trainings, 122,880 h of audio, 2.7e+18, 74 GPU h |" in said
+    assert "an assumption, not a measurement" in said and not list(tmp_path.iterdir())
+
+
+def test_multiply_adds_of_the_papers_network_by_hand():
+    """One second of speech more is 50 frames more of five BiLSTMs, their output, and the two convolutions."""
+    network = {**models.CnnLstm.SIZES["demo"], "hidden": 8, "layers": 1}
+    model = models.CnnLstm(29, **network)
+    uses = [train.plan.per_utterance(model, seconds, 29) for seconds in (2, 3)]
+    more = {name: uses[1][name] - uses[0][name] for name in uses[0]}
+    assert more["output.weight"] == more["lstms.0.back.weight_hh_l0"] == 25  # strides 2 and 2 of 100 frames
+    assert more["convs.0.weight"] == 50 * 40 and more["convs.1.weight"] == 25 * 20  # frames times bins left
+
+
+def test_tensorboard_is_asked_for_and_not_there(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    tiny = tiny_corpus(tmp_path)
+    argv = ["--data", tiny, "--out", tmp_path / "run", "--epochs", "1", "--sparsity", "0", "--tensorboard"]
+    assert "--tensorboard: the package is not there: pip install tensorboard" in refused(capsys, *argv)
+
+
+def test_a_corpus_too_large_for_memory_asks_for_a_folder(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "IN_MEMORY", 100)
+    assert "--cache memory: 0 GB of recordings are too many" in refused(capsys, "--data", tiny_corpus(tmp_path))
+    assert not (tmp_path / "run").exists()

@@ -1,12 +1,14 @@
 // global_magnitude_masks on CPU: the exact `keep`-th largest |w| in about one pass over the weights.
 //
-// The bits of a finite |w| sort like its value, so magnitudes are compared as unsigned integers ("keys").
-//   1. A sample gives a bracket [low, high] about the wanted key.
-//   2. One pass writes mask = survivor and key > high, counts, and lists the few survivors inside the bracket.
+// The bits of a finite |w| sort like its value, so magnitudes are compared as unsigned integers ("keys"). The wanted key
+// is the threshold; a bracket [low, high) is a range of keys about it.
+//   1. A sample gives a bracket.
+//   2. One pass writes mask = survivor and key >= high, counts, and lists the few survivors inside the bracket.
 //   3. The threshold is selected among those candidates, and their masks are set.
-// Heavy ties overflow the list. They are then almost surely at a key that the sample saw, so one more pass counts those
-// keys; if none of them is the threshold, or if the sample misled, histograms of the bits find it. Step 2 runs again
-// with low = high = threshold. The result depends neither on the sample nor on the number of threads.
+// Heavy ties overflow the list. They are then almost surely at a key that the sample saw, so one more pass counts about
+// the bracket's ends, which leaves one of them, the threshold, or the few keys between. The same with another sample
+// where the first one misled. The result depends neither on the samples nor on the number of threads. Any byte of a mask
+// but 0 is true.
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -19,9 +21,9 @@
 #include <functional>
 #include <limits>
 #include <mutex>
-#include <numeric>
-#include <optional>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../checks.h"
@@ -33,18 +35,18 @@ namespace {
 
 constexpr int64_t CHUNK = 1 << 15;        // elements a task
 constexpr int64_t BLOCK = 1 << 11;        // elements whose flags stay in the first-level cache
-constexpr int64_t SAMPLE = 1 << 17;       // keys drawn at most, and one in SAMPLE_EVERY
-constexpr int64_t SAMPLE_EVERY = 128;
+constexpr int64_t SAMPLE_MOST = 1 << 22;  // keys drawn
 constexpr int64_t CANDIDATES = 3 << 19;   // listed at most (12 MB), and at most one in CANDIDATES_EVERY
 constexpr int64_t CANDIDATES_EVERY = 8;
-constexpr double DEVIATIONS = 4;          // half the bracket, in standard deviations of the sampled rank
+constexpr double DEVIATIONS = 3;          // half the bracket, in standard deviations of the sampled rank
 
 template <typename Key>
 constexpr Key SIGNLESS = std::numeric_limits<Key>::max() >> 1;
 
 template <typename Key>
 struct Bracket {
-  Key low, guess, high;
+  Key low, high;
+  int64_t above, inside;  // survivors with key >= high, and with low <= key < high
 };
 
 struct Counts {
@@ -82,8 +84,13 @@ struct Chunk {
 template <typename Key>
 using Chunks = std::vector<Chunk<Key>>;
 
-// One block of the pass: writes out (survivor and key > high), counts, and lists survivors with low <= key <= high in
-// `found` (places from `offset` on) unless low = high.
+// Eight keys, ascending, and how many survivors are as large or larger.
+template <typename Key>
+using Bounds = std::array<Key, 8>;
+using AtLeast = std::array<int64_t, 8>;
+
+// One block of the pass: writes out (survivor and key >= high), counts, and lists survivors with low <= key < high in
+// `found` (places from `offset` on).
 template <typename Key>
 AUDIO_LOTTERY_INLINE void scan_block(const Key* __restrict weight, const uint8_t* __restrict mask,
                                      uint8_t* __restrict out, int64_t n, Key low, Key high, Counts& counts,
@@ -94,7 +101,7 @@ AUDIO_LOTTERY_INLINE void scan_block(const Key* __restrict weight, const uint8_t
   Signed largest = 0;
   for (int64_t i = 0; i < n; ++i) {
     const Signed key = weight[i] & SIGNLESS<Key>;
-    flags[i] = static_cast<uint8_t>((key > signed_high) + (key >= signed_low));  // 0 below, 1 inside, 2 above
+    flags[i] = static_cast<uint8_t>((key >= signed_high) + (key >= signed_low));  // 0 below, 1 inside, 2 above
     largest = key > largest ? key : largest;
   }
   counts.largest = std::max<uint64_t>(counts.largest, largest);
@@ -102,7 +109,7 @@ AUDIO_LOTTERY_INLINE void scan_block(const Key* __restrict weight, const uint8_t
     const int64_t end = std::min(n, start + 128);
     uint8_t survivors = 0, above = 0, inside = 0;
     for (int64_t i = start; i < end; ++i) {
-      const uint8_t m = mask[i], is_above = m & (flags[i] >> 1), is_inside = m & flags[i];
+      const uint8_t m = mask[i] != 0, is_above = m & (flags[i] >> 1), is_inside = m & flags[i];
       out[i] = is_above;
       flags[i] = is_inside;
       survivors += m;
@@ -127,32 +134,24 @@ AUDIO_LOTTERY_INLINE void scan_block(const Key* __restrict weight, const uint8_t
   }
 }
 
-// How many survivors are larger than each of three keys, how many equal it, and how many there are: [larger, equal] * 3
-// and survivors.
+// Adds to at_least[k] the survivors with key >= bounds[k], and finds the largest of all keys.
 template <typename Key>
 AUDIO_LOTTERY_INLINE void count_block(const Key* __restrict weight, const uint8_t* __restrict mask, int64_t n,
-                                      const std::array<Key, 3>& keys, std::array<int64_t, 7>& counts) {
-  for (int k = 0; k < 3; ++k) {
-    const Key bound = keys[k];
-    Key larger = 0, equal = 0;  // a block's counts fit 16 bits
-    for (int64_t i = 0; i < n; ++i) {
-      const Key key = weight[i] & SIGNLESS<Key>;
-      larger += mask[i] & (key > bound);
-      equal += mask[i] & (key == bound);
-    }
-    counts[2 * k] += larger;
-    counts[2 * k + 1] += equal;
+                                      const Bounds<Key>& bounds, AtLeast& at_least, uint64_t& largest_key) {
+  using Signed = std::make_signed_t<Key>;
+  Signed keys[BLOCK], largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const Signed key = weight[i] & SIGNLESS<Key>;
+    keys[i] = key | static_cast<Signed>((mask[i] != 0) - 1);  // -1 where pruned
+    largest = key > largest ? key : largest;
   }
-  Key survivors = 0;
-  for (int64_t i = 0; i < n; ++i) survivors += mask[i];
-  counts[6] += survivors;
-}
-
-// Keeps every survivor that equals the threshold.
-template <typename Key>
-AUDIO_LOTTERY_INLINE void keep_equal(const Key* __restrict weight, const uint8_t* __restrict mask,
-                                     uint8_t* __restrict out, int64_t n, Key threshold) {
-  for (int64_t i = 0; i < n; ++i) out[i] |= static_cast<uint8_t>((weight[i] & SIGNLESS<Key>) == threshold) & mask[i];
+  largest_key = std::max<uint64_t>(largest_key, largest);
+  for (size_t k = 0; k < bounds.size(); ++k) {
+    const Signed bound = bounds[k];
+    Signed count = 0;  // a block's counts fit 16 bits
+    for (int64_t i = 0; i < n; ++i) count += keys[i] >= bound;
+    at_least[k] += count;
+  }
 }
 
 #define AUDIO_LOTTERY_VERSIONS(Key)                                                                                    \
@@ -160,22 +159,25 @@ AUDIO_LOTTERY_INLINE void keep_equal(const Key* __restrict weight, const uint8_t
                                  Counts& counts, Found<Key>& found, uint32_t offset) {                                 \
     scan_block(weight, mask, out, n, low, high, counts, found, offset);                                                \
   }                                                                                                                    \
-  AUDIO_LOTTERY_CLONES void count(const Key* weight, const uint8_t* mask, int64_t n, const std::array<Key, 3>& keys,   \
-                                  std::array<int64_t, 7>& counts) {                                                    \
-    count_block(weight, mask, n, keys, counts);                                                                        \
-  }                                                                                                                    \
-  AUDIO_LOTTERY_CLONES void keep(const Key* weight, const uint8_t* mask, uint8_t* out, int64_t n, Key threshold) {     \
-    keep_equal(weight, mask, out, n, threshold);                                                                       \
+  AUDIO_LOTTERY_CLONES void count(const Key* weight, const uint8_t* mask, int64_t n, const Bounds<Key>& bounds,        \
+                                  AtLeast& at_least, uint64_t& largest) {                                              \
+    count_block(weight, mask, n, bounds, at_least, largest);                                                           \
   }
 AUDIO_LOTTERY_VERSIONS(uint16_t)
 AUDIO_LOTTERY_VERSIONS(uint32_t)
 AUDIO_LOTTERY_VERSIONS(uint64_t)
 
-// What the pass calls.
+// What the passes call.
 template <typename Key>
 void scan_best(const Key* weight, const uint8_t* mask, uint8_t* out, int64_t n, Key low, Key high, Counts& counts,
                Found<Key>& found, uint32_t offset) {
   scan(weight, mask, out, n, low, high, counts, found, offset);
+}
+
+template <typename Key>
+void count_best(const Key* weight, const uint8_t* mask, int64_t n, const Bounds<Key>& bounds, AtLeast& at_least,
+                uint64_t& largest) {
+  count(weight, mask, n, bounds, at_least, largest);
 }
 
 #ifdef AUDIO_LOTTERY_AVX512
@@ -185,27 +187,71 @@ AUDIO_LOTTERY_AVX512 void scan_avx512(const uint32_t* weight, const uint8_t* mas
                                       uint32_t offset) {
   const __m512i lows = _mm512_set1_epi32(low), highs = _mm512_set1_epi32(high), signless = _mm512_set1_epi32(0x7fffffff);
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m128i ones = _mm_set1_epi8(1);
   __m512i largest = _mm512_setzero_si512();
+  Counts sum;
+  int64_t count = found.count;
+  for (int64_t i = 0; i < n; i += 64) {
+    const uint64_t valid = n - i >= 64 ? ~uint64_t{0} : (uint64_t{1} << (n - i)) - 1;
+    const __m512i bytes = _mm512_maskz_loadu_epi8(valid, mask + i);
+    const uint64_t survivors = _mm512_test_epi8_mask(bytes, bytes);
+    __m512i keys[4];
+    uint64_t at_least_low = 0, at_least_high = 0;
+    for (int part = 0; part < 64; part += 16) {
+      const __m512i key = _mm512_and_si512(_mm512_maskz_loadu_epi32(valid >> part, weight + i + part), signless);
+      at_least_low |= static_cast<uint64_t>(_mm512_cmpge_epu32_mask(key, lows)) << part;
+      at_least_high |= static_cast<uint64_t>(_mm512_cmpge_epu32_mask(key, highs)) << part;
+      largest = _mm512_max_epu32(largest, key);
+      keys[part / 16] = key;
+    }
+    const uint64_t above = survivors & at_least_high, inside = survivors & at_least_low & ~at_least_high;
+    _mm512_mask_storeu_epi8(out + i, valid, _mm512_maskz_set1_epi8(above, 1));
+    sum.survivors += __builtin_popcountll(survivors);
+    sum.above += __builtin_popcountll(above);
+    if (inside == 0) continue;
+    sum.inside += __builtin_popcountll(inside);
+    for (int part = 0; part < 64; part += 16) {
+      const auto listed = static_cast<__mmask16>(inside >> part);
+      const __m512i places = _mm512_add_epi32(lanes, _mm512_set1_epi32(offset + static_cast<uint32_t>(i + part)));
+      _mm512_storeu_si512(found.offsets + count, _mm512_maskz_compress_epi32(listed, places));
+      _mm512_storeu_si512(found.keys + count, _mm512_maskz_compress_epi32(listed, keys[part / 16]));
+      count += __builtin_popcount(listed);
+    }
+  }
+  found.count = count;
+  counts.survivors += sum.survivors;
+  counts.above += sum.above;
+  counts.inside += sum.inside;
+  uint32_t each[16];
+  _mm512_storeu_si512(each, largest);
+  counts.largest = std::max<uint64_t>(counts.largest, *std::max_element(each, each + 16));
+}
+
+// count for float32, with all eight counts in registers.
+AUDIO_LOTTERY_AVX512 void count_avx512(const uint32_t* weight, const uint8_t* mask, int64_t n,
+                                       const Bounds<uint32_t>& bounds, AtLeast& at_least, uint64_t& largest_key) {
+  const __m512i signless = _mm512_set1_epi32(0x7fffffff), one = _mm512_set1_epi32(1);
+  __m512i largest = _mm512_setzero_si512(), bound[8], sum[8];
+  for (int k = 0; k < 8; ++k) {
+    bound[k] = _mm512_set1_epi32(bounds[k]);
+    sum[k] = _mm512_setzero_si512();
+  }
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 valid = n - i >= 16 ? 0xffff : (1u << (n - i)) - 1;
-    const __m512i keys = _mm512_and_si512(_mm512_maskz_loadu_epi32(valid, weight + i), signless);
+    const __m512i key = _mm512_and_si512(_mm512_maskz_loadu_epi32(valid, weight + i), signless);
     const __m128i bytes = _mm_maskz_loadu_epi8(valid, mask + i);
     const __mmask16 survivors = _mm_test_epi8_mask(bytes, bytes);
-    const __mmask16 above = _mm512_mask_cmpgt_epu32_mask(survivors, keys, highs);
-    const __mmask16 inside = _mm512_mask_cmpge_epu32_mask(survivors, keys, lows) & ~above;
-    largest = _mm512_max_epu32(largest, keys);
-    _mm_mask_storeu_epi8(out + i, valid, _mm_maskz_mov_epi8(above, ones));
-    counts.survivors += __builtin_popcount(survivors);
-    counts.above += __builtin_popcount(above);
-    counts.inside += __builtin_popcount(inside);
-    if (inside == 0 || low == high) continue;
-    const __m512i places = _mm512_add_epi32(lanes, _mm512_set1_epi32(offset + static_cast<uint32_t>(i)));
-    _mm512_storeu_si512(found.offsets + found.count, _mm512_maskz_compress_epi32(inside, places));
-    _mm512_storeu_si512(found.keys + found.count, _mm512_maskz_compress_epi32(inside, keys));
-    found.count += __builtin_popcount(inside);
+    largest = _mm512_max_epu32(largest, key);
+    for (int k = 0; k < 8; ++k) {
+      sum[k] = _mm512_mask_add_epi32(sum[k], _mm512_mask_cmpge_epu32_mask(survivors, key, bound[k]), sum[k], one);
+    }
   }
-  counts.largest = std::max<uint64_t>(counts.largest, _mm512_reduce_max_epu32(largest));
+  uint32_t each[16];
+  _mm512_storeu_si512(each, largest);
+  largest_key = std::max<uint64_t>(largest_key, *std::max_element(each, each + 16));
+  for (int k = 0; k < 8; ++k) {
+    _mm512_storeu_si512(each, sum[k]);
+    for (const uint32_t lane : each) at_least[k] += lane;
+  }
 }
 
 template <>
@@ -215,54 +261,63 @@ void scan_best(const uint32_t* weight, const uint8_t* mask, uint8_t* out, int64_
   (available ? scan_avx512 : static_cast<decltype(&scan_avx512)>(scan))(weight, mask, out, n, low, high, counts, found,
                                                                         offset);
 }
+
+template <>
+void count_best(const uint32_t* weight, const uint8_t* mask, int64_t n, const Bounds<uint32_t>& bounds,
+                AtLeast& at_least, uint64_t& largest) {
+  static const bool available = has_avx512();
+  (available ? count_avx512 : static_cast<decltype(&count_avx512)>(count))(weight, mask, n, bounds, at_least, largest);
+}
 #endif
 
-template <typename Key, typename Function>
-void for_each_chunk(Chunks<Key>& chunks, const Function& function) {
+template <typename Chunks, typename Function>
+void for_each_chunk(Chunks& chunks, const Function& function) {
   at::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) function(chunks[c], c);
   });
 }
 
-// Step 1. Pruned weights take part as 0 and keys as key + 1, so `keep` of all N places is the rank that is looked for.
+// Step 1. Pruned weights take part as 0 and keys as key + 1, so `keep` of all N places is the rank that is looked for. A
+// sample of n puts up to N * DEVIATIONS / sqrt(n) keys into the bracket: n makes sampling and listing together cheapest,
+// as far as they fit the list. Each seed draws other places.
 template <typename Key>
-Bracket<Key> sample_bracket(Chunks<Key>& chunks, int64_t total, int64_t keep) {
-  const int64_t stride = std::max(SAMPLE_EVERY, total / SAMPLE);
-  std::vector<Key> sample((total + stride - 1) / stride);
+std::pair<Key, Key> sample_bracket(const Chunks<Key>& chunks, int64_t total, int64_t keep, uint32_t seed) {
+  const double cheapest = 0.7 * std::pow(total, 2.0 / 3), fits = std::pow(DEVIATIONS * total / (0.7 * CANDIDATES), 2);
+  const auto wanted = static_cast<int64_t>(std::min<double>(std::max(cheapest, fits) + 1, SAMPLE_MOST));
+  const int64_t stride = total / std::min(wanted, total), n = total / stride;
+  std::vector<Key> sample(n);
   for_each_chunk(chunks, [&](const Chunk<Key>& chunk, int64_t) {
-    for (int64_t j = (chunk.place + stride - 1) / stride; j * stride < chunk.place + chunk.n; ++j) {
-      const int64_t jitter = (static_cast<uint32_t>(j) * 2654435761u >> 8) % stride;  // so that rows do not alias
-      const int64_t i = std::min(j * stride + jitter - chunk.place, chunk.n - 1);
+    for (int64_t j = chunk.place / stride; j < n && j * stride < chunk.place + chunk.n; ++j) {
+      const uint64_t random = static_cast<uint32_t>(j + seed) * 2654435761u;  // so that rows do not alias
+      const int64_t i = j * stride + static_cast<int64_t>(random * stride >> 32) - chunk.place;
+      if (i < 0 || i >= chunk.n) continue;  // in a neighbouring chunk
       sample[j] = chunk.mask[i] ? static_cast<Key>((chunk.weight[i] & SIGNLESS<Key>) + 1) : Key{0};
     }
   });
-  const auto n = static_cast<int64_t>(sample.size());
   const double share = static_cast<double>(keep) / static_cast<double>(total);
   const auto spread = static_cast<int64_t>(DEVIATIONS * std::sqrt(n * share * (1 - share))) + 2;
-  const int64_t rank = std::min(static_cast<int64_t>(n * share), n - 1);
-  const auto begin = sample.begin(), middle = begin + rank;
-  std::nth_element(begin, middle, sample.end(), std::greater<>());
-  Bracket<Key> bracket{0, *middle, SIGNLESS<Key>};
+  const auto rank = static_cast<int64_t>(n * share);
+  const auto begin = sample.begin(), end = sample.end();
+  auto middle = begin;
+  Key low = 0, high = SIGNLESS<Key>;
   if (rank >= spread) {
-    std::nth_element(begin, middle - spread, middle, std::greater<>());
-    bracket.high = std::max<Key>(*(middle - spread), 1) - 1;
+    middle += rank - spread;
+    std::nth_element(begin, middle, end, std::greater<>());
+    high = std::max<Key>(*middle, 1);
   }
   if (rank + spread < n) {
-    std::nth_element(middle + 1, middle + spread, sample.end(), std::greater<>());
-    bracket.low = std::max<Key>(*(middle + spread), 1) - 1;
+    std::nth_element(middle, begin + rank + spread, end, std::greater<>());
+    low = std::max<Key>(*(begin + rank + spread), 1) - 1;
   }
-  bracket.guess = std::max<Key>(bracket.guess, 1) - 1;
-  return bracket;
+  return {low, high};
 }
 
-// Step 2. Stops early, with a negative `room`, once too many are listed.
+// Step 2. False, and stopped early, if more than `room` would be listed.
 template <typename Key>
-void scan_all(Chunks<Key>& chunks, Key low, Key high, int64_t total, std::atomic<int64_t>& room) {
-  room = std::clamp(total / CANDIDATES_EVERY, BLOCK, CANDIDATES);
+bool scan_all(Chunks<Key>& chunks, Key low, Key high, std::atomic<int64_t> room) {
   for_each_chunk(chunks, [&](Chunk<Key>& chunk, int64_t) {
     Found<Key> found;
     chunk.counts = {};
-    chunk.candidates = {};
     for (int64_t start = 0; start < chunk.n && room >= 0; start += BLOCK) {
       found.count = 0;
       scan_best(chunk.weight + start, chunk.mask + start, chunk.out + start, std::min(BLOCK, chunk.n - start), low, high,
@@ -274,34 +329,27 @@ void scan_all(Chunks<Key>& chunks, Key low, Key high, int64_t total, std::atomic
       keys.insert(keys.end(), found.keys, found.keys + found.count);
     }
   });
+  if (room >= 0) return true;
+  for (auto& chunk : chunks) chunk.candidates = {};
+  return false;
 }
 
-// Keeps the first `ties` survivors that equal the threshold, in the order of chunks; in_chunk: how many each chunk has.
-template <typename Key>
-void keep_ties(Chunks<Key>& chunks, Key threshold, int64_t ties, const std::vector<int64_t>& in_chunk) {
-  std::vector<int64_t> before(chunks.size());  // ties in earlier chunks
-  for (size_t c = 1; c < chunks.size(); ++c) before[c] = before[c - 1] + in_chunk[c - 1];
-  for_each_chunk(chunks, [&](Chunk<Key>& chunk, int64_t c) {
-    int64_t left = std::min(ties - before[c], in_chunk[c]);
-    if (left == in_chunk[c] && left > 0) {
-      keep(chunk.weight, chunk.mask, chunk.out, chunk.n, threshold);
-      return;
-    }
-    for (int64_t i = 0; left > 0; ++i) {  // the one chunk where they run out
-      const bool hit = chunk.mask[i] && (chunk.weight[i] & SIGNLESS<Key>) == threshold;
-      chunk.out[i] |= hit;
-      left -= hit;
-    }
-  });
+// How many of its ties each chunk keeps, if the first `ties` are kept in the order of chunks.
+std::vector<int64_t> share_out(int64_t ties, std::vector<int64_t> in_chunk) {
+  for (int64_t& n : in_chunk) {
+    n = std::min(n, ties);
+    ties -= n;
+  }
+  return in_chunk;
 }
 
-// Step 3: keeps the `want` largest candidates, all of them in [low, high].
+// Step 3: keeps the `want` largest candidates, all of them in [low, high).
 template <typename Key>
 void keep_candidates(Chunks<Key>& chunks, Key low, Key high, int64_t want) {
   if (want == 0) return;
   constexpr int BINS = 1024;  // the threshold's bin first, so that few keys remain to be ordered
   int shift = 0;
-  while (((high - low) >> shift) >= BINS) ++shift;
+  while (((high - 1 - low) >> shift) >= BINS) ++shift;
   std::vector<int64_t> histogram(BINS);
   std::mutex merge;
   at::parallel_for(0, static_cast<int64_t>(chunks.size()), 64, [&](int64_t begin, int64_t end) {
@@ -314,7 +362,7 @@ void keep_candidates(Chunks<Key>& chunks, Key low, Key high, int64_t want) {
   });
   int bin = BINS - 1;
   int64_t rank = want;
-  while (histogram[bin] < rank) rank -= histogram[bin--];
+  while (bin > 0 && histogram[bin] < rank) rank -= histogram[bin--];
   std::vector<Key> keys;
   for (const auto& chunk : chunks) {
     for (const Key key : chunk.candidates.keys) {
@@ -323,76 +371,26 @@ void keep_candidates(Chunks<Key>& chunks, Key low, Key high, int64_t want) {
   }
   std::nth_element(keys.begin(), keys.begin() + rank - 1, keys.end(), std::greater<>());
   const Key threshold = keys[rank - 1];
-  const int64_t tied_and_kept = rank - std::count_if(keys.begin(), keys.begin() + rank, [&](Key k) { return k > threshold; });
+  const auto larger = std::count_if(keys.begin(), keys.begin() + rank, [&](Key key) { return key > threshold; });
   std::vector<int64_t> ties(chunks.size());
+  for_each_chunk(chunks, [&](const Chunk<Key>& chunk, int64_t c) {
+    ties[c] = std::count(chunk.candidates.keys.begin(), chunk.candidates.keys.end(), threshold);
+  });
+  const auto kept = share_out(rank - larger, std::move(ties));
   for_each_chunk(chunks, [&](Chunk<Key>& chunk, int64_t c) {
     const auto& [offsets, chunk_keys] = chunk.candidates;
+    int64_t left = kept[c];
     for (size_t k = 0; k < offsets.size(); ++k) {
-      chunk.out[offsets[k]] = chunk_keys[k] > threshold;
-      ties[c] += chunk_keys[k] == threshold;
+      const bool tie_kept = chunk_keys[k] == threshold && left > 0;
+      chunk.out[offsets[k]] = chunk_keys[k] > threshold || tie_kept;
+      left -= tie_kept;
     }
   });
-  keep_ties(chunks, threshold, tied_and_kept, ties);
 }
 
-// The threshold if it is one of the bracket's keys. Refuses an impossible keep.
+// NaN and infinity are refused before an impossible keep, as in the reference.
 template <typename Key>
-std::optional<Key> find_among(Chunks<Key>& chunks, const Bracket<Key>& bracket, int64_t keep) {
-  const std::array<Key, 3> keys{bracket.low, bracket.guess, bracket.high};
-  std::array<int64_t, 7> counts{};
-  std::mutex merge;
-  for_each_chunk(chunks, [&](Chunk<Key>& chunk, int64_t) {
-    std::array<int64_t, 7> own{};
-    for (int64_t start = 0; start < chunk.n; start += BLOCK) {
-      count(chunk.weight + start, chunk.mask + start, std::min(BLOCK, chunk.n - start), keys, own);
-    }
-    std::lock_guard<std::mutex> lock(merge);
-    for (int k = 0; k < 7; ++k) counts[k] += own[k];
-  });
-  check_keep(keep, counts[6]);
-  for (int k = 0; k < 3; ++k) {
-    if (counts[2 * k] < keep && keep <= counts[2 * k] + counts[2 * k + 1]) return keys[k];
-  }
-  return std::nullopt;
-}
-
-// The keep-th largest key from histograms of the bits, most significant digit first; keep >= 1. Four histograms a task
-// in turn, so that runs of equal keys do not wait for each other's increment.
-template <typename Key>
-Key radix_select(const Chunks<Key>& chunks, int64_t keep) {
-  constexpr int BITS = 8 * sizeof(Key) - 1, DIGIT = 16;
-  constexpr int64_t APART = 16;  // counts between two histograms, so that their bins do not share cache sets
-  Key prefix = 0;
-  for (int shift = ((BITS - 1) / DIGIT) * DIGIT;; shift -= DIGIT) {
-    const int64_t bins = int64_t{1} << std::min(DIGIT, BITS - shift);
-    const Key digits_above = shift + DIGIT >= BITS ? 0 : static_cast<Key>(SIGNLESS<Key> >> (shift + DIGIT) << (shift + DIGIT));
-    std::vector<int64_t> histogram(bins);
-    std::mutex merge;
-    const auto tasks = static_cast<int64_t>(chunks.size());
-    const int64_t grain = std::max<int64_t>(1, (tasks + at::get_num_threads() - 1) / at::get_num_threads());
-    at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-      std::vector<uint32_t> local(4 * (bins + APART));
-      for (int64_t c = begin; c < end; ++c) {
-        for (int64_t i = 0; i < chunks[c].n; ++i) {
-          const Key key = chunks[c].weight[i] & SIGNLESS<Key>;
-          local[(i & 3) * (bins + APART) + ((key >> shift) & (bins - 1))] +=
-              chunks[c].mask[i] & ((key & digits_above) == prefix);
-        }
-      }
-      std::lock_guard<std::mutex> lock(merge);
-      for (int k = 0; k < 4; ++k) {
-        for (int64_t b = 0; b < bins; ++b) histogram[b] += local[k * (bins + APART) + b];
-      }
-    });
-    int64_t bin = bins - 1;
-    while (histogram[bin] < keep) keep -= histogram[bin--];
-    prefix |= static_cast<Key>(bin) << shift;
-    if (shift == 0) return prefix;
-  }
-}
-
-template <typename Key>
-Counts sum_counts(const Chunks<Key>& chunks, uint64_t infinity) {
+Counts checked_sum(const Chunks<Key>& chunks, int64_t keep, uint64_t infinity) {
   Counts sum;
   for (const auto& chunk : chunks) {
     check_finite(chunk.counts.largest < infinity, chunk.tensor);
@@ -400,38 +398,85 @@ Counts sum_counts(const Chunks<Key>& chunks, uint64_t infinity) {
     sum.above += chunk.counts.above;
     sum.inside += chunk.counts.inside;
   }
+  check_keep(keep, sum.survivors);
   return sum;
 }
 
-// False if the threshold does not lie in what was scanned.
+// Narrows the bracket, all keys at first, to what is left of it about the ends and between the ends of another; at least
+// to half. The chunks' counts are of the result then.
 template <typename Key>
-bool settle(Chunks<Key>& chunks, Key low, Key high, int64_t want, int64_t inside) {
-  if (want < 0 || want > inside) return false;
-  if (low < high) {
-    keep_candidates(chunks, low, high, want);
-  } else {
-    std::vector<int64_t> in_chunk;
-    for (const auto& chunk : chunks) in_chunk.push_back(chunk.counts.inside);
-    keep_ties(chunks, low, want, in_chunk);
+void narrow(Chunks<Key>& chunks, Bracket<Key>& bracket, Key low, Key high, int64_t keep, uint64_t infinity) {
+  const Key half = bracket.low + (bracket.high - bracket.low) / 2, last = high - 1, after = low + 1;
+  Bounds<Key> bounds{0, bracket.low, low, after, half, last, high, bracket.high};
+  std::sort(bounds.begin(), bounds.end());
+  std::vector<AtLeast> at_least(chunks.size());
+  for_each_chunk(chunks, [&](Chunk<Key>& chunk, int64_t c) {
+    chunk.counts = {};
+    for (int64_t start = 0; start < chunk.n; start += BLOCK) {
+      count_best(chunk.weight + start, chunk.mask + start, std::min(BLOCK, chunk.n - start), bounds, at_least[c],
+                 chunk.counts.largest);
+    }
+    chunk.counts.survivors = at_least[c][0];
+  });
+  checked_sum(chunks, keep, infinity);
+  AtLeast sum{};
+  for (const auto& own : at_least) {
+    for (size_t k = 0; k < sum.size(); ++k) sum[k] += own[k];
   }
-  return true;
+  int k = 6;
+  while (sum[k] < keep) --k;  // ends at 0, where all survivors are counted
+  for (size_t c = 0; c < chunks.size(); ++c) {
+    chunks[c].counts.above = at_least[c][k + 1];
+    chunks[c].counts.inside = at_least[c][k] - at_least[c][k + 1];
+  }
+  bracket = {bounds[k], bounds[k + 1], sum[k + 1], sum[k] - sum[k + 1]};
+}
+
+// Writes the masks where the threshold and the chunks' ties are known.
+template <typename Key>
+void keep_threshold(Chunks<Key>& chunks, Key threshold, int64_t ties) {
+  std::vector<int64_t> in_chunk;
+  for (const auto& chunk : chunks) in_chunk.push_back(chunk.counts.inside);
+  const auto kept = share_out(ties, in_chunk);
+  for_each_chunk(chunks, [&](Chunk<Key>& chunk, int64_t c) {
+    const Key high = threshold + (kept[c] < in_chunk[c]);
+    Found<Key> none;
+    for (int64_t start = 0; start < chunk.n; start += BLOCK) {
+      scan_best(chunk.weight + start, chunk.mask + start, chunk.out + start, std::min(BLOCK, chunk.n - start), high, high,
+                chunk.counts, none, 0u);
+    }
+    if (kept[c] == in_chunk[c]) return;
+    int64_t left = kept[c];
+    for (int64_t i = 0; i < chunk.n && left > 0; ++i) {  // the one chunk where they run out
+      const bool hit = chunk.mask[i] && (chunk.weight[i] & SIGNLESS<Key>) == threshold;
+      chunk.out[i] |= hit;
+      left -= hit;
+    }
+  });
 }
 
 template <typename Key>
 void select_masks(Chunks<Key>& chunks, int64_t total, int64_t keep, uint64_t infinity) {
-  std::atomic<int64_t> room;
-  const auto bracket = sample_bracket(chunks, total, std::clamp<int64_t>(keep, 0, total));
-  scan_all(chunks, bracket.low, bracket.high, total, room);
-  if (room >= 0) {
-    const Counts sum = sum_counts(chunks, infinity);
-    check_keep(keep, sum.survivors);
-    if (settle(chunks, bracket.low, bracket.high, keep - sum.above, sum.inside)) return;
+  const int64_t room = std::clamp(total / CANDIDATES_EVERY, BLOCK, CANDIDATES);
+  const int64_t rank = std::clamp<int64_t>(keep, 0, total);
+  uint32_t seed = 0;
+  auto [low, high] = sample_bracket(chunks, total, rank, seed);
+  if (scan_all(chunks, low, high, room)) {
+    const Counts sum = checked_sum(chunks, keep, infinity);
+    const int64_t want = keep - sum.above;
+    if (want >= 0 && want <= sum.inside) return keep_candidates(chunks, low, high, want);
+    for (auto& chunk : chunks) chunk.candidates = {};
+    std::tie(low, high) = sample_bracket(chunks, total, rank, ++seed);
   }
-  const auto found = find_among(chunks, bracket, keep);
-  const Key threshold = found ? *found : radix_select(chunks, keep);
-  scan_all(chunks, threshold, threshold, total, room);
-  const Counts sum = sum_counts(chunks, infinity);
-  TORCH_INTERNAL_ASSERT(settle(chunks, threshold, threshold, keep - sum.above, sum.inside));
+  Bracket<Key> bracket{0, SIGNLESS<Key>, 0, total};
+  while (true) {
+    narrow(chunks, bracket, low, high, keep, infinity);
+    if (bracket.high - bracket.low <= 1) return keep_threshold(chunks, bracket.low, keep - bracket.above);
+    if (bracket.inside <= room) break;
+    std::tie(low, high) = sample_bracket(chunks, total, rank, ++seed);
+  }
+  TORCH_INTERNAL_ASSERT(scan_all(chunks, bracket.low, bracket.high, room));
+  keep_candidates(chunks, bracket.low, bracket.high, keep - bracket.above);
 }
 
 std::vector<Tensor> global_magnitude_masks(TensorList weights, TensorList masks, int64_t keep) {

@@ -15,6 +15,12 @@ namespace {
 constexpr int64_t CHUNK = 1 << 15;  // elements a task
 constexpr int64_t BLOCK = 512;      // elements that are looked at before they are written
 
+// All ones where the mask is false, which is only at byte 0, and 0 where it is true. Compared as bytes, then widened.
+template <typename Bits>
+AUDIO_LOTTERY_INLINE Bits pruned(uint8_t mask) {
+  return static_cast<Bits>(static_cast<int8_t>(-(mask == 0)));
+}
+
 // Bits is the unsigned integer of the element's width: AND-ing with 0 or ~0 vectorises, keeps signs and payloads where
 // the mask is true, and makes NaN 0 where it is false. A block with nothing to clear is read, not written: that is the
 // rule for weights, which were zeroed the step before.
@@ -23,9 +29,9 @@ AUDIO_LOTTERY_INLINE void hold(Bits* __restrict x, const uint8_t* __restrict mas
   for (int64_t start = 0; start < n; start += BLOCK) {
     const int64_t end = std::min(n, start + BLOCK);
     Bits dirty = 0;
-    for (int64_t i = start; i < end; ++i) dirty |= x[i] & static_cast<Bits>(mask[i] - 1);
+    for (int64_t i = start; i < end; ++i) dirty |= x[i] & pruned<Bits>(mask[i]);
     if (dirty) {
-      for (int64_t i = start; i < end; ++i) x[i] &= static_cast<Bits>(-static_cast<Bits>(mask[i]));
+      for (int64_t i = start; i < end; ++i) x[i] &= static_cast<Bits>(~pruned<Bits>(mask[i]));
     }
   }
 }
@@ -57,7 +63,7 @@ void hold_ticket_(TensorList weights, TensorList grads, TensorList masks) {
         dense.push_back(list[i]);
         list[i].unsafeGetTensorImpl()->bump_version();  // autograd must see that it was written
       } else {
-        list[i].masked_fill_(masks[i].logical_not(), 0);
+        list[i].masked_fill_(masks[i].view(at::kByte).eq(0), 0);
       }
     }
     const auto* mask = static_cast<const uint8_t*>(masks[i].const_data_ptr());

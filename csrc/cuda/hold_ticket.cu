@@ -104,7 +104,7 @@ void hold_ticket_(TensorList weights, TensorList grads, TensorList masks) {
         launcher.add(list[i], masks[i]);
         list[i].unsafeGetTensorImpl()->bump_version();  // autograd must see that it was written
       } else {
-        list[i].masked_fill_(masks[i].logical_not(), 0);
+        list[i].masked_fill_(masks[i].view(at::kByte).eq(0), 0);
       }
     }
   }

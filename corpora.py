@@ -1,0 +1,299 @@
+"""The paper's corpora as they are unpacked: LibriSpeech, TED-LIUM releases 1 to 3, Common Voice.
+
+Layouts, and what the sets are called (SET stands for a name that read() takes):
+
+    LibriSpeech/SET/SPEAKER/CHAPTER/*.flac and SPEAKER-CHAPTER.trans.txt    train-clean-100, dev-clean, test-other ...
+    TEDLIUM_release1|TEDLIUM_release2/SET/{sph,stm}                         train, dev, test
+    TEDLIUM_release-3/{data,legacy/dev,legacy/test}/{sph,stm}               train, dev, test
+    cv-corpus-VERSION/LANGUAGE/SET.tsv and clips/*.mp3                      train, dev, test, validated, other ...
+    cv_corpus_v1/cv-valid-SET.csv, audio in folders beside it               train, dev, test
+
+torchaudio's dataset classes download; they do not read here. LIBRISPEECH.get_metadata opens a chapter's transcripts
+again for every utterance of it, TEDLIUM gives text and times only with the decoded audio, and COMMONVOICE takes the
+quotation marks in sentences for CSV quotes, so that one utterance swallows the lines that follow.
+"""
+
+import csv
+import functools
+import os
+import re
+import shutil
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torchaudio
+
+from data import DataError, Utterance
+
+LIBRISPEECH_960 = ["train-clean-100", "train-clean-360", "train-other-500"]  # what "train-960" stands for
+TEDLIUM_RELEASES = {"TEDLIUM_release1": "release1", "TEDLIUM_release2": "release2", "TEDLIUM_release-3": "release3"}
+
+
+# ---------------------------------------------------------------------------- the two entries
+
+
+def read(
+    corpus: str, root: Path, train_sets: list[str] | None = None, valid_sets: list[str] | None = None,
+    test_sets: list[str] | None = None,
+) -> dict[str, list[Utterance]]:  # fmt: skip
+    """{"train": [...], "valid": [...]} and one key a test set: its name, "test-" put before it unless it starts so.
+
+    corpus: "librispeech", "tedlium" or "commonvoice". Without sets: the corpus's own (DEFAULT_SETS). Several sets of
+    train or valid follow one another in the order given. Utterances stand in the order of file names and lines.
+
+    Texts are normalised by normalise_librispeech, _tedlium or _commonvoice. Where nothing is left of a text, a train
+    utterance is left out; one of valid or test is kept, and every word recognised in it is an error. Both are counted
+    aloud. A segment that TED-LIUM marks as not to be scored is no utterance.
+
+    Raises DataError, naming file and line, for whatever is missing or malformed, and for a recording that is in two
+    parts: Common Voice's "validated" holds its "test". Audio is not decoded here.
+    """
+    find, read_set = CORPORA[corpus]
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder (--data wants the one with the unpacked corpus)")
+    there = find(root)
+    train, valid, tests = choose(corpus, train_sets, valid_sets, test_sets)
+    for name in train + valid + tests:
+        if name not in there:
+            raise DataError(f"{root}: no {corpus} set {name!r} (there: {', '.join(there) or 'none'})")
+    parts = {"train": train, "valid": valid}
+    parts |= {name if name.startswith("test") else f"test-{name}": [name] for name in tests}
+    utterances = {part: [u for name in names for u in read_set(there[name])] for part, names in parts.items()}
+    for part, found in utterances.items():
+        empty = sum(not utterance.text for utterance in found)
+        if empty and part == "train":
+            utterances[part] = [utterance for utterance in found if utterance.text]
+            print(f"data: {empty} train utterances left out: nothing is left of their texts once normalised")
+        elif empty:
+            print(f"data: {empty} {part} utterances have an empty text once normalised; kept: any word is an error")
+        if len(found) == empty:
+            raise DataError(f"{root}: no utterance with a text in {' '.join(parts[part])}")
+    part_of: dict[Path, str] = {}
+    for part, found in utterances.items():
+        for utterance in found:
+            other = part_of.setdefault(utterance.audio, part)
+            if other != part:
+                raise DataError(f"{utterance.audio}: is in {part} and in {other}: choose other sets")
+    return utterances
+
+
+def download(
+    corpus: str, root: Path, train_sets: list[str] | None = None, valid_sets: list[str] | None = None,
+    test_sets: list[str] | None = None,
+) -> None:  # fmt: skip
+    """Fetch what is not there yet, by torchaudio, which checks the archives' hashes. Arguments as for read().
+
+    Unpacked in a folder beside its place and moved there whole, so that a stopped download never passes for a set.
+    Of TED-LIUM the whole release is fetched; root says which: its last part is the release's folder.
+    Raises DataError for Common Voice, whose archives are handed out only in a browser, and where the network fails.
+    """
+    train, valid, tests = choose(corpus, train_sets, valid_sets, test_sets)
+    if corpus == "librispeech":
+        home = root if root.name == "LibriSpeech" else root / "LibriSpeech"
+        for name in train + valid + tests:
+            fetch(home / name, Path("LibriSpeech", name), torchaudio.datasets.LIBRISPEECH, url=name)
+    elif corpus == "tedlium":
+        if root.name not in TEDLIUM_RELEASES:
+            raise DataError(f"{root}: to download, let --data end in the release: {', '.join(TEDLIUM_RELEASES)}")
+        fetch(root, Path(root.name), torchaudio.datasets.TEDLIUM, release=TEDLIUM_RELEASES[root.name])
+    else:
+        raise DataError("Common Voice cannot be downloaded by a program: get it at https://commonvoice.mozilla.org")
+
+
+def fetch(target: Path, unpacked: Path, dataset: Callable, **kwargs) -> None:
+    """dataset(folder, download=True) makes folder/unpacked, which becomes target. Nothing is done if target exists."""
+    if target.exists():
+        return
+    partial = target.with_name(f"{target.name}.partial")  # keeps a whole archive for the next try
+    try:
+        shutil.rmtree(partial / unpacked.parts[0], ignore_errors=True)  # an unpacking that was cut
+        partial.mkdir(parents=True, exist_ok=True)
+        dataset(partial, download=True, **kwargs)
+        os.replace(partial / unpacked, target)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"{target}: cannot download it ({' '.join(str(error).split())})") from None
+    shutil.rmtree(partial)
+
+
+def choose(corpus: str, *sets: list[str] | None) -> list[list[str]]:
+    """The names of the train, valid and test sets, defaults and "train-960" filled in. None may come twice."""
+    chosen = [default if names is None else names for names, default in zip(sets, DEFAULT_SETS[corpus])]
+    if corpus == "librispeech":
+        chosen = [[part for n in names for part in (LIBRISPEECH_960 if n == "train-960" else [n])] for names in chosen]
+    names = [name for names in chosen for name in names]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"the {corpus} set {name!r} is chosen twice (of all train, valid and test sets)")
+    return chosen
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """("PATH, line N", the line without its end) of a text file's lines, blank ones left out."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot read it ({error.strerror})") from None
+    with file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            try:
+                text = line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where}: not UTF-8 ({error})") from None
+            if text.strip():
+                yield where, text
+
+
+# ---------------------------------------------------------------------------- LibriSpeech
+
+
+def librispeech_sets(root: Path) -> dict[str, Path]:
+    home = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
+    return {path.name: path for path in sorted(home.iterdir()) if path.is_dir() and not path.name.endswith(".partial")}
+
+
+def read_librispeech(folder: Path) -> list[Utterance]:
+    utterances = []
+    for chapter in sorted(path for path in folder.glob("*/*") if path.is_dir()):
+        speaker = chapter.parent.name
+        transcripts = chapter / f"{speaker}-{chapter.name}.trans.txt"
+        without_text = {path.stem for path in chapter.glob("*.flac")}
+        for where, line in numbered_lines(transcripts):
+            name, _, text = line.partition(" ")
+            audio = chapter / f"{name}.flac"
+            if name not in without_text:
+                raise DataError(f"{where}: no such audio file, or a second text for it: {audio}")
+            without_text.remove(name)
+            utterances.append(Utterance(audio, normalise_librispeech(text), speaker))
+        if without_text:
+            raise DataError(f"{transcripts}: no text for {min(without_text)}.flac")
+    return utterances
+
+
+def normalise_librispeech(text: str) -> str:
+    """Lower case, single spaces. The texts are A to Z and apostrophes already."""
+    return " ".join(text.lower().split())
+
+
+# ---------------------------------------------------------------------------- TED-LIUM
+
+
+def tedlium_sets(root: Path) -> dict[str, Path]:
+    homes = [root / name for name in TEDLIUM_RELEASES if (root / name).is_dir()]
+    if len(homes) > 1:
+        raise DataError(f"{root}: holds {' and '.join(home.name for home in homes)}: let --data end in one of them")
+    home = homes[0] if homes else root
+    folders = {name: home / name for name in ("train", "dev", "test")}
+    if (home / "legacy").is_dir():  # release 3; legacy/train is links to data
+        folders = {"train": home / "data", "dev": home / "legacy" / "dev", "test": home / "legacy" / "test"}
+    return {name: folder for name, folder in folders.items() if folder.is_dir()}
+
+
+def read_tedlium(folder: Path) -> list[Utterance]:
+    if not (folder / "stm").is_dir():
+        raise DataError(f"{folder / 'stm'}: no such folder")
+    utterances = []
+    talks = {path.stem for path in (folder / "sph").glob("*.sph")}
+    for path in sorted((folder / "stm").glob("*.stm")):
+        for where, line in numbered_lines(path):
+            if line.startswith(";;"):  # a comment
+                continue
+            try:
+                talk, _channel, speaker, begin, end, *rest = line.split(maxsplit=5)
+                begin, end = float(begin), float(end)
+            except ValueError:
+                form = "file channel speaker begin end <labels> text"
+                raise DataError(f"{where}: not of the form {form!r}: {line[:60]!r}") from None
+            text = rest[0] if rest else ""
+            if "ignore_time_segment_in_scoring" in text.lower():
+                continue
+            if not 0 <= begin < end < 1e7:
+                raise DataError(f"{where}: a segment from {begin} to {end} s (0 <= begin < end)")
+            audio = folder / "sph" / f"{talk}.sph"
+            if talk not in talks:
+                raise DataError(f"{where}: no such audio file: {audio}")
+            utterances.append(Utterance(audio, normalise_tedlium(text), speaker, begin, end - begin))
+    return utterances
+
+
+def normalise_tedlium(text: str) -> str:
+    """Lower case, single spaces, without markup: <o,f0,male>, <unk>, <sil>, {NOISE}, [..], the (2) of a pronunciation.
+
+    A word that starts with an apostrophe joins the one before ("it 's" -> "it's"), as in the recipes of Kaldi and
+    ESPnet: the corpus splits there, and WERs compare. So does "get 'em".
+    """
+    text = re.sub(r"\([^()]*\)|<[^<>]*>|\{[^{}]*\}|\[[^][]*\]", " ", text)  # (..) first: it may hold <..>
+    return re.sub(r"(?<=\S) '", "'", " ".join(text.lower().split()))
+
+
+# ---------------------------------------------------------------------------- Common Voice
+
+
+def commonvoice_sets(root: Path) -> dict[str, Path]:
+    old = {path.stem.removeprefix("cv-valid-"): path for path in sorted(root.glob("cv-*.csv"))}
+    return {path.stem: path for path in sorted(root.glob("*.tsv"))} or old
+
+
+def read_commonvoice(path: Path) -> list[Utterance]:
+    old = path.suffix == ".csv"
+    audio_column, text_column = ("filename", "text") if old else ("path", "sentence")
+    folder = path.parent if old else path.parent / "clips"
+    header, utterances = [], []
+    for where, line in numbered_lines(path):
+        try:
+            row = next(csv.reader([line])) if old else line.split("\t")  # the TSVs quote nothing
+        except csv.Error as error:
+            raise DataError(f"{where}: not CSV ({error})") from None
+        if not header:
+            header = row
+            for column in (audio_column, text_column):
+                if column not in header:
+                    raise DataError(f"{where}: no column {column!r} (there: {', '.join(header)})")
+            continue
+        if len(row) != len(header):
+            raise DataError(f"{where}: {len(row)} columns where the header has {len(header)}")
+        fields = dict(zip(header, row))
+        name = fields[audio_column]
+        audio = folder / (name if name.endswith(".mp3") else f"{name}.mp3")
+        if not audio.is_file():
+            raise DataError(f"{where}: no such audio file: {audio}")
+        speaker = sys.intern(fields.get("client_id", ""))  # 128 characters, the same in many lines
+        utterances.append(Utterance(audio, normalise_commonvoice(fields[text_column]), speaker))
+    return utterances
+
+
+APOSTROPHES = dict.fromkeys(map(ord, "\u2018\u2019\u201b\u02bc\u00b4`\uff07"), "'")
+
+
+def normalise_commonvoice(text: str) -> str:
+    """Lower case, NFKC; letters, marks and digits of any language and apostrophes stay, the rest becomes a space.
+
+    Typographic apostrophes become "'". A pair of them around words is quotation marks and goes. The joiners U+200C and
+    U+200D, which Persian and Indic spellings need, stay; other invisible characters (soft hyphens, directions) vanish.
+    """
+    text = unicodedata.normalize("NFKC", text.translate(APOSTROPHES)).lower()
+    text = re.sub(r"(?<!\w)'(.+?)'(?!\w)", r"\1", "".join(map(as_kept, text)))
+    return " ".join(word for word in text.split() if word.strip("'\u200c\u200d"))
+
+
+@functools.cache
+def as_kept(character: str) -> str:
+    """The character itself, a space or nothing."""
+    category = unicodedata.category(character)
+    if category[0] in "LMN" or character in "'\u200c\u200d":
+        return character
+    return "" if category == "Cf" else " "
+
+
+CORPORA: dict[str, tuple[Callable, Callable]] = {  # the sets there are, by name; the utterances of one
+    "librispeech": (librispeech_sets, read_librispeech),
+    "tedlium": (tedlium_sets, read_tedlium),
+    "commonvoice": (commonvoice_sets, read_commonvoice),
+}
+DEFAULT_SETS = {  # train, valid, test
+    "librispeech": (["train-960"], ["dev-clean"], ["test-clean", "test-other"]),
+    "tedlium": (["train"], ["dev"], ["test"]),
+    "commonvoice": (["train"], ["dev"], ["test"]),
+}

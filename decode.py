@@ -1,0 +1,164 @@
+"""Beam search for the test: CTC with or without an n-gram language model, and the transducer.
+
+transcriber() returns a function like model.transcribe: (features, input_lengths) -> list of token id lists.
+torchaudio's decoders search; here words are spelled for the one and token ids shifted for the other.
+"""
+
+import contextlib
+import itertools
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchaudio.models import RNNTBeamSearch
+
+import data
+import models
+from models import BLANK
+
+BEAM, LM_WEIGHT, WORD_SCORE = 1024, 1.97, 4.36  # the paper's, for the CNN-LSTM and a pruned 3-gram on LibriSpeech
+
+
+def transcriber(
+    model, tokens: list[str], beam: int = 1, lm: Path | None = None,
+    lm_weight: float = LM_WEIGHT, word_score: float = WORD_SCORE, words: Iterable[str] = (),
+) -> Callable[[Tensor, Tensor], list[list[int]]]:  # fmt: skip
+    """Greedy at beam 1 without a language model. `words` are recognised besides those of the model `lm`."""
+    if beam == 1 and not lm:
+        return model.transcribe
+    if isinstance(model, models.Transducer):
+        if beam >= len(tokens):
+            raise data.DataError(f"--beam {beam}: for rnnt it must be below the number of tokens, {len(tokens)}")
+        return transducer_search(model, beam)
+    return ctc_search(model, tokens, beam, lm, lm_weight, word_score, words)
+
+
+# ---------------------------------------------------------------------------- CTC
+
+
+def ctc_search(model, tokens: list[str], beam: int, lm: Path | None, lm_weight: float, word_score: float, words):
+    """Maximises ln p(path) + lm_weight * ln p_lm(words) + word_score * number of words, in flashlight's decoder.
+
+    With a language model only its words and `words` can come out. Paths that give the same tokens are summed; only for
+    BPE with a language model, where the spellings below let one path count more than once, the best one stands for all.
+    """
+    try:
+        from torchaudio.models.decoder import ctc_decoder
+    except (ImportError, RuntimeError):
+        need = "a beam search needs flashlight-text: pip install flashlight-text==0.0.7 (the extra [lm])"
+        raise data.DataError(need) from None
+    # Every word ends in this token: flashlight rests on it between words, and gives a word's last token one frame only.
+    silence = tokens.index(" ") if lm and " " in tokens else BLANK
+    options = dict(  # of a frame the 40 likeliest tokens are tried
+        tokens=[str(i) for i in range(len(tokens))], blank_token=str(BLANK), sil_token=str(silence), beam_size=beam,
+        beam_size_token=40, log_add=not lm or silence != BLANK,
+    )  # fmt: skip
+    if lm:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8") as file, silent_stderr():
+            file.writelines(spellings(lm, words, tokens, silence))
+            file.flush()
+            try:  # KenLM's logarithms are decimal
+                scores = dict(lm=str(lm), lm_weight=lm_weight * math.log(10), word_score=word_score)
+                decoder = ctc_decoder(file.name, **scores, **options)
+            except RuntimeError as error:
+                raise data.DataError(f"--lm {lm}: KenLM cannot read it ({error})") from None
+    else:
+        decoder = ctc_decoder(None, **options)
+    end = torch.full((1, len(tokens)), -1e3)  # a frame behind the last one, which ends the last word
+    end[0, silence] = 0
+
+    def transcribe(features: Tensor, input_lengths: Tensor) -> list[list[int]]:
+        log_probs, lengths = model(features, input_lengths)
+        texts = []
+        for frames, length in zip(log_probs.float().cpu(), lengths.tolist()):
+            frames = torch.cat([frames[:length], end]) if lm else frames[:length].contiguous()
+            (found,) = decoder(frames[None])
+            texts.append(found[0].tokens.tolist() if found else [])
+        return texts
+
+    return transcribe
+
+
+def arpa_words(path: Path) -> list[str]:
+    """The unigrams of an ARPA file, without <s>, </s> and <unk>."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            head = list(itertools.takewhile(lambda line: line.strip() != "\\1-grams:", file))
+            unigrams = itertools.takewhile(lambda line: not line.startswith("\\"), file)
+            words = [line.split()[1] for line in unigrams if line.strip()]
+        if not words or any("-" in line for line in head):  # a negative count would crash KenLM
+            raise ValueError
+    except (ValueError, IndexError):
+        raise data.DataError(f"--lm {path}: not an ARPA file in UTF-8 (no counts and unigrams are found)") from None
+    return [word for word in words if word.lower() not in ("<s>", "</s>", "<unk>")]
+
+
+def spellings(lm: Path, words: Iterable[str], tokens: list[str], silence: int) -> list[str]:
+    """Lines of a lexicon: a word and the ids of its tokens. A word that the tokens cannot spell is left out."""
+    known, lm_words, lines = data.spelled_by(tokens), arpa_words(lm), []
+    if not any(known.issuperset(word) for word in lm_words):
+        raise data.DataError(f"--lm {lm}: the tokens spell none of its {len(lm_words)} words (is it in capitals?)")
+    for word in dict.fromkeys(lm_words + sorted(words)):
+        if not known.issuperset(word):
+            continue
+        ids = " ".join(map(str, data.encode(word, tokens)))
+        lines.append(f"{word} {ids} {silence}\n")
+        if silence == BLANK:  # the next word may follow without a blank
+            lines.append(f"{word} {ids}\n")
+    return lines
+
+
+@contextlib.contextmanager
+def silent_stderr():
+    """KenLM draws a progress bar there, from C++."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+# ---------------------------------------------------------------------------- transducer
+
+
+def transducer_search(model: models.Transducer, beam: int):
+    """torchaudio's RNNTBeamSearch: the best sum over alignments, divided by the number of tokens + 1."""
+    last = model.output.out_features - 1
+    search = RNNTBeamSearch(BlankLast(model), blank=last, step_max_tokens=model.MAX_SYMBOLS)
+
+    def transcribe(features: Tensor, input_lengths: Tensor) -> list[list[int]]:
+        texts = []
+        for utterance, length in zip(features, input_lengths):
+            ids = search(utterance[:length], length, beam)[0][0]  # the best hypothesis' tokens, behind a blank
+            texts.append([i + 1 for i in ids[1:]])
+        return texts
+
+    return transcribe
+
+
+class BlankLast:
+    """A Transducer in the words of torchaudio's RNNT, which has the blank behind the tokens: token i is our i + 1."""
+
+    def __init__(self, model: models.Transducer):
+        self.model, self.tokens = model, model.output.out_features
+
+    def transcribe(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.every_second(*self.model.encode(features, lengths))
+
+    def predict(self, tokens: Tensor, lengths: Tensor, state):
+        """tokens (B, U), state [[h, c]], each (B, H) -> predictor_out (B, U, joiner), lengths, state."""
+        state = state and tuple(s[None] for s in state[0])
+        out, (h, c) = self.model.predict((tokens + 1) % self.tokens, state)
+        return out, lengths, [[h[0], c[0]]]
+
+    def join(self, encoder_out: Tensor, encoder_lengths: Tensor, predictor_out: Tensor, predictor_lengths: Tensor):
+        """(1, T, joiner), (B, U, joiner) -> logits (B, T, U, V), the blank last."""
+        logits = self.model.join(encoder_out[:, :, None] + predictor_out[:, None])
+        return logits.roll(-1, -1), encoder_lengths, predictor_lengths

@@ -1,0 +1,92 @@
+"""Several processes, one run: `torchrun --nproc-per-node N train.py ...`. In one process nothing here does anything.
+
+Every process trains the same model on its share of each batch (DistributedDataParallel), prunes it by itself, and must
+come to the same masks; the first one alone writes.
+"""
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def start(device: str) -> None:
+    """Join the other processes, if torchrun started some: gloo for what lies on the CPU, nccl on CUDA."""
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+
+
+def stop() -> None:
+    if count() > 1:
+        dist.destroy_process_group()
+
+
+def count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def index() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather(value) -> list:
+    """Every process's value, in their order, in every process."""
+    if count() == 1:
+        return [value]
+    values = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def first_then_others(call):
+    """call() in the first process, then in the others, which find what it left on the disk. Returns each its own."""
+    if index():
+        gather(None)
+    result = call()
+    if not index():
+        gather(None)
+    return result
+
+
+def largest(value: int) -> int:
+    """The largest of the processes' values."""
+    if count() == 1:
+        return int(value)
+    tensor = torch.tensor(int(value))
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def total(value: float) -> float:
+    """The sum of the processes' values."""
+    if count() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(tensor)
+    return float(tensor)
+
+
+class _Loss(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *batch) -> torch.Tensor:
+        return self.model.loss(*batch)
+
+
+def loss_of(model: nn.Module):
+    """model.loss, or, with several processes, the same with gradients averaged over them in backward()."""
+    if count() == 1:
+        return model.loss
+    # batch norm keeps the buffers equal by itself (models.BatchNorm)
+    return nn.parallel.DistributedDataParallel(_Loss(model), broadcast_buffers=False)
+
+
+def without_averaging(loss):
+    """Gradients of a backward() in here stay where they are: all but the last part of an accumulated batch."""
+    return loss.no_sync() if count() > 1 else contextlib.nullcontext()
