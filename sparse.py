@@ -8,6 +8,7 @@ Each layer takes what was measured fastest on this machine, dense included; a ro
 """
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 import lottery
 
 LAYOUTS = {"unstructured": (1, 1), "1x4": (1, 4), "4x1": (4, 1), "8x1": (8, 1), "16x1": (16, 1)}
-VALUES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+FRAMES = 100  # that layers are measured on where `run` is not given
 
 
 class Matrix(NamedTuple):
@@ -31,7 +33,7 @@ class Matrix(NamedTuple):
     scales: Tensor | None  # (outputs,) float32: what int8 values are multiplied by
 
 
-def pack(weight: Tensor, mask: Tensor, layout: str, values: str = "float32") -> Matrix:
+def pack(weight: Tensor, mask: Tensor, layout: str, dtype: str = "float32") -> Matrix:
     """The blocks of weight * mask, both (outputs, inputs), that have a weight left.
 
     Raises ValueError if a block's place does not fit 16 bits.
@@ -46,12 +48,12 @@ def pack(weight: Tensor, mask: Tensor, layout: str, values: str = "float32") -> 
 
     weight = weight.detach().float().masked_fill(~mask, 0)
     scales = None
-    if values == "int8":
+    if dtype == "int8":
         scales = weight.abs().amax(1) / 127
         weight = (weight / scales.clamp(min=1e-30)[:, None]).round()
     kept = blocks(mask).flatten(2).any(2)
     return Matrix(
-        blocks(weight)[kept].to(VALUES[values]).contiguous(),
+        blocks(weight)[kept].to(DTYPES[dtype]).contiguous(),
         kept.nonzero()[:, 1].to(torch.uint16),
         F.pad(kept.sum(1).cumsum(0), (1, 0)).int(),
         scales,
@@ -228,21 +230,24 @@ Calls = list[tuple[int, tuple]]  # how often, and with what
 
 
 def time_calls(candidates: dict[str, Callable], calls: Calls) -> dict[str, float]:
-    """Milliseconds each candidate needs for all calls: the least of some turns, since other programs only add."""
+    """Milliseconds each candidate needs for all calls: the least of some turns, since other programs only add.
+
+    What takes twice as long as the best is not tried again.
+    """
     total = dict.fromkeys(candidates, 0.0)
     for often, arguments in calls:
-        times = {name: [] for name in candidates}
-        begin = time.perf_counter()
+        least, left, begin = dict.fromkeys(candidates, math.inf), list(candidates), time.perf_counter()
         for turn in range(12):
-            for name, candidate in candidates.items():
+            for name in left:
                 start = time.perf_counter()
-                candidate(*arguments)
-                if turn:  # the first warms up
-                    times[name].append(time.perf_counter() - start)
-            if turn >= 3 and time.perf_counter() - begin > 0.2:
+                candidates[name](*arguments)
+                least[name] = min(least[name], time.perf_counter() - start)
+            limit = min(least.values()) * (2 if turn else 8)  # the first turn warms up
+            left = [name for name in left if least[name] <= limit]
+            if len(left) == 1 or (turn >= 3 and time.perf_counter() - begin > 0.2):
                 break
         for name in candidates:
-            total[name] += 1e3 * often * min(times[name])
+            total[name] += 1e3 * often * least[name]
     return total
 
 
@@ -270,13 +275,26 @@ def record_calls(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[n
     return {module: list(calls.values()) for module, calls in seen.items()}
 
 
-def smaller(weight: Tensor, mask: Tensor, layouts: list[str], values: str) -> dict[str, Matrix]:
+def usual_calls(module: nn.Module) -> Calls:
+    """One utterance of FRAMES frames, for layers whose input needs nothing else: all but Conv2d."""
+    if isinstance(module, nn.Linear):
+        size = (1, FRAMES, module.in_features)
+    elif isinstance(module, nn.LSTM):
+        size = (1, FRAMES, module.input_size) if module.batch_first else (FRAMES, 1, module.input_size)
+    elif isinstance(module, nn.Conv1d):
+        size = (1, module.in_channels, FRAMES + module.dilation[0] * (module.kernel_size[0] - 1))
+    else:
+        return []
+    return [(1, (torch.randn(size, generator=torch.Generator().manual_seed(0)),))]
+
+
+def smaller(weight: Tensor, mask: Tensor, layouts: list[str], dtype: str) -> dict[str, Matrix]:
     """The matrix in each layout that stores less than all of it."""
     found = {}
     for layout in layouts:
         r, c = LAYOUTS[layout]
         if weight.shape[1] <= c << 16 and mask.sum() < mask.numel():
-            matrix = pack(weight, mask, layout, values)
+            matrix = pack(weight, mask, layout, dtype)
             if matrix.values.numel() < weight.numel():
                 found[layout] = matrix
     return found
@@ -287,7 +305,9 @@ def products(weight: Tensor, bias: Tensor | None, matrices: dict[str, Matrix], c
     outputs, inputs = weight.shape
     dense = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias is not None)
     dense.weight, dense.bias = nn.Parameter(weight, False), None if bias is None else nn.Parameter(bias, False)
-    candidates = {"dense": dense, "dense prepacked": DenseProduct(weight, bias, columns)}
+    candidates = {"dense": dense}
+    if torch.backends.mkldnn.is_available():
+        candidates["dense prepacked"] = DenseProduct(weight, bias, columns)
     return candidates | {layout: Product(matrix, bias, outputs) for layout, matrix in matrices.items()}
 
 
@@ -297,22 +317,23 @@ def row(name: str, mask: Tensor, columns: int, layout: str, matrices: dict[str, 
     return Taken(name, tuple(mask.shape), float(mask.float().mean()), columns, layout, size, why)
 
 
-def compress_layer(name: str, layer: nn.Module, masks: lottery.Masks, calls: Calls, layouts: list[str], values: str):
+def compress_layer(name: str, layer: nn.Module, masks: lottery.Masks, calls: Calls, layouts: list[str], dtype: str):
     """A linear layer or a convolution: what it becomes, and its row."""
     mask, weight = masks[f"{name}.weight"].flatten(1), layer.weight.detach().flatten(1)
     bias = None if layer.bias is None else layer.bias.detach()
-    matrices = smaller(weight, mask, layouts, values)
+    matrices = smaller(weight, mask, layouts, dtype)
     columns = max(layer(*arguments).numel() for _, arguments in calls) // len(weight)
     candidates = products(weight, bias, matrices, columns)
     if not isinstance(layer, nn.Linear):
-        candidates = {way: Conv(layer, product) for way, product in candidates.items()}
-        candidates["dense"] = layer
+        if weight.numel() > weight.shape[0] * layer.in_channels:  # then it copies, and torch's own does not
+            candidates.pop("dense prepacked", None)
+        candidates = {way: Conv(layer, product) for way, product in candidates.items()} | {"dense": layer}
     times = time_calls(candidates, calls)
     taken = min(times, key=times.get)
     return candidates[taken], [row(f"{name}.weight", mask, columns, taken, matrices, said(times))]
 
 
-def compress_lstm(name: str, lstm: nn.LSTM, masks: lottery.Masks, calls: Calls, layouts: list[str], values: str):
+def compress_lstm(name: str, lstm: nn.LSTM, masks: lottery.Masks, calls: Calls, layouts: list[str], dtype: str):
     """An nn.LSTM: what it becomes, and a row for each of its weights. Its layers are measured in turn."""
     inputs, recurrent, rows = [], [], []
     xs = [(often, a[0] if lstm.batch_first else a[0].transpose(0, 1)) for often, a in calls]  # (B, T, inputs) each
@@ -322,7 +343,7 @@ def compress_lstm(name: str, lstm: nn.LSTM, masks: lottery.Masks, calls: Calls, 
         weight, mask = getattr(lstm, f"weight_ih_{suffix}").detach(), masks[f"{name}.weight_ih_{suffix}"]
         bias = getattr(lstm, f"bias_ih_{suffix}") + getattr(lstm, f"bias_hh_{suffix}") if lstm.bias else None
         columns = max(x.shape[0] * x.shape[1] for _, x in xs)
-        matrices = smaller(weight, mask, layouts, values)
+        matrices = smaller(weight, mask, layouts, dtype)
         candidates = products(weight, None if bias is None else bias.detach(), matrices, columns)
         times = time_calls(candidates, [(often, (x,)) for often, x in xs])
         taken = min(times, key=times.get)
@@ -331,7 +352,7 @@ def compress_lstm(name: str, lstm: nn.LSTM, masks: lottery.Masks, calls: Calls, 
 
         weight, mask = getattr(lstm, f"weight_hh_{suffix}").detach(), masks[f"{name}.weight_hh_{suffix}"]
         columns = max(x.shape[0] for _, x in xs)  # at a time
-        matrices = smaller(weight, mask, layouts, values)
+        matrices = smaller(weight, mask, layouts, dtype)
         matrices["dense"] = pack(weight, torch.ones_like(mask), "16x1")
         candidates = {layout: Recurrent(matrix, None, len(weight)) for layout, matrix in matrices.items()}
         reverse = suffix.endswith("reverse")
@@ -352,20 +373,29 @@ def compress_lstm(name: str, lstm: nn.LSTM, masks: lottery.Masks, calls: Calls, 
     return compressed, [r._replace(why=f"{r.why}; {said(times)}") for r in rows]
 
 
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of the model's parameters and buffers, whatever form they are kept in."""
+    packed = [4 * m.packed.numel() for m in model.modules() if isinstance(m, DenseProduct)]
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(t.numel() * t.element_size() for t in tensors) + sum(packed)
+
+
 def compress(
-    model: nn.Module, masks: lottery.Masks, run: Callable[[nn.Module], object], layout: str | None = None,
-    values: str = "float32",
+    model: nn.Module, masks: lottery.Masks, run: Callable[[nn.Module], object] | None = None, *,
+    layout: str | None = None, dtype: str = "float32",
 ) -> tuple[nn.Module, list[Taken]]:  # fmt: skip
     """A copy of the model whose pruned products are sparse where that is faster, in evaluation mode, and the table.
 
+    The copy is called as the model is; its LSTMs take and return (h, c), so that a stream may come in chunks.
     run: uses the model as it will be used (`lambda model: model.transcribe(features, input_lengths)`): each layer is
     measured on what reaches it there, with as many threads as torch has now; layers that are not reached stay dense.
+    Without it a layer is measured on one utterance of FRAMES frames, and Conv2d stays dense.
     layout: one of LAYOUTS to measure against dense; all by default.
-    values: "float32", "bfloat16", or "int8" with a scale an output; for sparse layers, dense ones stay float32.
+    dtype: "float32", "bfloat16", or "int8" with a scale an output; for sparse layers, dense ones stay float32.
     Raises LotteryError for masks that are not the model's.
     """
-    if values not in VALUES:
-        raise lottery.LotteryError(f"values must be one of {', '.join(VALUES)}, got {values}")
+    if dtype not in DTYPES:
+        raise lottery.LotteryError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     if layout is not None and layout not in LAYOUTS:
         raise lottery.LotteryError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout}")
     layouts = list(LAYOUTS) if layout is None else [layout]
@@ -378,7 +408,7 @@ def compress(
         weight.masked_fill_(~masks[name], 0)
     rows = []
     with torch.no_grad():
-        all_calls = record_calls(compressed, run)
+        all_calls = record_calls(compressed, run) if run else {m: usual_calls(m) for m in compressed.modules()}
         for name, module in list(compressed.named_modules()):
             own = [n for n in weights if n.rpartition(".")[0] == name]
             if not own:
@@ -388,7 +418,7 @@ def compress(
             become, plain = None, type(module) in (nn.Conv1d, nn.Conv2d) and module.groups == 1
             plain = plain and module.padding_mode == "zeros" and not isinstance(module.padding, str)
             if not calls:
-                why = "run does not reach it"
+                why = "run does not reach it" if run else f"a {type(module).__name__} is measured where `run` is given"
             elif not name:
                 why = "it is the whole model"
             elif type(module) is nn.Linear or plain:
@@ -400,7 +430,7 @@ def compress(
             if become is None:
                 rows += [row(n, masks[n].flatten(1), 0, "dense", {}, why) for n in own]
                 continue
-            module, own_rows = become(name, module, masks, calls, layouts, values)
+            module, own_rows = become(name, module, masks, calls, layouts, dtype)
             rows += own_rows
             parent, _, child = name.rpartition(".")
             setattr(compressed.get_submodule(parent), child, module)

@@ -8,6 +8,10 @@
 #include <omp.h>
 #endif
 
+namespace audio_lottery {
+std::string sparse_instructions(const std::string& name);  // cpu/sparse.cpp
+}
+
 TORCH_LIBRARY(audio_lottery, m) {
   // Zero weights and gradients where the mask is false, in place. grads may be empty.
   m.def("hold_ticket_(Tensor(a!)[] weights, Tensor(b!)[] grads, Tensor[] masks) -> ()");
@@ -26,6 +30,8 @@ TORCH_LIBRARY(audio_lottery, m) {
 
 // Facts about this build; tensors go through the dispatcher.
 PYBIND11_MODULE(_lottery, m) {
+  // Has the sparse operators take lesser instructions, for tests: DEFAULT, AVX2 or AVX512. Returns what they took before.
+  m.def("sparse_instructions", &audio_lottery::sparse_instructions);
   m.def("build_facts", [] {
     pybind11::dict facts;
     facts["version"] = AUDIO_LOTTERY_VERSION;

@@ -14,8 +14,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <optional>
+#include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -47,6 +50,7 @@ struct Matrix {
 };
 
 struct Kernels {
+  const char* name;
   int64_t lanes;
   void (*one_column)(const Matrix&, const float*, float*, int64_t, int64_t);
   void (*many_columns)(const Matrix&, const float*, int64_t, const float*, float*, int64_t, int64_t, int64_t);
@@ -58,31 +62,60 @@ struct Kernels {
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the baseline's are not passed beyond this file
 
 #define SPARSE_ISA baseline
+#define NAME "DEFAULT"
 #define KERNEL
 #define LANES 4
 #include "sparse_kernels.h"
 
 #ifdef AUDIO_LOTTERY_AVX512
 #define SPARSE_ISA avx2
+#define NAME "AVX2"
 #define KERNEL __attribute__((target("avx2,fma")))
 #define LANES 8
 #include "sparse_kernels.h"
 
 #define SPARSE_ISA avx512
+#define NAME "AVX512"
 #define KERNEL __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 #define LANES 16
 #include "sparse_kernels.h"
 #endif
 
-// What torch itself takes here; ATEN_CPU_CAPABILITY=avx2 or default asks for less, of both.
-const Kernels& kernels() {
+const Kernels* kernels_named(const std::string& name) {
 #ifdef AUDIO_LOTTERY_AVX512
-  static const std::string capability = at::get_cpu_capability();
-  if (capability == "AVX512") return avx512::KERNELS;
-  if (capability == "AVX2") return avx2::KERNELS;
+  if (name == "AVX512") return &avx512::KERNELS;
+  if (name == "AVX2") return &avx2::KERNELS;
 #endif
-  return baseline::KERNELS;
+  return &baseline::KERNELS;
 }
+
+// What torch itself takes here; ATEN_CPU_CAPABILITY=avx2 or default asks for less, of both.
+std::atomic<const Kernels*>& chosen() {
+  static std::atomic<const Kernels*> chosen{kernels_named(at::get_cpu_capability())};
+  return chosen;
+}
+
+const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
+
+// Threads wait for each other at every step of an LSTM. (OpenMP's own barrier spins on, so that on a busy machine a
+// thread that was sent away costs a slice of the scheduler's at every step.)
+class Barrier {
+ public:
+  void wait(int64_t threads) {
+    const int64_t round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int64_t spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
+      if (spins > 10000) std::this_thread::yield();
+    }
+  }
+
+ private:
+  std::atomic<int64_t> arrived_{0}, round_{0};
+};
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -243,7 +276,8 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
   auto* out_data = out.data_ptr<float>();
   const int64_t threads = threads_for(m, batch);
   const auto begin = share(m, threads, 1);
-  const auto run = [&](int64_t thread, int64_t of, const auto& wait) {  // this thread's share of every step
+  Barrier barrier;
+  const auto run = [&](int64_t thread, int64_t of) {  // this thread's share of every step
     const int64_t first = begin[thread * threads / of], last = begin[(thread + 1) * threads / of];
     const int64_t row = first * m.r, rows = std::min(last * m.r, m.outputs) - row;
     const int64_t unit = wide / 16 * thread / of * 16, units = std::min(wide / 16 * (thread + 1) / of * 16, hidden) - unit;
@@ -255,7 +289,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
         std::memcpy(own + row, projection + (b * time + t) * 4 * hidden + row, rows * sizeof(float));
         kernels().one_column(m, h.data() + b * wide, own, first, last);
       }
-      wait();
+      barrier.wait(of);
       for (int64_t b = 0; b < batch; ++b) {
         if (step >= ends[b] || units <= 0) continue;
         const int64_t t = reverse ? ends[b] - 1 - step : step;
@@ -264,16 +298,14 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
         std::memcpy(out_data + (b * time + t) * hidden + unit, own + unit, units * sizeof(float));
         for (int64_t i = hidden; i < wide && unit + units == hidden; ++i) own[i] = 0;
       }
-      wait();
+      barrier.wait(of);
     }
   };
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads) if (threads > 1)
-  run(omp_get_thread_num(), omp_get_num_threads(), [] {
-#pragma omp barrier
-  });
+  run(omp_get_thread_num(), omp_get_num_threads());
 #else
-  run(0, 1, [] {});
+  run(0, 1);
 #endif
   const auto last_state = [&](const std::vector<float>& from) {
     Tensor state = at::empty({batch, hidden}, projections.options());
@@ -286,6 +318,13 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
 }
 
 }  // namespace
+
+std::string sparse_instructions(const std::string& name) {
+  const Kernels* wanted = kernels_named(name);
+  TORCH_CHECK_VALUE(name == wanted->name && wanted->lanes <= kernels_named(at::get_cpu_capability())->lanes,
+                    "instructions must be DEFAULT, AVX2 or AVX512 and what this processor has, got ", name);
+  return chosen().exchange(wanted)->name;
+}
 
 TORCH_LIBRARY_IMPL(audio_lottery, CPU, m) {
   m.impl("sparse_linear", &sparse_linear);

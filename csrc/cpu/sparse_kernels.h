@@ -390,10 +390,11 @@ KERNEL uint16_t largest(const uint16_t* columns, int64_t n) {
   return most;
 }
 
-constexpr Kernels KERNELS{LANES, one_column, many_columns, transpose, lstm_cell, largest};
+constexpr Kernels KERNELS{NAME, LANES, one_column, many_columns, transpose, lstm_cell, largest};
 
 }  // namespace SPARSE_ISA
 
 #undef SPARSE_ISA
+#undef NAME
 #undef KERNEL
 #undef LANES
