@@ -26,6 +26,11 @@ TORCH_LIBRARY(audio_lottery, m) {
   m.def(
       "sparse_lstm(Tensor projections, Tensor values, Tensor columns, Tensor offsets, Tensor? scales, Tensor h0, "
       "Tensor c0, Tensor? lengths, bool reverse) -> (Tensor, Tensor, Tensor)");
+  // Tokens of one utterance, greedy: encoder_out (frames, joiner) and projection (joiner, hidden) are what is added before
+  // tanh, inputs (tokens, 4 * hidden) are the embeddings through W_ih, with both biases; recurrent is W_hh.
+  m.def(
+      "sparse_transducer(Tensor encoder_out, Tensor inputs, Tensor[] recurrent, Tensor[] projection, Tensor[] output, "
+      "Tensor? bias, int max_symbols) -> Tensor");
 }
 
 // Facts about this build; tensors go through the dispatcher.

@@ -238,12 +238,53 @@ def test_lstm_refuses():
             call(**changes)
 
 
+def transducer_arguments(layout, dtype, hidden=21, joiner=19, tokens=37):
+    """Small products of one layout; the blank wins now and then."""
+    sizes = (4 * hidden, hidden), (joiner, hidden), (tokens, joiner)
+    matrices = [random_matrix(*size, layout, dtype, 0.3)[0] for size in sizes]
+    bias = torch.zeros(tokens)
+    bias[0] = 3.0
+    recurrent, projection, output = ([t for t in matrix if t is not None] for matrix in matrices)
+    return torch.randn(12, joiner), torch.randn(tokens, 4 * hidden), recurrent, projection, output, bias, 3
+
+
+@built
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_transducer_equals_reference(layout, instructions):
+    for dtype in DTYPES:
+        arguments = transducer_arguments(layout, dtype)
+        got = sparse.sparse_transducer(*arguments)
+        assert torch.equal(got, sparse.reference_sparse_transducer(*arguments)) and 0 < len(got) < 36
+
+
+@built
+def test_transducer_refuses():
+    encoder_out, inputs, recurrent, projection, output, bias, most = transducer_arguments("4x1", "float32")
+    wrong = [
+        (TypeError, "encoder_out must be float32", (encoder_out.double(), inputs, recurrent, projection, output, bias)),
+        (ValueError, "inputs must have two dimensions", (encoder_out, inputs[0], recurrent, projection, output, bias)),
+        (ValueError, r"inputs must be \(tokens, 4 \* hidden\)",
+         (encoder_out, inputs[:, 1:], recurrent, projection, output, bias)),
+        (ValueError, "recurrent must be values, columns, offsets and scales if any, got 2 tensors",
+         (encoder_out, inputs, recurrent[:2], projection, output, bias)),
+        (ValueError, "offsets must be", (encoder_out, inputs, recurrent, recurrent, output, bias)),
+        (ValueError, r"bias must be \[37\], got \[36\]",
+         (encoder_out, inputs, recurrent, projection, output, bias[1:])),
+    ]  # fmt: skip
+    for error, message, arguments in wrong:
+        with pytest.raises(error, match=message):
+            sparse.sparse_transducer(*arguments, most)
+
+
 @built
 def test_opcheck():
     matrix, _ = random_matrix(32, 8, "8x1", "int8")
     torch.library.opcheck(torch.ops.audio_lottery.sparse_linear, (torch.randn(5, 8), *matrix, torch.randn(32), 32))
     arguments = torch.randn(2, 3, 32), *matrix, torch.zeros(2, 8), torch.zeros(2, 8), torch.tensor([3, 2]), True
     torch.library.opcheck(torch.ops.audio_lottery.sparse_lstm, arguments)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = transducer_arguments("1x4", "float32")
+    torch.library.opcheck(torch.ops.audio_lottery.sparse_transducer, arguments, test_utils=tests)
 
 
 @built
@@ -283,7 +324,10 @@ def outputs(model, features, lengths):
 
 def always_sparse(monkeypatch):
     """Take the last layout there is, however long it takes."""
-    order = {name: -i for i, name in enumerate(["nn.LSTM", "dense", "dense prepacked", *LAYOUTS, "ours"])}
+    order = {
+        name: -i
+        for i, name in enumerate(["nn.LSTM", "dense", "dense prepacked", "copying its windows alone", *LAYOUTS, "ours"])
+    }
     monkeypatch.setattr(sparse, "time_calls", lambda candidates, calls: {name: order[name] for name in candidates})
 
 

@@ -1,4 +1,5 @@
-// sparse_linear and sparse_lstm on CPU: products with a matrix of kept blocks, and an LSTM over time that holds one.
+// sparse_linear, sparse_lstm and sparse_transducer on CPU: products with a matrix of kept blocks, an LSTM over time that
+// holds one, and the transducer's greedy loop, which holds three.
 //
 // A matrix of (outputs, inputs) is cut into blocks r x c. Block row g covers outputs g * r ... and lists its kept blocks
 // from left to right at offsets[g] ... offsets[g + 1] - 1: `columns` has the place of each (its first input / c) and
@@ -15,11 +16,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <string>
 #include <thread>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #ifdef _OPENMP
@@ -181,6 +184,15 @@ Tensor padded(const Tensor& x, int64_t c) {
   return inputs % c == 0 ? x.contiguous() : at::constant_pad_nd(x, {0, round_up(inputs, c) - inputs});
 }
 
+// Y += X W^T, a few rows of X one at a time; they are `stride` apart and readable up to a multiple of c.
+void few_columns(const Matrix& m, const float* x, int64_t stride, float* y, int64_t n) {
+  const int64_t threads = threads_for(m, n);
+  const auto begin = share(m, threads, 1);
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = 0; i < n; ++i) kernels().one_column(m, x + i * stride, y + i * m.outputs, begin[first], begin[last]);
+  });
+}
+
 Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& columns, const Tensor& offsets,
                      const std::optional<Tensor>& scales, const std::optional<Tensor>& bias, int64_t outputs) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x must be float32, got ", x.scalar_type());
@@ -200,13 +212,7 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& column
       y.zero_();
     }
     const Tensor rows = padded(x, m.c);
-    const float* in = rows.const_data_ptr<float>();
-    const auto begin = share(m, threads, 1);
-    at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = 0; i < n; ++i) {
-        kernels().one_column(m, in + i * rows.size(-1), out + i * outputs, begin[first], begin[last]);
-      }
-    });
+    few_columns(m, rows.const_data_ptr<float>(), rows.size(-1), out, n);
     return y;
   }
   const Tensor rows = x.contiguous();
@@ -317,6 +323,57 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
   return {out, last_state(h), last_state(c)};
 }
 
+// Greedy decoding of one utterance: at each frame tokens are emitted until the blank, token 0, wins.
+Tensor sparse_transducer(const Tensor& encoder_out, const Tensor& inputs, at::TensorList recurrent,
+                         at::TensorList projection, at::TensorList output, const std::optional<Tensor>& bias,
+                         int64_t max_symbols) {
+  for (const auto& [x, name] : {std::pair(&encoder_out, "encoder_out"), std::pair(&inputs, "inputs")}) {
+    TORCH_CHECK_TYPE(x->scalar_type() == at::kFloat, name, " must be float32, got ", x->scalar_type());
+    TORCH_CHECK_VALUE(x->dim() == 2, name, " must have two dimensions, got ", x->sizes());
+  }
+  const int64_t frames = encoder_out.size(0), joiner = encoder_out.size(1), tokens = inputs.size(0);
+  TORCH_CHECK_VALUE(tokens > 0 && inputs.size(1) % 4 == 0, "inputs must be (tokens, 4 * hidden), got ", inputs.sizes());
+  const int64_t hidden = inputs.size(1) / 4;
+  if (bias) check_floats(*bias, "bias", {tokens});
+  const auto matrix = [](const char* name, at::TensorList t, int64_t outputs, int64_t inputs) {
+    TORCH_CHECK_VALUE(t.size() == 3 || t.size() == 4, name, " must be values, columns, offsets and scales if any, got ",
+                      t.size(), " tensors");
+    return check_matrix(t[0], t[1], t[2], t.size() == 4 ? std::optional<Tensor>(t[3]) : std::nullopt, outputs, inputs);
+  };
+  const Matrix w_hh = matrix("recurrent", recurrent, 4 * hidden, hidden);
+  const Matrix projects = matrix("projection", projection, joiner, hidden), out = matrix("output", output, tokens, joiner);
+
+  const Tensor encoded = encoder_out.contiguous(), given = inputs.contiguous();
+  std::vector<float> biases(tokens), gates(4 * hidden + 16), h(round_up(hidden, 16)), c(h.size());
+  std::vector<float> predicted(joiner), joined(round_up(joiner, 4)), logits(tokens);
+  if (bias) std::memcpy(biases.data(), bias->contiguous().const_data_ptr<float>(), tokens * sizeof(float));
+  std::vector<int64_t> emitted;
+  const auto predict = [&](int64_t token) {
+    std::memcpy(gates.data(), given.const_data_ptr<float>() + token * 4 * hidden, 4 * hidden * sizeof(float));
+    few_columns(w_hh, h.data(), 0, gates.data(), 1);
+    kernels().lstm_cell(gates.data(), c.data(), h.data(), hidden, 0, hidden);
+    std::fill(h.begin() + hidden, h.end(), 0.0f);  // blocks 1 x 4 may read it
+    std::fill(predicted.begin(), predicted.end(), 0.0f);
+    few_columns(projects, h.data(), 0, predicted.data(), 1);
+  };
+  predict(0);
+  for (int64_t t = 0; t < frames; ++t) {
+    const float* frame = encoded.const_data_ptr<float>() + t * joiner;
+    for (int64_t symbols = 0; symbols < max_symbols; ++symbols) {
+      for (int64_t j = 0; j < joiner; ++j) joined[j] = std::tanh(frame[j] + predicted[j]);
+      logits = biases;
+      few_columns(out, joined.data(), 0, logits.data(), 1);
+      const int64_t best = std::max_element(logits.begin(), logits.end()) - logits.begin();
+      if (best == 0) break;
+      emitted.push_back(best);
+      predict(best);
+    }
+  }
+  Tensor result = at::empty({static_cast<int64_t>(emitted.size())}, encoder_out.options().dtype(at::kLong));
+  std::copy(emitted.begin(), emitted.end(), result.data_ptr<int64_t>());
+  return result;
+}
+
 }  // namespace
 
 std::string sparse_instructions(const std::string& name) {
@@ -329,6 +386,7 @@ std::string sparse_instructions(const std::string& name) {
 TORCH_LIBRARY_IMPL(audio_lottery, CPU, m) {
   m.impl("sparse_linear", &sparse_linear);
   m.impl("sparse_lstm", &sparse_lstm);
+  m.impl("sparse_transducer", &sparse_transducer);
 }
 
 }  // namespace audio_lottery
