@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -480,6 +481,15 @@ def bench_data(args: argparse.Namespace) -> None:
             data._opened.cache_clear()
             seconds = _timed(lambda: data.load_examples(flac, tokens, "log-mel", "", cache))
             print(f"cache, {start} start: {seconds:.2f} s for {hours * 60:.0f} minutes of audio", flush=True)
+        bytes_of = {}
+        for copies in (1, 16):
+            child = f"import bench, pathlib; bench.memory_of_cached_training(pathlib.Path({folder!r}), {copies})"
+            said = subprocess.run(
+                [sys.executable, "-c", child], capture_output=True, text=True, check=True, cwd=train.HERE
+            )
+            bytes_of[copies] = int(said.stdout.split()[-1])
+        told = ", ".join(f"{n * hours * 60:.0f} minutes {size / 1e6:.0f} MB" for n, size in bytes_of.items())
+        print(f"training from the cache, peak memory (mapped files aside): {told}", flush=True)
         few = Path(folder) / "few"
         few.mkdir()
         for split, count in (("train", 24), ("valid", 4), ("test", 4)):
@@ -513,6 +523,34 @@ def bench_data(args: argparse.Namespace) -> None:
                         f"{backbone} {size} from the cache, {workers} workers: waits for data {share:.2%} of the time",
                         flush=True,
                     )
+
+
+def memory_of_cached_training(folder: Path, copies: int) -> None:
+    """Child process: an epoch from the cache on `copies` times the demo's train set; print the peak of its own memory.
+
+    Anonymous memory: pages of the mapped cache are the system's to take back.
+    """
+    rows = [json.loads(line) for line in (train.HERE / "demo" / "train.jsonl").read_text().splitlines()]
+    for split in ("train", "valid", "test"):
+        part = rows * copies if split == "train" else rows[:4]
+        there = [row | {"audio_filepath": str(train.HERE / "demo" / row["audio_filepath"])} for row in part]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, there)))
+    seen, stop = [], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.02):
+            seen.append(memory("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    argv = ["--data", str(folder), "--cache", str(folder / "cache"), "--out", str(folder / f"run{copies}")]
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = train.main([*argv, "--epochs", "1", "--sparsity", "0", "--seconds", "0:3"])
+    stop.set()
+    watcher.join()
+    if code:
+        sys.exit("bench.py: the run failed")
+    print(max(seen))
 
 
 def bench_save(args: argparse.Namespace) -> None:

@@ -96,9 +96,40 @@ def reference_global_magnitude_masks(weights: list[Tensor], masks: list[Tensor],
     return [part.view(mask.shape) for part, mask in zip(kept.split([mask.numel() for mask in masks]), masks)]
 
 
+def check_blocks(weights: list[Tensor], rows: int, columns: int) -> None:
+    """What csrc/checks.h refuses of blocks."""
+    if rows < 1 or columns < 1:
+        raise ValueError(f"rows and columns of a block must be at least 1, got {rows} and {columns}")
+    for i, weight in enumerate(weights):
+        if weight.dim() < 2:
+            raise ValueError(f"weights[{i}] must have two or more dimensions to be cut into blocks, got {weight.dim()}")
+
+
+def reference_block_norms(weights: list[Tensor], rows: int, columns: int) -> list[Tensor]:
+    """L1 norms of the blocks of each weight, seen as R x C: out_features x the rest.
+
+    Returns (ceil(R / rows), ceil(C / columns)) float64 tensors. Blocks start at the first row and column; those at the
+    far edges are what is left there. |w| is summed in float64 along a block's rows, the first row first, on any device.
+    """
+    check_blocks(weights, rows, columns)
+    norms = []
+    for weight in weights:
+        matrix = weight.flatten(1).abs().double()
+        down, across = -(-matrix.shape[0] // rows), -(-matrix.shape[1] // columns)
+        padding = (0, across * columns - matrix.shape[1], 0, down * rows - matrix.shape[0])  # x + 0.0 is x
+        blocks = nn.functional.pad(matrix, padding).view(down, rows, across, columns)
+        norm = matrix.new_zeros(down, across)
+        for i in range(rows):
+            for j in range(columns):
+                norm += blocks[:, i, :, j]
+        norms.append(norm)
+    return norms
+
+
 class Ops(NamedTuple):
     hold_ticket_: Callable[[list[Tensor], list[Tensor], list[Tensor]], None]
     global_magnitude_masks: Callable[[list[Tensor], list[Tensor], int], list[Tensor]]
+    block_norms: Callable[[list[Tensor], int, int], list[Tensor]]
     path: str  # which path this is, for the line at start-up
 
 
@@ -107,7 +138,8 @@ def choose_ops() -> Ops:
     try:
         import _lottery  # registers torch.ops.audio_lottery
     except ImportError as error:
-        return Ops(reference_hold_ticket_, reference_global_magnitude_masks, f"pure PyTorch ({error})")
+        references = reference_hold_ticket_, reference_global_magnitude_masks, reference_block_norms
+        return Ops(*references, f"pure PyTorch ({error})")
     compiled, facts = torch.ops.audio_lottery, _lottery.build_facts()
     torch.library.register_fake("audio_lottery::hold_ticket_", _check_tensors)
 
@@ -116,6 +148,13 @@ def choose_ops() -> Ops:
         _check_tensors(weights, [], masks)
         return [mask.new_empty(mask.shape) for mask in masks]
 
+    @torch.library.register_fake("audio_lottery::block_norms")
+    def fake_norms(weights, rows, columns):
+        check_blocks(weights, rows, columns)
+        matrices = [weight.flatten(1) for weight in weights]
+        shapes = [(-(-m.shape[0] // rows), -(-m.shape[1] // columns)) for m in matrices]
+        return [m.new_empty(shape, dtype=torch.float64) for m, shape in zip(matrices, shapes)]
+
     def on_its_devices(op, reference):  # a build without CUDA leaves tensors on a GPU to the reference
         devices = {"cpu", "cuda"} if facts["cuda"] else {"cpu"}
         return lambda weights, *rest: (op if {w.device.type for w in weights} <= devices else reference)(weights, *rest)
@@ -123,6 +162,7 @@ def choose_ops() -> Ops:
     return Ops(
         on_its_devices(compiled.hold_ticket_, reference_hold_ticket_),
         on_its_devices(compiled.global_magnitude_masks, reference_global_magnitude_masks),
+        on_its_devices(compiled.block_norms, reference_block_norms),
         f"compiled C++ ({facts['instructions']}, {'OpenMP' if facts['openmp'] else 'one thread'})"
         + (f" and CUDA ({facts['cuda']})" if facts["cuda"] else ""),
     )
@@ -267,9 +307,77 @@ def sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def prune(weights: dict[str, Tensor], masks: Masks, keep: int) -> Masks:
-    """New masks of the `keep` largest surviving weights, by global magnitude (step 2 of Algorithm 1).
+SCOPES = ("global", "layer", "lamp")
 
+
+class Pruning(NamedTuple):
+    """How weights are ranked against each other, and in which units they are removed."""
+
+    block: tuple[int, int] = (1, 1)  # rows, columns of a unit, each weight seen as out_features x the rest
+    # "global": by magnitude, as in Algorithm 1; "layer": the same share of each layer; "lamp": Lee et al. 2021
+    scope: str = "global"
+    min_remaining: float = 0.0  # share of its units that each layer keeps at least
+
+    def check(self) -> None:
+        """Raise LotteryError for a value that cannot be."""
+        if len(self.block) != 2 or not all(isinstance(n, int) and 1 <= n < 2**31 for n in self.block):
+            raise LotteryError(f"block must be rows and columns, both at least 1, got {self.block}")
+        if self.scope not in SCOPES:
+            raise LotteryError(f"scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
+        if not 0 <= self.min_remaining < 1:
+            raise LotteryError(f"min_remaining must be in [0, 1), got {self.min_remaining} (a layer's least share)")
+
+    def units(self, mask: Tensor) -> Tensor:
+        """Which units a mask keeps: itself, or (ceil(R / rows), ceil(C / columns)) bool for a weight of R x C.
+
+        A unit is kept or removed whole, so that its first weight speaks for it.
+        """
+        rows, columns = self.block
+        return mask if self.block == (1, 1) else mask.flatten(1)[::rows, ::columns]
+
+    def weights(self, units: Tensor, mask: Tensor) -> Tensor:
+        """The mask, of the shape of `mask`, that keeps these units."""
+        if self.block == (1, 1):
+            return units
+        (rows, columns), matrix = self.block, mask.flatten(1)
+        whole = units.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        return whole[: matrix.shape[0], : matrix.shape[1]].reshape(mask.shape)
+
+    def least(self, units: Tensor) -> int:
+        """Units that a layer keeps at least."""
+        return math.ceil(self.min_remaining * units.numel())
+
+
+BY_MAGNITUDE = Pruning()  # Algorithm 1
+
+
+def rank_within(scores: Tensor, units: Tensor, scope: str) -> Tensor:
+    """Scores of a layer's surviving units that order them as |scores| does, made comparable between layers.
+
+    scores, units: of one shape.  Returns float64 of it, 0 where units is False; the same bits on every device.
+    scope "layer": n / (rank + 1/2), n the layer's units, removed ones too, and rank 0 its largest: the largest of all
+    layers together are the same share of each, rounded by Webster's method, and shares of fewer are subsets.
+    scope "lamp": score^2 / sum of the squares of itself and all larger ones (Lee et al. 2021, "Layer-adaptive
+    sparsity for the magnitude-based pruning").
+    """
+    survivors = units.cpu()
+    magnitudes = scores.detach().cpu()[survivors].double().abs()
+    order = magnitudes.argsort(descending=True, stable=True)  # ties: the lower flat index first
+    if scope == "layer":
+        values = survivors.numel() / (torch.arange(len(order), dtype=torch.float64) + 0.5)
+    else:
+        squares = magnitudes[order].square()
+        values = torch.where(squares > 0, squares / squares.cumsum(0), 0.0)
+    ranked, out = torch.empty_like(magnitudes), torch.zeros(units.shape, dtype=torch.float64)
+    ranked[order] = values
+    out[survivors] = ranked
+    return out.to(units.device)
+
+
+def prune(weights: dict[str, Tensor], masks: Masks, keep: int, pruning: Pruning = BY_MAGNITUDE) -> Masks:
+    """New masks of the `keep` largest surviving units (step 2 of Algorithm 1, where a unit is a weight).
+
+    The score of a block is its L1 norm.  Ties: the earlier parameter, then the lower flat index, is kept.
     Raises LotteryError for a NaN or infinite weight, naming the parameter, and for an impossible `keep`.
     """
     for name, weight in weights.items():
@@ -277,15 +385,25 @@ def prune(weights: dict[str, Tensor], masks: Masks, keep: int) -> Masks:
             raise LotteryError(
                 f"{name} has a NaN or infinite weight: nothing was pruned (is the learning rate too high?)"
             )
+    scores, units = [w.detach() for w in weights.values()], [pruning.units(masks[name]) for name in weights]
     try:
-        kept = ops.global_magnitude_masks(
-            [weight.detach() for weight in weights.values()], [masks[name] for name in weights], keep
-        )
+        if pruning.block != (1, 1):
+            scores = ops.block_norms(scores, *pruning.block)
+        if pruning.scope != "global":
+            scores = [rank_within(score, unit, pruning.scope) for score, unit in zip(scores, units)]
+        # Each layer's least first, which is among its largest; then the largest of what is left.
+        least = [min(pruning.least(unit), int(unit.sum())) for unit in units] if pruning.min_remaining else []
+        if sum(least) > keep:
+            raise LotteryError(f"min_remaining {pruning.min_remaining} keeps {sum(least)}, more than {keep} in all")
+        floor = [ops.global_magnitude_masks([s], [u], n)[0] for s, u, n in zip(scores, units, least)]
+        above = ops.global_magnitude_masks(scores, [u & ~f for u, f in zip(units, floor)] or units, keep - sum(least))
     except (ValueError, TypeError) as error:
         raise LotteryError(str(error)) from None
-    new = dict(zip(weights, kept))
-    if sum(int(mask.sum()) for mask in new.values()) != keep:  # I2
-        raise LotteryError(f"pruning kept {sum(int(m.sum()) for m in new.values())} weights instead of {keep}")
+    kept = [a | f for a, f in zip(above, floor)] or above
+    if sum(int(unit.sum()) for unit in kept) != keep:  # I2
+        what = "weights" if pruning.block == (1, 1) else "blocks"
+        raise LotteryError(f"pruning kept {sum(int(u.sum()) for u in kept)} {what} instead of {keep}")
+    new = {name: pruning.weights(unit, masks[name]) for name, unit in zip(weights, kept)}
     for name in new:
         if (new[name] & ~masks[name]).any():  # I1
             raise LotteryError(f"{name}: the new mask keeps a weight that was pruned before (masks must be nested)")
@@ -300,8 +418,9 @@ class Ticket:
     state_dict, deepcopy, DDP and cuDNN's flat weights see nothing new.
     """
 
-    def __init__(self, model: nn.Module, rewind_step: int = 0):
+    def __init__(self, model: nn.Module, rewind_step: int = 0, pruning: Pruning = BY_MAGNITUDE):
         self.model, self.rewind_step, self.steps, self.round = model, rewind_step, 0, 0
+        self.pruning = pruning
         self.weights = prunable(model)
         self.masks: Masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in self.weights.items()}
         self.threshold = 0.0  # the smallest magnitude that the last pruning kept
@@ -311,6 +430,10 @@ class Ticket:
     @property
     def kept(self) -> int:
         return sum(int(mask.sum()) for mask in self.masks.values())
+
+    @property
+    def kept_units(self) -> int:
+        return sum(int(self.pruning.units(mask).sum()) for mask in self.masks.values())
 
     def hold(self) -> None:
         """Zero pruned weights and their gradients, in one pass."""
@@ -330,8 +453,8 @@ class Ticket:
             self.rewind_state = copy_state(self.model)
 
     def prune(self, keep: int) -> None:
-        """Prune to `keep` weights by the magnitudes the model has now; call it on the last epoch's."""
-        self.masks = prune(self.weights, self.masks, keep)
+        """Prune to `keep` units by the magnitudes the model has now; call it on the last epoch's."""
+        self.masks = prune(self.weights, self.masks, keep, self.pruning)
         kept = (w.detach()[self.masks[name]].abs() for name, w in self.weights.items())
         self.threshold = min(float(w.min()) for w in kept if w.numel())
 
@@ -373,6 +496,7 @@ def find_ticket(
     sparsity: float,
     prune_rate: float = 0.2,
     rewind_step: int = 0,
+    pruning: Pruning = BY_MAGNITUDE,
     resume: Callable[[Ticket], str] | None = None,
 ) -> Iterator[Found]:
     """Iterative magnitude pruning with rewinding, Algorithm 1. Yields a Found a round, the dense round 0 first.
@@ -384,11 +508,10 @@ def find_ticket(
     resume(ticket): goes on in the middle of a round: sets ticket.round, masks, threshold, start_sha256, steps and
         rewind_state and the model's weights to what they were, and returns the hash of the masks of the round before.
     """
-    ticket = Ticket(model, rewind_step)
-    total = ticket.kept
-    rest = sum(p.numel() for p in model.parameters()) - total  # never pruned: biases, norms, embeddings
+    ticket = Ticket(model, rewind_step, pruning)
+    counts = kept_counts(ticket.kept_units, sparsity, prune_rate)
+    check_least(ticket, counts[-1])
     parent = sha256(ticket.masks)
-    counts = kept_counts(total, sparsity, prune_rate)
     if resume:
         parent = resume(ticket)
     for index, keep in list(enumerate(counts))[ticket.round :]:
@@ -397,33 +520,52 @@ def find_ticket(
             ticket.prune(keep)
             ticket.rewind()
         trained = train(ticket)
-        ticket.check()
-        if ticket.rewind_state is None:
-            raise LotteryError(f"rewind_step {rewind_step} was never reached: round 0 took {ticket.steps} steps")
-        last = copy_state(model)
-        if trained is not None:
-            model.load_state_dict(trained)
-            ticket.check()
-        masks = sha256(ticket.masks)
-        row = {
-            "round": ticket.round,
-            "remaining": keep / total,
-            "remaining_all": (keep + rest) / (total + rest),
-            "kept": keep,
-            "total": total,
-            "kept_per_layer": {name: int(mask.sum()) for name, mask in ticket.masks.items()},
-            "mask_sha256": masks,
-            "parent_sha256": parent,
-            "rewind_sha256": sha256(ticket.rewind_state),
-            "start_sha256": ticket.start_sha256,
-            "last_sha256": sha256(last),
-            "trained_sha256": sha256(model.state_dict()),
-            "threshold": ticket.threshold,
-            **evaluate(model),
-        }
-        yield Found(ticket, row)
-        parent = masks
+        last, row = finish(ticket, trained)
+        yield Found(ticket, {**row, "parent_sha256": parent, **evaluate(model)})
+        parent = row["mask_sha256"]
         model.load_state_dict(last)
+
+
+def check_least(ticket: Ticket, keep: int) -> None:
+    """Raise LotteryError if what each layer keeps at least is more than `keep` units."""
+    pruning, units = ticket.pruning, [ticket.pruning.units(mask) for mask in ticket.masks.values()]
+    least = sum(map(pruning.least, units))
+    if least > keep:
+        raise LotteryError(f"min_remaining {pruning.min_remaining} keeps {least} of the prunable, more than {keep}")
+
+
+def finish(ticket: Ticket, trained: State | None) -> tuple[State, dict]:
+    """After a round's training: the last epoch's state, and what the round's row says of weights and masks.
+
+    The model is left with the state to evaluate, `trained` or the last.
+    """
+    ticket.check()
+    if ticket.rewind_state is None:
+        raise LotteryError(f"rewind_step {ticket.rewind_step} was never reached: round 0 took {ticket.steps} steps")
+    model, kept, total = ticket.model, ticket.kept, sum(mask.numel() for mask in ticket.masks.values())
+    rest = sum(p.numel() for p in model.parameters()) - total  # never pruned: biases, norms, embeddings
+    last = copy_state(model)
+    if trained is not None:
+        model.load_state_dict(trained)
+        ticket.check()
+    row = {
+        "round": ticket.round,
+        "remaining": kept / total,
+        "remaining_all": (kept + rest) / (total + rest),
+        "kept": kept,
+        "total": total,
+        "kept_per_layer": {name: int(mask.sum()) for name, mask in ticket.masks.items()},
+        "mask_sha256": sha256(ticket.masks),
+        "rewind_sha256": sha256(ticket.rewind_state),
+        "start_sha256": ticket.start_sha256,
+        "last_sha256": sha256(last),
+        "trained_sha256": sha256(model.state_dict()),
+        "threshold": ticket.threshold,
+    }
+    if ticket.pruning.block != (1, 1):
+        row["kept_blocks"] = ticket.kept_units
+        row["total_blocks"] = sum(ticket.pruning.units(mask).numel() for mask in ticket.masks.values())
+    return last, row
 
 
 # ---------------------------------------------------------------------------- verdict
@@ -684,23 +826,35 @@ def settings_of(config: dict) -> dict:
     return {key: value for key, value in config.items() if key != "machine"}
 
 
+def unit_counts(rows: list[dict], settings: dict) -> list[int]:
+    """Weights, or blocks, that each round of a search keeps by its settings; rows: its ledger, round 0 at least."""
+    total = rows[0]["total_blocks" if "block" in settings else "total"]
+    return kept_counts(total, settings["sparsity"], settings["prune_rate"])
+
+
+def rounds_of(rows: list[dict], settings: dict) -> list[int]:
+    """The rounds that a finished run has: its settings' "rounds" if masks are given, else as many as pruning takes."""
+    return settings["rounds"] if "rounds" in settings else list(range(len(unit_counts(rows, settings))))
+
+
 def check_chain(rows: list[dict], settings: dict) -> None:
-    """Raise LotteryError unless the rows are rounds 0, 1, ... in one chain from the settings on, with exact counts."""
+    """Raise LotteryError unless the rows are the settings' rounds, in one chain from them on, with exact counts."""
     try:
-        previous = hash_json(settings)
+        previous, rounds = hash_json(settings), rounds_of(rows, settings) if rows else []
         for number, row in enumerate(rows):
-            if row["round"] != number:
+            if [row["round"]] != rounds[number : number + 1]:
                 raise LotteryError(f"line {number + 1} is round {row['round']}")
             if row["previous"] != previous:
-                before = f"round {number - 1}" if number else "the configuration"
-                raise LotteryError(f"round {number} does not follow {before}")
+                before = f"round {rows[number - 1]['round']}" if number else "the configuration"
+                raise LotteryError(f"round {row['round']} does not follow {before}")
             if row["timing_sha256"] != timing_hash(row):
-                raise LotteryError(f"round {number} does not have the hash it states")
+                raise LotteryError(f"round {row['round']} does not have the hash it states")
             previous = row_hash(row)
-        if rows:
-            counts = kept_counts(rows[0]["total"], settings["sparsity"], settings["prune_rate"])
-            if [row["kept"] for row in rows] != counts[: len(rows)]:
-                raise LotteryError(f"kept counts are {[row['kept'] for row in rows]}, not {counts}")
+        if rows and "rounds" not in settings:
+            kept = [row["kept_blocks" if "block" in settings else "kept"] for row in rows]
+            counts = unit_counts(rows, settings)[: len(rows)]
+            if kept != counts:
+                raise LotteryError(f"kept counts are {kept}, not {counts}")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, LotteryError):
             raise
@@ -712,11 +866,12 @@ def append_row(path: Path | None, rows: list[dict], row: dict, config: dict) -> 
 
     A round that is there already (an interrupted run came back to it) must be the same and is not written again.
     """
-    row = {**row, "previous": row_hash(rows[row["round"] - 1]) if row["round"] else hash_json(config)}
+    at = sum(earlier["round"] < row["round"] for earlier in rows)
+    row = {**row, "previous": row_hash(rows[at - 1]) if at else hash_json(config)}
     row["timing_sha256"] = timing_hash(row)
-    if row["round"] < len(rows):
+    if at < len(rows):
         for key in ("mask_sha256", "last_sha256", "trained_sha256"):
-            if rows[row["round"]][key] != row[key]:
+            if rows[at][key] != row[key]:
                 raise LotteryError(f"{path}: round {row['round']} came out with another {key} than the ledger says")
         return
     if path:
@@ -769,8 +924,8 @@ def _verify_chain(found: dict) -> None:
     written = (run / "ledger.jsonl").read_bytes()
     _expect(written == b"".join(map(ledger_line, rows)), "it is not as this program writes it")
     check_chain(rows, found["settings"])
-    counts = kept_counts(rows[0]["total"], found["settings"]["sparsity"], found["settings"]["prune_rate"])
-    _expect(len(rows) == len(counts), f"it has {len(rows)} rounds of {len(counts)}: the run is not finished")
+    rounds = len(rounds_of(rows, found["settings"]))
+    _expect(len(rows) == rounds, f"it has {len(rows)} rounds of {rounds}: the run is not finished")
 
 
 def _verify_rows(found: dict) -> None:
@@ -780,7 +935,11 @@ def _verify_rows(found: dict) -> None:
         _expect(row["remaining"] == row["kept"] / row["total"], where + "remaining is not kept / total")
         for key in ("seed", "data_sha256"):
             _expect(row[key] == settings[key], where + f"{key} is not the configuration's")
-        _expect(row["config_sha256"] == hash_json(settings), where + "config_sha256 is not the configuration's")
+        if row is dense and "dense" in settings:  # of another run, where its settings were the line before
+            row_there = row_hash({**row, "previous": row["config_sha256"]})
+            _expect(row_there == settings["dense"], where + "it is not the row that the configuration names")
+        else:
+            _expect(row["config_sha256"] == hash_json(settings), where + "config_sha256 is not the configuration's")
         others, dense_others = row.get("other_tests", {}), dense.get("other_tests", {})
         _expect(list(others) == list(dense_others), where + "other test sets than round 0's")
         for test, dense_test in zip([row, *others.values()], [dense, *dense_others.values()]):
@@ -794,8 +953,18 @@ def _verify_rows(found: dict) -> None:
 
 
 def _verify_masks(found: dict) -> None:
+    if "rounds" in found["settings"]:  # given, not pruned: a start of its own each round, which the ticket has
+        for row in found["rows"]:
+            where, masks = f"round {row['round']}: ", None
+            if row["round"] and found["settings"].get("control") != "dense-small":
+                masks = load_masks(found["run"] / "masks" / f"{row['round']:02d}.safetensors")
+                counts = {name: int(mask.sum()) for name, mask in masks.items()}
+                _expect(counts == row["kept_per_layer"], where + "other counts than the ledger's")
+                _expect(sha256(masks) == row["mask_sha256"], where + "other masks than the ledger's")
+            _expect(sum(row["kept_per_layer"].values()) == row["kept"], where + "the layers' counts do not add up")
+        return
     run, theta = found["run"], read_sealed(found["run"] / "rewind.safetensors", "rewind state")[0]
-    names = found["rows"][0]["kept_per_layer"]
+    names, pruning = found["rows"][0]["kept_per_layer"], Pruning(tuple(found["settings"].get("block", (1, 1))))
     parent = {name: torch.ones_like(theta[name], dtype=torch.bool) for name in names}
     for row in found["rows"]:
         where = f"round {row['round']}: "
@@ -805,14 +974,16 @@ def _verify_masks(found: dict) -> None:
         counts = {name: int(mask.sum()) for name, mask in masks.items()}
         _expect(counts == row["kept_per_layer"], where + "other counts than the ledger's")
         _expect(sum(counts.values()) == row["kept"], where + "the layers' counts do not add up")
+        blocks = {name: pruning.weights(pruning.units(mask), mask) for name, mask in masks.items()}
+        _expect(sha256(blocks) == sha256(masks), where + "a block is kept in part")
         grown = any((masks[name] & ~parent[name]).any() for name in names)
         _expect(not grown, where + "keeps a weight that was pruned before")
         hashes = sha256(masks), sha256(parent)
         _expect(hashes == (row["mask_sha256"], row["parent_sha256"]), where + "other hashes than the ledger's")
         _expect(sha256(theta) == row["rewind_sha256"], where + "rewind.safetensors is not its rewind state")
-        found["start"] = {n: v.masked_fill(~masks[n], 0) if n in masks else v for n, v in theta.items()}
+        start = {n: v.masked_fill(~masks[n], 0) if n in masks else v for n, v in theta.items()}
         if row["round"] or found["settings"]["rewind_step"] == 0:  # else round 0 started before theta_k
-            _expect(sha256(found["start"]) == row["start_sha256"], where + "does not start at theta_k * mask")
+            _expect(sha256(start) == row["start_sha256"], where + "does not start at theta_k * mask")
         parent = masks
 
 
@@ -823,8 +994,9 @@ def _verify_ticket(found: dict) -> None:
     _expect(tested, "its weights are not those that were tested in the last round")
     zero = not any((file.trained[name][~mask] != 0).any() for name, mask in file.masks.items())
     _expect(zero, "a pruned weight is not 0")
-    if file.rewind is not None:
-        _expect(sha256(file.rewind) == sha256(found["start"]), "its rewind state is not theta_k * mask")
+    if file.rewind is not None:  # round 0 starts before theta_k, if k is not 0
+        start = row["start_sha256" if row["round"] or not found["settings"]["rewind_step"] else "rewind_sha256"]
+        _expect(sha256(file.rewind) == start, "its rewind state is not what its round started from")
     _expect(hash_json(file.info) == row["info_sha256"], "its info (tokens, sizes, features) is not the last round's")
 
 

@@ -7,6 +7,7 @@ One interface, so that no caller asks which it has:
     model.transcribe(features, input_lengths)                         list of token id lists, greedy
     model.output_lengths(input_lengths)                               encoder frames; CTC needs enough of them
     model.features                                                    which of data.FEATURES it reads
+    model.TOKEN_LAYERS                                                layers whose shape and meaning are the tokens'
 
 features (B, T, F) float; input_lengths (B,) int64, 1 <= length <= T; targets (B, U)
 int64; target_lengths (B,) int64; token 0 is the blank. In evaluation mode no output depends on padding
@@ -130,6 +131,8 @@ class CnnLstm(nn.Module):
     }  # fmt: skip
     BINS = {"log-mel": 80, "log1p-stft": 161}
 
+    TOKEN_LAYERS = ("output",)
+
     def __init__(self, tokens: int, features, channels, kernels, strides, hidden, layers, dropout):
         super().__init__()
         self.features, self.time_strides = features, [stride[1] for stride in strides]
@@ -191,6 +194,7 @@ class Transducer(nn.Module):
     }
     MAX_SYMBOLS = 8  # tokens an 80 ms frame may emit in `transcribe`
     features = "log-mel"
+    TOKEN_LAYERS = ("embedding", "output", "ctc_output")
 
     def __init__(self, tokens: int, window, channels, hidden, layers, predictor, joiner, dropout, ctc_weight=0.5):
         super().__init__()
@@ -369,6 +373,7 @@ class ConformerCtc(nn.Module):
         "paper": dict(channels=256, width=416, heads=8, blocks=16, kernel=15, dropout=0.1),
     }
     features = "log-mel"
+    TOKEN_LAYERS = ("output",)
 
     def __init__(self, tokens: int, channels, width, heads, blocks, kernel, dropout):
         super().__init__()

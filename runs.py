@@ -72,11 +72,18 @@ class Keeper:
 
     SHARE = 0.01  # of the time, for saving, at most
 
-    def __init__(self, out: Path, run_sha256: str, minutes: float | None, signals: Signals, kept: "Kept | None"):
-        """minutes: between checkpoints; None: 5, or as many as keep saving below SHARE of the time."""
+    def __init__(
+        self, out: Path, run_sha256: str, minutes: float | None, signals: Signals, kept: "Kept | None",
+        keeps_rewind_state: bool = True,
+    ):  # fmt: skip
+        """minutes: between checkpoints; None: 5, or as many as keep saving below SHARE of the time.
+
+        keeps_rewind_state: False where each round has another one, which is not of this run's making.
+        """
         self.out, self.run, self.signals = out, {"run": run_sha256}, signals
         self.seconds, self.adapts = 300.0 if minutes is None else 60 * minutes, minutes is None
         self.rewind_saved = kept is not None and kept.has_rewind_state
+        self.keeps_rewind_state = keeps_rewind_state
         self.saved = time.monotonic()
         self.parent = ""  # the hash of the masks of the round before
 
@@ -103,10 +110,11 @@ class Keeper:
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{name}/{key}"] = value
         (group,) = optimizer.param_groups
+        has_rewind_state = self.keeps_rewind_state and ticket.rewind_state is not None
         about = self.run | {
             "round": ticket.round,
             "steps": ticket.steps,
-            "has_rewind_state": ticket.rewind_state is not None,
+            "has_rewind_state": has_rewind_state,
             "threshold": ticket.threshold,
             "start": ticket.start_sha256,
             "parent": self.parent,
@@ -114,7 +122,7 @@ class Keeper:
             "group": {key: value for key, value in group.items() if key != "params"},
             "progress": {f.name: getattr(at, f.name) for f in dataclasses.fields(at) if f.name != "best"},
         }
-        if ticket.rewind_state is not None and not self.rewind_saved:
+        if has_rewind_state and not self.rewind_saved:
             lottery.write_sealed(self.out / "rewind.safetensors", "rewind state", ticket.rewind_state, self.run)
             self.rewind_saved = True
         lottery.write_sealed(self.out / "checkpoint.safetensors", "checkpoint", tensors, about)
@@ -210,6 +218,7 @@ def read_run(out: Path, config: dict, flags: tuple[str, ...]) -> list[dict]:
     for key, value in config.items():
         if key != "machine" and old.get(key) != value:
             hashes = {"data_sha256": "--data, by its hash", "lm_sha256": "--lm, by its hash"}
+            hashes["noise_sha256"] = "--noise, by its hash"
             name = f"--{key.replace('_', '-')}" if key in flags else hashes.get(key, key)
             what = f"{name} {old.get(key)} there, {value} now"
             raise lottery.LotteryError(f"--out {out}: holds another run ({what}): choose another folder")

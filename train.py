@@ -9,6 +9,7 @@ import argparse
 import bisect
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import controls
 import corpora
 import data
 import decode
@@ -38,6 +40,7 @@ import parallel
 import plan
 import report
 from data import SpecAugment
+from noise import Noise
 from runs import Keeper, Kept, Progress, Signals, Stopped, locked, read_run
 
 HERE = Path(__file__).resolve().parent
@@ -91,6 +94,44 @@ def low_high(text: str) -> tuple[float, float]:
     return low, high
 
 
+def rows_by_columns(text: str) -> tuple[int, int]:
+    """RxC, two whole numbers of at least 1."""
+    if not re.fullmatch("[1-9][0-9]{0,8}x[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(f"must be RxC, rows and columns of a block, both at least 1, got {text!r}")
+    rows, columns = map(int, text.split("x"))
+    return rows, columns
+
+
+def decibels(text: str, separator: str) -> tuple[float, ...]:
+    """Numbers between the separators, each in [-100, 100]."""
+    values = tuple(map(float, text.split(separator)))
+    if not all(-100 <= value <= 100 for value in values):
+        raise ValueError
+    return values
+
+
+def snr_range(text: str) -> tuple[float, float]:
+    """LO:HI, in dB."""
+    try:
+        low, high = decibels(text, ":")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be LO:HI, two numbers of dB in [-100, 100], got {text!r}") from None
+    if low > high:
+        raise argparse.ArgumentTypeError(f"must be LO:HI with LO <= HI, got {text!r}")
+    return low, high
+
+
+def snr_list(text: str) -> tuple[float, ...]:
+    """A,B,..., in dB."""
+    try:
+        values = decibels(text, ",")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be A,B,..., numbers of dB in [-100, 100], got {text!r}") from None
+    if len({f"{value:g}" for value in values}) < len(values):
+        raise argparse.ArgumentTypeError(f"must not name an SNR twice, got {text!r}")
+    return values
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, exit code 2 (argparse prints its usage above it)."""
@@ -132,6 +173,21 @@ def flags() -> Parser:
     add("--lm", type=Path, metavar="FILE.arpa", help="n-gram model of words, for the test of a CTC network")
     add("--lm-weight", type=float, help=f"of its ln p (default: {decode.LM_WEIGHT}, the paper's for LibriSpeech)")
     add("--word-score", type=float, help=f"added a word, with --lm (default: {decode.WORD_SCORE}, the paper's)")
+    add(
+        "--block",
+        type=rows_by_columns,
+        default=(1, 1),
+        metavar="RxC",
+        help="prune blocks, e.g. 1x4, 8x1 (default: 1x1)",
+    )
+    add("--scope", choices=lottery.SCOPES, help="how weights are ranked (default: global, with --block layer)")
+    add("--min-remaining", type=float, default=0.0, metavar="SHARE", help="that each layer keeps (default: 0)")
+    add("--ticket", type=Path, metavar="RUN|FILE", help="train another run's tickets instead of searching")
+    add("--ticket-weights", choices=["rewind", "trained"], default="rewind", help="of them (default: rewind)")
+    add("--control", choices=controls.CONTROLS, help="train this instead of them, with all else the same")
+    add("--rounds", type=int, nargs="+", metavar="R", help="of --ticket's run (default: all)")
+    add("--dense", type=Path, metavar="RUN", help="take round 0 from it (default: --ticket's, if it is the same)")
+    add("--init", type=Path, metavar="FILE", help="search from the trained weights of this ticket")
     add("--rewind-step", type=int, default=0, help="step whose weights are restored (default: 0, initialisation)")
     add("--seed", type=int, default=0, help="of initialisation, order, dropout, masking (default: 0)")
     add("--margin", type=float, default=0.01, help="WER that a matching ticket may lose (default: 0.01)")
@@ -142,8 +198,12 @@ def flags() -> Parser:
     add("--tensorboard", action="store_true", help="write scalars for TensorBoard to the run folder")
     add("--save-every", type=float, metavar="MINUTES", help="between checkpoints (default: 5; more if slow to write)")
     add("--plan", action="store_true", help="print what a search costs at paper size, and train nothing")
+    add("--noise", type=Path, metavar="DIR", help="recordings to add: DIR/train in training, DIR/test in the test")
+    add("--snr", type=snr_range, metavar="LO:HI", help="speech over noise in training, in dB (valid stays clean)")
+    add("--test-snr", type=snr_list, metavar="A,B,...", help="in dB, one more test each, e.g. 20,10,5,0")
     add("--out", type=Path, help="run folder (default: runs/BACKBONE-DATA-SIZE-SPARSITY-seedSEED)")
     add("--retrain", nargs=2, metavar=("RUN", "ROUND"), help=argparse.SUPPRESS)  # for lottery.py verify
+    p._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's: --snr -5:10 is a value and not a flag
     return p
 
 
@@ -151,6 +211,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags with their defaults and the recipe filled in. What cannot be is one line and exit code 2."""
     p = flags()
     args = p.parse_args(argv)
+    args.source = None
+    if args.ticket:
+        try:
+            args.source = controls.read_source(args.ticket)
+        except lottery.LotteryError as error:
+            p.error(f"--ticket {error}")
+        p.set_defaults(**defaults_of(args.source))
+        args = p.parse_args(argv, argparse.Namespace(source=args.source))
     args.recipe = RECIPES[args.backbone, "paper" if args.plan else args.size]
     names = ("epochs", "batch_size", "batch_seconds", "accumulate", "lr", "seconds", "amp")
     chosen = {k: getattr(args, k) for k in names if getattr(args, k) is not None}
@@ -177,16 +245,50 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error(f"--corpus {args.corpus} wants --data DIR, the folder with the unpacked corpus")
     if args.batch_seconds and args.batch_size:
         p.error("--batch-size and --batch-seconds: only one of them can say how large a batch is")
+    if args.noise and args.snr is None and args.test_snr is None:
+        p.error("--noise needs --snr LO:HI (training), --test-snr A,B,... (test) or both")
+    if not args.noise and not (args.snr is None and args.test_snr is None):
+        p.error("--snr and --test-snr need --noise DIR")
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: torch finds no CUDA device here")
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     if args.amp and args.device == "cpu":
         p.error("--amp needs CUDA: on a CPU bfloat16 is no faster")
+    check_given(p, args)
     args.cache = args.cache if args.cache in ("memory", "none") else Path(args.cache)
     args.data = HERE / "demo" if args.data == "demo" else Path(args.data)
-    name = f"{args.backbone}-{args.data.resolve().name}-{args.size}-{args.sparsity:g}-seed{args.seed}"
-    args.out = args.out or Path("runs") / name
+    parts = [args.backbone, args.data.resolve().name, args.size, f"{args.sparsity:g}", f"seed{args.seed}"]
+    if args.block != (1, 1):
+        parts.append(f"block{args.block[0]}x{args.block[1]}")
+    if args.source:
+        parts.append(args.control or f"ticket-of-{args.ticket.resolve().stem}")
+    args.out = args.out or Path("runs") / "-".join(parts)
     return args
+
+
+def check_given(p: Parser, args: argparse.Namespace) -> None:
+    """--block, --scope, --min-remaining, and the flags of --ticket: their rules and defaults."""
+    if args.scope is None:
+        args.scope = "global" if args.block == (1, 1) else SCOPE_OF_BLOCKS
+    args.pruning = lottery.Pruning(args.block, args.scope, args.min_remaining)
+    try:
+        args.pruning.check()
+    except lottery.LotteryError as error:
+        p.error(f"--{str(error).replace('_', '-', 1)}")
+    if not args.source:
+        if args.control or args.rounds or args.dense or args.ticket_weights != "rewind":
+            p.error("--control, --rounds, --dense and --ticket-weights go with --ticket")
+        return
+    if args.init:
+        p.error("--init and --ticket: only one of them can say what is trained from")
+    there = args.source.masks
+    last = {max(there)} if args.ticket_weights == "trained" else set(there)  # trained weights are kept of one round
+    args.rounds = sorted({0, *(args.rounds or last)})
+    missing = set(args.rounds) - last - {0}
+    if missing:
+        p.error(f"--rounds {min(missing)}: {args.ticket} has {', '.join(map(str, sorted(last))) or 'none'}")
+    if args.control and args.ticket_weights != "rewind":
+        p.error(f"--control {args.control} and --ticket-weights trained: controls start from initial weights")
 
 
 def check_search(p: Parser, args: argparse.Namespace) -> None:
@@ -211,10 +313,27 @@ def check_search(p: Parser, args: argparse.Namespace) -> None:
             p.error(f"--{key.replace('_', '-')} must be a finite number, got {getattr(args, key)}")
 
 
+def defaults_of(source: controls.Source) -> dict:
+    """Every setting of a source's run, as defaults of the flags."""
+    there = {"scope": "global"} | source.settings
+    settings = {key: there[key] for key in FLAGS if key not in GIVEN and there.get(key) is not None}
+    if "batch_seconds" in settings:
+        del settings["batch_size"]
+    settings |= {key: tuple(settings[key]) for key in BETWEEN if key in settings}
+    return settings | {key: path for key, path in source.paths.items() if path}
+
+
+SCOPE_OF_BLOCKS = "layer"
 CHOICES = ("backbone", "sparsity", "size", "prune_rate", "rewind_step", "seed", "margin", "corpus")
 CHOICES += ("train_sets", "valid_sets", "test_sets", "tokens")
 SEARCH = ("beam", "lm_weight", "word_score")
-FLAGS = (*CHOICES, *SEARCH, "epochs", "batch_size", "batch_seconds", "accumulate", "lr", "seconds", "amp")
+# Where they are not named in a configuration, they have these values.
+PRUNING = {"block": (1, 1), "scope": "global", "min_remaining": 0.0}
+NOISE = {"snr": None, "test_snr": None}
+GIVEN = {"control": None, "ticket_weights": "rewind", "rounds": None}
+BETWEEN = {"seconds": ":", "snr": ":", "test_snr": ",", "block": "x"}  # the numbers of a flag's value
+RECIPE = ("epochs", "batch_size", "batch_seconds", "accumulate", "lr", "seconds", "amp")
+FLAGS = (*CHOICES, *SEARCH, *RECIPE, *PRUNING, *NOISE, *GIVEN)
 
 
 def configuration(args: argparse.Namespace) -> dict:
@@ -222,11 +341,13 @@ def configuration(args: argparse.Namespace) -> dict:
     config = {name: getattr(args, name) for name in (*CHOICES, *SEARCH)}
     config["lm_sha256"] = args.lm and hashlib.sha256(args.lm.read_bytes()).hexdigest()
     config |= dataclasses.asdict(args.recipe) | {"processes": parallel.count()}
+    config |= {k: getattr(args, k) for k, default in (PRUNING | NOISE | GIVEN).items() if getattr(args, k) != default}
     # Not compared when a run is met again (data_sha256 is): but results are equal bit for bit only on one machine.
     config["machine"] = {"device": args.device, "threads": torch.get_num_threads()}
     config["machine"]["data"] = "demo" if args.data == HERE / "demo" else str(args.data.resolve())
     config["machine"]["cache"] = args.cache if isinstance(args.cache, str) else str(args.cache.resolve())
-    config["machine"]["lm"] = args.lm and str(args.lm.resolve())
+    paths = {key: getattr(args, key) for key in ("lm", "ticket", "dense", "init", "noise")}
+    config["machine"] |= {key: path and str(path.resolve()) for key, path in paths.items()}
     return json.loads(json.dumps(config))
 
 
@@ -234,15 +355,15 @@ def command_line(config: dict) -> list[str]:
     """The flags that give this configuration again."""
     argv = []
     for name in FLAGS:
-        flag, value = f"--{name.replace('_', '-')}", config[name]
+        flag, value = f"--{name.replace('_', '-')}", config.get(name)
         if name == "batch_size" and config["batch_seconds"]:
             continue
-        if name == "seconds":
-            value = f"{value[0]}:{value[1]}"
+        if name in BETWEEN and value:
+            value = BETWEEN[name].join(map(str, value))
         if value is True:
             argv.append(flag)
         elif isinstance(value, list):
-            argv += [flag, *value]
+            argv += [flag, *map(str, value)]
         elif value is not None and value is not False:
             argv.append(f"{flag}={value}")
     return argv
@@ -288,15 +409,18 @@ class Corpus:
 
     def __init__(
         self, utterances: dict[str, list[data.Utterance]], tokens: list[str], model, seconds=(0.0, math.inf),
-        cache: "str | data.Cache" = "memory", workers: int = 0,
+        cache: "str | data.Cache" = "memory", workers: int = 0, noise: Noise | None = None,
     ):  # fmt: skip
         self.tokens = tokens
 
+        def examples(split: str, name: str, **how) -> list[data.Example]:
+            return data.load_examples(
+                utterances[split], tokens, model.features, f"features of {name}", cache, workers, **how
+            )
+
         def load() -> dict[str, list[data.Example]]:
-            return {
-                split: data.load_examples(part, tokens, model.features, f"features of {split}", cache, workers)
-                for split, part in utterances.items()
-            }
+            noisy = noise is not None and noise.snr is not None
+            return {split: examples(split, split, fresh=noisy and split == "train") for split in utterances}
 
         splits = parallel.first_then_others(load) if isinstance(cache, data.Cache) else load()
         print(f"data: {', '.join(f'{len(part)} {split}' for split, part in splits.items())} utterances")
@@ -320,6 +444,12 @@ class Corpus:
             if unseen:
                 counts = ", ".join(f"{c!r} x {n}" for c, n in sorted(unseen.items()))
                 print(f"data: {split} has characters that train has not, counted as errors: {counts}")
+        if noise:
+            print(f"noise: {noise}")
+            for split, snr in itertools.product(list(self.tests), noise.test_snr):
+                mixes = [functools.partial(noise.for_test, snr=snr, index=i) for i in range(len(utterances[split]))]
+                name = f"{split} at {snr:g} dB"
+                self.tests[name] = examples(split, name, mixes=mixes)
 
 
 def train_round(
@@ -417,7 +547,7 @@ def add_gradients(setting: "Setting", epoch: data.Epoch, parts: range, batches: 
 
 def code_sha256() -> str:
     """Hash of the sources that decide a result."""
-    names = ("train", "runs", "parallel", "lottery", "models", "data", "corpora", "decode")
+    names = ("train", "runs", "parallel", "controls", "lottery", "models", "data", "corpora", "decode", "noise")
     sources = [HERE / f"{name}.py" for name in names] + sorted((HERE / "csrc").rglob("*.*"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
@@ -431,22 +561,28 @@ class Setting:
     utterances: dict[str, list[data.Utterance]]
     tokens: list[str]
     model: torch.nn.Module
-    transcribe: Callable  # the search of the test
-    counts: list[int]  # kept weights, a round
+    search_of: Callable  # of a model: how the test transcribes
+    rounds: list[int]
     cache: "str | data.Cache"
+    dense: dict | None = None  # round 0, if it is taken from another run
+    noise: Noise | None = None
 
     def __post_init__(self):
-        self.loss = parallel.loss_of(self.model)
+        self.loss, self.transcribe = parallel.loss_of(self.model), self.search_of(self.model)
 
     def corpus(self) -> Corpus:
         args = self.args
-        return Corpus(self.utterances, self.tokens, self.model, args.recipe.seconds, self.cache, args.workers)
+        return Corpus(
+            self.utterances, self.tokens, self.model, args.recipe.seconds, self.cache, args.workers, self.noise
+        )
 
     def epoch(self, corpus: Corpus, number: int, augment: SpecAugment | None = None) -> data.Epoch:
         recipe, process, processes = self.args.recipe, parallel.index(), parallel.count()
+        mix = self.noise.for_training if self.noise and self.noise.snr is not None else None
         return data.Epoch(
-            corpus.train, recipe.batch_size, self.args.seed, number, augment, recipe.batch_seconds, process, processes
-        )
+            corpus.train, recipe.batch_size, self.args.seed, number, augment, recipe.batch_seconds, process, processes,
+            mix,
+        )  # fmt: skip
 
     def epoch_ends(self, corpus: Corpus) -> list[int]:
         """Steps after which each epoch of a round ends."""
@@ -471,7 +607,8 @@ def prepare(args: argparse.Namespace) -> Setting:
     tokens = data.tokens_of(utterances["train"], args.tokens)
     torch.manual_seed(args.seed)  # the draw of theta_0
     model = models.build(args.backbone, args.size, len(tokens)).to(args.device)
-    total = sum(weight.numel() for weight in lottery.prunable(model).values())
+    if args.init:
+        start_from(args.init, model, tokens)
     files = data.audio_files(utterances)
     cached = isinstance(cache, data.Cache)
     size = sum(path.stat().st_size for path in set(files))
@@ -482,21 +619,60 @@ def prepare(args: argparse.Namespace) -> Setting:
         )
     hashes = parallel.first_then_others(lambda: cache.hash_files(files)) if cached else data.hash_files(files)
     config = configuration(args) | {"data_sha256": data.corpus_sha256(utterances, hashes)}
-    counts = lottery.kept_counts(total, args.sparsity, args.prune_rate)
+    config |= {"ticket_sha256": args.source.identity(args.rounds, args.ticket_weights)} if args.source else {}
+    config |= {"init_sha256": lottery.sha256(model.state_dict())} if args.init else {}
+    noise = Noise(args.noise, args.snr, args.test_snr or ()) if args.noise else None
+    config |= {"noise_sha256": noise.sha256} if noise else {}
+    dense = dense_of(args, config)
+    config |= {"dense": lottery.row_hash(dense)} if dense else {}
+    ticket = lottery.Ticket(model, pruning=args.pruning)
+    counts = lottery.kept_counts(ticket.kept_units, args.sparsity, args.prune_rate)
     options = {key: getattr(args, key) for key in SEARCH} if args.lm else {"beam": args.beam}
     words = {word for utterance in utterances["train"] for word in utterance.text.split()}
-    transcribe = decode.transcriber(model, tokens, lm=args.lm, words=words, **options)
-    return Setting(args, config, utterances, tokens, model, transcribe, counts, cache)
+    search_of = functools.partial(decode.transcriber, tokens=tokens, lm=args.lm, words=words, **options)
+    rounds = args.rounds or list(range(len(counts)))
+    return Setting(args, config, utterances, tokens, model, search_of, rounds, cache, dense, noise)
+
+
+def start_from(path: Path, model: torch.nn.Module, tokens: list[str]) -> None:
+    """Put a ticket's trained weights into the model, as theta_0."""
+    file = lottery.load_ticket(path)
+    state, renewed = controls.adopt(model, file.trained, file.info.get("tokens") == tokens, path)
+    model.load_state_dict(state)
+    said = f"; made new, for other tokens: {', '.join(renewed)}" if renewed else ""
+    removed = sum(int((~mask).sum()) for mask in file.masks.values())
+    print(f"theta_0: the trained weights of {path}{f', {removed:,} of them 0' if removed else ''}{said}")
+
+
+def dense_of(args: argparse.Namespace, config: dict) -> dict | None:
+    """Round 0 of --dense, or of --ticket's run, if it was trained with the same settings."""
+    if not args.source:
+        return None
+    run, settings, row = args.ticket, args.source.settings, args.source.dense
+    if args.dense:
+        run = args.dense
+        there, rows = controls.read_run(run)
+        settings, row = lottery.settings_of(there), rows[0] if rows else None
+    ignored = {"machine", "sparsity", "prune_rate", "rewind_step", "margin", "ticket_sha256", "dense", *PRUNING, *GIVEN}
+    keys = sorted((config.keys() | settings.keys()) - ignored)
+    other = [key for key in keys if config.get(key) != settings.get(key)]
+    if row and not other:
+        config["machine"]["dense"] = str(run.resolve())
+        return row
+    if args.dense:
+        raise lottery.LotteryError(f"--dense {run}: it has no round 0 of these settings ({', '.join(other)})")
+    return None
 
 
 def run(args: argparse.Namespace, signals: Signals) -> None:
     setting = prepare(args)
-    config, model, rounds = setting.config, setting.model, len(setting.counts)
+    config, model, rounds = setting.config, setting.model, len(setting.rounds)
     rows = read_run(args.out, config, FLAGS)
     print("config: " + ", ".join(f"{key} {value}" for key, value in config.items()))
     if len(rows) < rounds:
         print(f"ops: {lottery.ops.path}; device: {args.device}, {torch.get_num_threads()} threads")
-        everything, total = sum(p.numel() for p in model.parameters()), setting.counts[0]
+        everything = sum(p.numel() for p in model.parameters())
+        total = sum(weight.numel() for weight in lottery.prunable(model).values())
         print(f"model: {everything:,} parameters, {total:,} prunable; {rounds} rounds, the first one dense")
         corpus = setting.corpus()
         steps = setting.epoch_ends(corpus)[-1]
@@ -522,7 +698,7 @@ def run(args: argparse.Namespace, signals: Signals) -> None:
             if not all((args.out / name).exists() for name in ("report.md", "report.png")):
                 report.write_report(args.out, config, rows)
             (args.out / "checkpoint.safetensors").unlink(missing_ok=True)
-    print("\n".join(report.summary(rows)))
+    print("\n".join(report.summary(setting.config, rows)))
     print(f"{args.out}: ledger.jsonl, ticket.safetensors, report.md, report.png")
 
 
@@ -531,9 +707,9 @@ def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signa
     args, out = setting.args, setting.args.out
     run_sha256 = lottery.hash_json(lottery.settings_of(setting.config))
     kept = Kept(out, run_sha256) if (out / "checkpoint.safetensors").exists() else None
-    if rows and not kept:
+    if len(rows) > bool(setting.dense) and not kept:
         raise lottery.LotteryError(f"--out {out}: {len(rows)} rounds in the ledger and no checkpoint to go on from")
-    if kept and kept.about["round"] not in (len(rows) - 1, len(rows)):
+    if kept and kept.about["round"] not in setting.rounds[max(0, len(rows) - 1) : len(rows) + 1]:
         where = f"the checkpoint is in round {kept.about['round']}, the ledger has {len(rows)} rounds"
         raise lottery.LotteryError(f"--out {out}: {where}")
     if kept:
@@ -553,28 +729,31 @@ def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signa
     }
     sizes = models.BACKBONES[args.backbone].SIZES[args.size]
     info = {**config, "sizes": sizes, "tokens": setting.tokens, "features": setting.model.features}
-    info = json.loads(json.dumps(info))  # as it is read back
     parallel.gather(None)  # all have read the checkpoint before the first process writes another
     signals.deferred = True
-    keeper = Keeper(out, run_sha256, args.save_every, signals, kept)
+    keeper = Keeper(out, run_sha256, args.save_every, signals, kept, keeps_rewind_state=not args.source)
     board = scalars_to(out / "tensorboard") if args.tensorboard and not parallel.index() else None
-    for found in search(setting, corpus, rows, keeper, kept, board):
-        ticket, row = found.ticket, found.row | facts | {"info_sha256": lottery.hash_json(info)}
-        new = row["round"] == len(rows)
+    if setting.dense and not rows:
+        lottery.append_row(None if parallel.index() else out / "ledger.jsonl", rows, setting.dense, config)
+        print(
+            f"{report.text_line(report.cells(rows[0]))}  (the row of {setting.config['machine']['dense']})", flush=True
+        )
+    for found in (given if args.source else search)(setting, corpus, rows, keeper, kept, board):
+        ticket, row = found.ticket, facts | found.row
+        told = json.loads(json.dumps(info | {k: row[k] for k in ("sizes",) if k in row}))  # as it is read back
+        row["info_sha256"] = lottery.hash_json(told)
+        new = row["round"] not in [earlier["round"] for earlier in rows]
         if not parallel.index():
-            if row["round"]:
+            if row["round"] and args.control != "dense-small":
                 lottery.save_masks(out / "masks" / f"{row['round']:02d}.safetensors", ticket.masks)
-            state = setting.model.state_dict()
-            lottery.save_ticket(out / "ticket.safetensors", ticket.masks, ticket.rewind_state, state, info)
+            state = ticket.model.state_dict()
+            lottery.save_ticket(out / "ticket.safetensors", ticket.masks, ticket.rewind_state, state, told)
         lottery.append_row(None if parallel.index() else out / "ledger.jsonl", rows, row, config)
         if new:
             print(report.text_line(report.cells(row)), flush=True)
             if board:
                 for key in ("test_wer", "test_cer"):
                     board.add_scalar(key, row[key], row["round"])
-        for name, count in row["kept_per_layer"].items():
-            if count == 0:
-                print(f"  {name}: no weight is left in this layer", flush=True)
         number = parallel.largest(signals.number)
         if number:  # came during the test: the round's checkpoint is there
             raise Stopped(number)
@@ -621,22 +800,69 @@ def search(setting: Setting, corpus: Corpus, rows: list[dict], keeper: Keeper, k
         hashes = parallel.gather((lottery.sha256(ticket.masks), ticket.start_sha256))
         if len(set(hashes)) > 1:
             raise lottery.LotteryError(f"round {ticket.round}: the processes have other masks or weights: {hashes}")
+        say_empty(ticket, rows)
         here = kept if kept and kept.about["round"] == ticket.round else None
         at = train_round(ticket, corpus, setting, keeper, here, board)
         return at.best
 
     def evaluate(model: torch.nn.Module) -> dict:
-        started = time.monotonic()
-        row = {"valid_wer": at.best_wer, "best_epoch": at.best_epoch}
-        row |= evaluate_on_tests(setting, corpus, rows[0] if at_round else None)
-        seconds = round(at.seconds + time.monotonic() - started, 1)
-        return row | {"seconds": seconds, "waited": round(at.waited, 3), "resumed": at.resumed}
+        return results(setting, corpus, at, rows[0] if at_round else None)
 
     return lottery.find_ticket(
         setting.model, train, evaluate,
-        sparsity=args.sparsity, prune_rate=args.prune_rate, rewind_step=args.rewind_step,
+        sparsity=args.sparsity, prune_rate=args.prune_rate, rewind_step=args.rewind_step, pruning=args.pruning,
         resume=kept.resume if kept else None,
     )  # fmt: skip
+
+
+def say_empty(ticket: lottery.Ticket, rows: list[dict]) -> None:
+    """Name the layers that lost their last weight in this round."""
+    before = rows[-1]["kept_per_layer"] if rows else {}
+    for name, mask in ticket.masks.items():
+        if not mask.any() and before.get(name, 1):
+            print(f"  round {ticket.round}: {name}: no weight is left in this layer (see --min-remaining)", flush=True)
+
+
+def results(setting: Setting, corpus: Corpus, at: Progress, dense: dict | None) -> dict:
+    """What a ledger row says of a training and its test."""
+    started = time.monotonic()
+    row = {"valid_wer": at.best_wer, "best_epoch": at.best_epoch} | evaluate_on_tests(setting, corpus, dense)
+    seconds = round(at.seconds + time.monotonic() - started, 1)
+    return row | {"seconds": seconds, "waited": round(at.waited, 3), "resumed": at.resumed}
+
+
+def of_round(setting: Setting, number: int) -> tuple[Setting, lottery.Ticket, dict]:
+    """The ticket of --ticket's round `number`, or its control, ready to be trained; the setting with its model; what
+    its row says of its origin."""
+    args, model = setting.args, setting.model
+    if number == 0:
+        return setting, lottery.Ticket(model), {}
+    ticket, about, renewed = controls.given(
+        args.source, number, model, setting.tokens, args.pruning, args.seed,
+        control=args.control, weights=args.ticket_weights, backbone=args.backbone, size=args.size,
+    )  # fmt: skip
+    if renewed:
+        print(f"  round {number}: made new and not pruned, for other tokens: {', '.join(renewed)}", flush=True)
+    if ticket.model is not model:
+        setting = dataclasses.replace(setting, model=ticket.model)
+    return setting, ticket, about
+
+
+def given(setting: Setting, corpus: Corpus, rows: list[dict], keeper: Keeper, kept: Kept | None, board=None):
+    """Train the tickets of --ticket, or their controls: as `search`, without pruning."""
+    theta_0 = lottery.copy_state(setting.model)
+    first = setting.rounds.index(kept.about["round"]) if kept else len(rows)
+    for number in setting.rounds[first:]:
+        setting.model.load_state_dict(theta_0)
+        here, ticket, about = of_round(setting, number)
+        resumes = kept if kept and kept.about["round"] == number else None
+        if resumes:
+            resumes.resume(ticket)
+        keeper.parent = ""
+        say_empty(ticket, rows)
+        at = train_round(ticket, corpus, here, keeper, resumes, board)
+        _, row = lottery.finish(ticket, at.best)
+        yield lottery.Found(ticket, row | about | results(here, corpus, at, rows[0] if number else None))
 
 
 def retrain(run: Path, number: int) -> None:
@@ -644,12 +870,13 @@ def retrain(run: Path, number: int) -> None:
     try:
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
         rows = lottery.read_ledger(run / "ledger.jsonl")
-        if not 0 <= number < len(rows):
-            raise IndexError(f"the ledger has {len(rows)} rounds")
+        if number not in [row["round"] for row in rows]:
+            raise IndexError(f"the ledger has rounds {', '.join(str(row['round']) for row in rows)}")
         argv = command_line(config)
-        if config["lm_sha256"]:
-            argv += ["--lm", config["machine"]["lm"]]
-        row = rows[number]
+        for key in ("lm", "ticket", "dense", "init", "noise"):
+            if config["machine"].get(key):
+                argv += [f"--{key}", config["machine"][key]]
+        row = next(row for row in rows if row["round"] == number)
         where = ["--data", config["machine"]["data"], "--device", row["device"], "--cache", config["machine"]["cache"]]
         args = parse([*argv, *where, "--out", str(run)])
         torch.set_num_threads(row["threads"])
@@ -662,8 +889,10 @@ def retrain(run: Path, number: int) -> None:
         if key != "machine" and config.get(key) != value:
             raise lottery.LotteryError(f"{run}: {key} is {value} now, {config.get(key)} in the run")
     corpus = setting.corpus()
-    ticket = lottery.Ticket(setting.model, args.rewind_step)
-    if number:
+    ticket = lottery.Ticket(setting.model, args.rewind_step, args.pruning)
+    if args.source:
+        setting, ticket, _ = of_round(setting, number)
+    elif number:
         ticket.round = number
         state, _ = lottery.read_sealed(run / "rewind.safetensors", "rewind state")
         ticket.rewind_state = {name: value.to(args.device) for name, value in state.items()}
@@ -671,6 +900,7 @@ def retrain(run: Path, number: int) -> None:
         ticket.masks = {name: mask.to(args.device) for name, mask in masks.items()}
         ticket.rewind()
     at = train_round(ticket, corpus, setting)
+    later = [r for r in rows if r["round"] == number + 1 and not args.source]  # whose masks follow from these weights
     compared = {
         "rewind_sha256": lottery.sha256(ticket.rewind_state),
         "start_sha256": ticket.start_sha256,
@@ -678,14 +908,14 @@ def retrain(run: Path, number: int) -> None:
         "trained_sha256": lottery.sha256(at.best),
         "valid_wer": at.best_wer,
     }
-    if number + 1 < len(rows):  # the next masks must follow from these weights
-        ticket.prune(rows[number + 1]["kept"])
+    if later:
+        ticket.prune(later[0].get("kept_blocks", later[0]["kept"]))
         compared["mask_sha256"] = lottery.sha256(ticket.masks)
     setting.model.load_state_dict(at.best)
     tested = evaluate_on_tests(setting, corpus, rows[0] if number else None)
     compared |= {what: tested[what] for what in ("other_tests", "test_errors") if what in tested}
     for what, value in compared.items():
-        if value != rows[number + (what == "mask_sha256")].get(what):
+        if value != (later[0] if what == "mask_sha256" else row).get(what):
             raise lottery.LotteryError(f"round {number} trained again differs from the ledger in {what}")
     print(f"ok      round {number} trained again: {', '.join(compared)} are the ledger's, bit for bit")
 

@@ -54,6 +54,19 @@ inline void check_one_dtype(TensorList weights) {
   }
 }
 
+inline void check_blocks(TensorList weights, int64_t rows, int64_t columns) {
+  TORCH_CHECK_VALUE(rows >= 1 && columns >= 1, "rows and columns of a block must be at least 1, got ", rows, " and ",
+                    columns);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check_dtype(weights[i], i);
+    TORCH_CHECK_VALUE(weights[i].dim() >= 2, "weights[", i, "] must have two or more dimensions to be cut into blocks, got ",
+                      weights[i].dim());
+  }
+}
+
+// How many pieces of `size` it takes to cover n.
+inline int64_t pieces(int64_t n, int64_t size) { return n / size + (n % size != 0); }
+
 inline void check_finite(bool finite, size_t i) {
   TORCH_CHECK_VALUE(finite, "weights[", i, "] has a NaN or infinite value (magnitudes must be finite to be ranked)");
 }

@@ -17,6 +17,8 @@ TORCH_LIBRARY(audio_lottery, m) {
   m.def("hold_ticket_(Tensor(a!)[] weights, Tensor(b!)[] grads, Tensor[] masks) -> ()");
   // Masks of the `keep` largest |w| among surviving weights; ties: earlier tensor, then lower flat index, is kept.
   m.def("global_magnitude_masks(Tensor[] weights, Tensor[] masks, int keep) -> Tensor[]");
+  // Sums of |w| over rows x columns blocks of each weight, seen as out_features x the rest; float64, a fixed order.
+  m.def("block_norms(Tensor[] weights, int rows, int columns) -> Tensor[]");
   // x (..., inputs) times a matrix of kept blocks: values (blocks, r, c), columns uint16, offsets int32 (cpu/sparse.cpp).
   m.def(
       "sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor offsets, Tensor? scales, Tensor? bias, int outputs) "

@@ -236,6 +236,113 @@ def test_held_weights_stay_zero_under_adamw_and_nan_gradients():
     copy.deepcopy(model)
 
 
+# ---------------------------------------------------------------------------- other rankings, and blocks
+
+
+def pruned(pruning, keep, weights=None, masks=None):
+    weights = weights or {"a": torch.tensor([[1.0, -2, 3], [-4, 5, -6]]), "b": torch.tensor([[70.0, -80, 90, -100]])}
+    masks = masks or {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
+    return lottery.prune(weights, masks, keep, pruning)
+
+
+def test_blocks_by_hand():
+    masks = pruned(lottery.Pruning(block=(2, 2)), 2)  # norms of a: [12, 9], of b: [150, 190]
+    assert torch.equal(masks["a"], bits([0, 0, 0], [0, 0, 0])) and masks["b"].all()
+    masks = pruned(lottery.Pruning(block=(2, 2)), 3)
+    assert torch.equal(masks["a"], bits([1, 1, 0], [1, 1, 0]))
+    masks = pruned(lottery.Pruning(block=(1, 2)), 4)  # [3, 3], [9, 6], [150, 190]
+    assert torch.equal(masks["a"], bits([0, 0, 0], [1, 1, 1])) and masks["b"].all()
+    masks = pruned(lottery.Pruning(block=(1, 2)), 5)  # the tie of the 3s: the lower index
+    assert torch.equal(masks["a"], bits([1, 1, 0], [1, 1, 1]))
+    cut = pruned(lottery.Pruning(block=(1, 2)), 3, masks=masks)
+    assert torch.equal(cut["a"], bits([0, 0, 0], [1, 1, 0]))
+    conv = {"conv": torch.arange(24.0).view(2, 2, 3, 2)}  # seen as 2 x 12
+    assert torch.equal(
+        pruned(lottery.Pruning(block=(2, 4)), 1, conv)["conv"].flatten(1), bits([0] * 8 + [1] * 4, [0] * 8 + [1] * 4)
+    )
+
+
+def test_layers_by_hand():
+    # n / (rank + 1/2), the largest weight first: a 12, 4, 2.4, 1.71, 1.33, 1.09; b 8, 2.67, 1.6, 1.14
+    shares = [{n: int(m.sum()) for n, m in pruned(lottery.Pruning(scope="layer"), keep).items()} for keep in range(11)]
+    assert [(s["a"], s["b"]) for s in shares] == [
+        (0, 0), (1, 0), (1, 1), (2, 1), (2, 2), (3, 2), (4, 2), (4, 3), (5, 3), (5, 4), (6, 4)
+    ]  # fmt: skip
+    assert torch.equal(pruned(lottery.Pruning(scope="layer"), 3)["a"], bits([0, 0, 0], [0, 1, 1]))
+    assert not torch.equal(pruned(lottery.Pruning(), 4)["b"], bits([0, 0, 1, 1]))  # global: b alone
+
+
+def test_lamp_by_hand():
+    # a: 1, 25 / 61, 16 / 77, 9 / 86, 4 / 90, 1 / 91; b: 1, 81 / 181, 64 / 245, 49 / 294
+    order = [("a", 5), ("b", 3), ("b", 2), ("a", 4), ("b", 1), ("a", 3), ("b", 0), ("a", 2), ("a", 1), ("a", 0)]
+    for keep in range(11):
+        masks = pruned(lottery.Pruning(scope="lamp"), keep)
+        got = {(name, i) for name, mask in masks.items() for i in mask.flatten().nonzero().flatten().tolist()}
+        assert got == set(order[:keep])
+    scores = lottery.rank_within(torch.tensor([3.0, -3, 0, 0, 9]), torch.tensor([1, 1, 1, 1, 0]) > 0, "lamp")
+    assert scores.tolist() == [1.0, 0.5, 0.0, 0.0, 0.0]  # ties: the lower index first; a pruned 9 counts for nothing
+
+
+@pytest.mark.parametrize("scope", lottery.SCOPES)
+@pytest.mark.parametrize("block", [(1, 1), (1, 4), (8, 1), (3, 5)])
+def test_rounds_of_any_ranking_are_nested_and_exact(scope, block):
+    torch.manual_seed(0)
+    shapes = {"a": (19, 23), "b": (7, 3, 5, 2), "c": (40, 6)}
+    pruning = lottery.Pruning(block, scope, min_remaining=0.1)
+    masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
+    units = {name: pruning.units(mask).numel() for name, mask in masks.items()}
+    for keep in lottery.kept_counts(sum(units.values()), 0.85)[1:]:
+        weights = {name: torch.randn(shape) * (1 + 5 * (name == "c")) for name, shape in shapes.items()}
+        before, masks = masks, lottery.prune(weights, masks, keep, pruning)
+        kept = {name: pruning.units(mask) for name, mask in masks.items()}
+        assert sum(int(unit.sum()) for unit in kept.values()) == keep
+        for name in shapes:
+            assert not (masks[name] & ~before[name]).any()
+            assert torch.equal(pruning.weights(kept[name], masks[name]), masks[name])  # whole blocks
+            assert int(kept[name].sum()) >= -(-units[name] // 10)
+            if scope == "layer":
+                assert abs(int(kept[name].sum()) - units[name] * keep / sum(units.values())) <= 1.5
+
+
+def test_a_floor_takes_from_the_others_alone():
+    free, floored = (pruned(lottery.Pruning(min_remaining=share), 4) for share in (0.0, 0.3))
+    assert not free["a"].any() and free["b"].all()
+    assert torch.equal(floored["a"], bits([0, 0, 0], [0, 1, 1])) and torch.equal(floored["b"], bits([0, 0, 1, 1]))
+    assert torch.equal(pruned(lottery.Pruning(min_remaining=0.3), 9)["a"], pruned(lottery.Pruning(), 9)["a"])
+    with pytest.raises(lottery.LotteryError, match=r"min_remaining 0.3 keeps 4, more than 3 in all"):
+        pruned(lottery.Pruning(min_remaining=0.3), 3)
+    with pytest.raises(lottery.LotteryError, match=r"min_remaining 0.9 keeps 10 of the prunable, more than 5"):
+        next(
+            lottery.find_ticket(
+                Toy(), train_toy, lambda m: {}, sparsity=0.5, pruning=lottery.Pruning((1, 1), "global", 0.9)
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    "pruning, message",
+    [
+        (lottery.Pruning(block=(0, 4)), r"block must be rows and columns, both at least 1, got \(0, 4\)"),
+        (lottery.Pruning(scope="local"), "scope must be one of global, layer, lamp, got 'local'"),
+        (lottery.Pruning(min_remaining=1.0), r"min_remaining must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_impossible_prunings_are_refused(pruning, message):
+    with pytest.raises(lottery.LotteryError, match=message):
+        pruning.check()
+
+
+def test_a_search_in_blocks_counts_blocks():
+    for found in lottery.find_ticket(Toy(), train_toy, lambda m: {}, sparsity=0.5, pruning=lottery.Pruning((2, 1))):
+        row = found.row
+    assert (row["total"], row["total_blocks"], row["kept_blocks"]) == (10, 7, 4)  # 3 of a, 4 of b; round(7 / 2)
+    assert (
+        row["kept"]
+        == sum(row["kept_per_layer"].values())
+        == 4 + 2 * (4 - row["kept_per_layer"]["b.weight"]) - (4 - row["kept_per_layer"]["b.weight"])
+    )
+
+
 def test_a_loop_that_does_not_hold_is_found_out():
     def train(ticket):
         for w in ticket.weights.values():

@@ -324,7 +324,7 @@ def test_mixed_devices_are_refused(device, other):
             hold([w, far_w], [], [m, m])
 
 
-NAN = torch.tensor([1.0, float("nan")])
+NAN, INFINITY = torch.tensor([1.0, float("nan")]), float("inf")
 SURVIVORS = "keep must be between 0 and the %d surviving weights, got %d"
 
 
@@ -382,6 +382,53 @@ def test_infinity_is_refused_in_every_dtype(dtype, device):
         compiled.global_magnitude_masks([weight], [mask], 10)
 
 
+# ---------------------------------------------------------------------------- block_norms
+
+
+def test_block_norms_by_hand():
+    weight = torch.tensor([[1.0, -2, 3], [-4, 5, -6], [7, -8, 9]])
+    for norms in (compiled.block_norms, lottery.reference_block_norms):
+        (by_two,) = norms([weight], 2, 2)
+        assert by_two.tolist() == [[12.0, 9.0], [15.0, 9.0]] and by_two.dtype == torch.float64
+        assert [n.tolist() for n in norms([weight, weight.view(3, 3, 1)], 1, 4)] == [[[6.0], [15.0], [24.0]]] * 2
+        assert norms([weight], 100, 1)[0].tolist() == [[12.0, 15.0, 18.0]]
+        assert torch.equal(norms([weight], 1, 1)[0], weight.abs().double())
+        assert norms([torch.tensor([[NAN[1], 1, INFINITY, 1]])], 1, 2)[0].isfinite().tolist() == [[False, False]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, columns", [(1, 4), (4, 1), (8, 1), (16, 1), (1, 1), (1, 2), (1, 8), (3, 5), (64, 64)])
+def test_block_norms_equal_reference(rows, columns, dtype, device):
+    torch.manual_seed(0)
+    shapes = [(1, 1), (37, 53), (16, 129), (8, 3, 5, 7), (0, 4), (4, 0), (5, 2, 0), (130, 17)]
+    weights = [(torch.randn(shape) * torch.randn(shape).exp2()).to(dtype).to(device) for shape in shapes]
+    weights += [weights[1].t(), weights[3].transpose(1, 3), weights[1][::2, 1::3]]
+    expected = [w.cpu() for w in lottery.reference_block_norms(weights, rows, columns)]
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for got, want in zip(compiled.block_norms(weights, rows, columns), expected, strict=True):
+            assert got.dtype == torch.float64 and got.shape == want.shape and torch.equal(bits(got.cpu()), bits(want))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "error, message, arguments",
+    [
+        (ValueError, "rows and columns of a block must be at least 1, got 0 and 4", ([W], 0, 4)),
+        (ValueError, "rows and columns of a block must be at least 1, got 1 and -1", ([W], 1, -1)),
+        (ValueError, r"weights\[1\] must have two or more dimensions to be cut into blocks, got 1", ([W, W[0]], 1, 4)),
+    ],
+)
+def test_block_norms_refuse(error, message, arguments, device):
+    arguments = moved(arguments, device)
+    for norms in (compiled.block_norms, lottery.reference_block_norms):
+        with pytest.raises(error, match=message):
+            norms(*arguments)
+    with pytest.raises(TypeError, match=r"weights\[0\] must be float32, bfloat16, float16 or float64, got Int"):
+        compiled.block_norms([W.int().to(device)], 1, 4)
+
+
 # ---------------------------------------------------------------------------- registrations
 
 
@@ -394,6 +441,8 @@ def test_opcheck():
     turned = [weights[0].t(), weights[1]], [masks[0].t(), masks[1]]
     torch.library.opcheck(compiled.global_magnitude_masks, (*turned, survivors // 2))
     torch.library.opcheck(compiled.hold_ticket_, (turned[0], [], turned[1]))
+    for block in ((1, 4), (8, 1)):
+        torch.library.opcheck(compiled.block_norms, ([weights[0], turned[0][0], torch.randn(2, 3, 4)], *block))
 
 
 def test_compiled_step():

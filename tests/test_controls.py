@@ -1,0 +1,236 @@
+"""Tickets of other runs, and their controls."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import soak
+import torch
+from test_train import refused
+
+import controls
+import lottery
+import models
+import train
+
+
+@pytest.fixture(autouse=True)
+def small_models(monkeypatch):
+    for backbone in models.BACKBONES.values():
+        monkeypatch.setitem(backbone.SIZES, "demo", dict(backbone.SIZES["demo"]))
+    soak.shrink_models()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return soak.small_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def run(*argv) -> None:
+    assert train.main([str(a) for a in argv]) == 0
+
+
+@pytest.fixture
+def source(corpus, tmp_path_factory, request):
+    """A search of two rounds, made once."""
+    if not hasattr(request.module, "SOURCE"):
+        request.module.SOURCE = tmp_path_factory.mktemp("source") / "run"
+        flags = ("--backbone", "cnn-lstm", "--epochs", 1, "--sparsity", 0.36)
+        run("--data", corpus, "--out", request.module.SOURCE, *flags, "--seed", 5)
+    return request.module.SOURCE
+
+
+def masks_of(folder: Path, number: int) -> lottery.Masks:
+    return lottery.load_masks(folder / "masks" / f"{number:02d}.safetensors")
+
+
+def kept(masks: lottery.Masks) -> dict[str, int]:
+    return {name: int(mask.sum()) for name, mask in masks.items()}
+
+
+def verified(folder: Path) -> bool:
+    return not any(wrong for _, wrong in lottery.verify(folder))
+
+
+def test_random_masks_by_hand():
+    masks = {"a": torch.arange(12).view(3, 4) < 6, "b": torch.arange(4).view(2, 2) < 1, "new": torch.ones(2, 2) > 0}
+    pruning = lottery.BY_MAGNITUDE
+    anywhere = controls.random_masks(masks, ["new"], pruning, seed=0, matched=False)
+    matched = controls.random_masks(masks, ["new"], pruning, seed=0, matched=True)
+    assert kept(matched) == {"a": 6, "b": 1, "new": 4}
+    counts = kept(anywhere)
+    assert counts["new"] == 4 and counts["a"] + counts["b"] == 7
+    others = [controls.random_masks(masks, ["new"], pruning, seed, matched=False) for seed in range(1, 20)]
+    assert len({lottery.sha256(m) for m in others}) > 15
+    assert {kept(m)["a"] for m in others} > {5, 6}  # 12 of 16 weights are a's: it keeps 5.25 of 7 on average
+    fewer = {"a": torch.arange(12).view(3, 4) < 2, "b": torch.zeros(2, 2) > 0, "new": masks["new"]}
+    for matched_too in (False, True):
+        few = controls.random_masks(fewer, ["new"], pruning, 0, matched_too)
+        many = controls.random_masks(masks, ["new"], pruning, 0, matched_too)
+        assert not any((few[name] & ~many[name]).any() for name in masks)
+
+
+@pytest.mark.parametrize("backbone", list(models.BACKBONES))
+def test_small_networks_are_as_large_as_they_may_be(backbone, monkeypatch):
+    monkeypatch.setitem(models.ConformerCtc.SIZES, "paper", models.ConformerCtc.SIZES["paper"] | {"blocks": 2})
+
+    def parameters(sizes):
+        with torch.device("meta"):
+            return sum(p.numel() for p in models.BACKBONES[backbone](29, **sizes).parameters())
+
+    whole = models.BACKBONES[backbone].SIZES["paper"]
+    most = round(0.05 * parameters(whole))
+    found = parameters(controls.small_sizes(backbone, "paper", 29, most))
+    assert 0.94 * most <= found <= most
+    with pytest.raises(lottery.LotteryError, match="has 10 parameters or fewer"):
+        controls.small_sizes(backbone, "paper", 29, 10)
+
+
+def test_controls_train_what_they_say(source, tmp_path):
+    rows = lottery.read_ledger(source / "ledger.jsonl")
+    theta = lottery.read_sealed(source / "rewind.safetensors", "rewind state")[0]
+    found = {}
+    for control in controls.CONTROLS:
+        out = tmp_path / control
+        run("--ticket", source, "--control", control, "--rounds", 2, "--out", out)
+        assert verified(out)
+        config = json.loads((out / "config.json").read_text())
+        assert (config["seed"], config["epochs"], config["backbone"]) == (5, 1, "cnn-lstm")  # the source's
+        dense, found[control] = lottery.read_ledger(out / "ledger.jsonl")
+        assert dense["trained_sha256"] == rows[0]["trained_sha256"] and found[control]["round"] == 2
+        assert found[control]["source_mask_sha256"] == rows[2]["mask_sha256"]
+    uniform, matched, init, small = (found[control] for control in controls.CONTROLS)
+    assert uniform["kept"] == matched["kept"] == init["kept"] == rows[2]["kept"]
+    assert matched["kept_per_layer"] == init["kept_per_layer"] == rows[2]["kept_per_layer"] != uniform["kept_per_layer"]
+    assert init["mask_sha256"] == rows[2]["mask_sha256"] != matched["mask_sha256"]
+    masked = {name: m for name, m in masks_of(tmp_path / "random-mask-matched", 2).items()}
+    start = {n: v.masked_fill(~masked[n], 0) if n in masked else v for n, v in theta.items()}
+    assert matched["start_sha256"] == lottery.sha256(start)  # the ticket's theta_0
+    started = lottery.load_ticket(tmp_path / "random-init" / "ticket.safetensors").rewind
+    name, mask = next(iter(masks_of(source, 2).items()))
+    assert not (started[name][mask] == theta[name][mask]).any()
+    assert small["remaining_all"] <= rows[2]["remaining_all"] and small["sizes"]["hidden"] < 8
+
+
+def test_a_control_is_resumed_and_retrained(source, corpus, tmp_path, monkeypatch):
+    flags = ["--ticket", source, "--control", "random-init", "--rounds", 1, 2, "--save-every", 0, "--data", corpus]
+    run(*flags, "--out", tmp_path / "whole")
+    after_step, steps = train.Keeper.after_step, []
+
+    def stop_in_round_2(self, ticket, *rest):
+        steps.append(ticket.round)
+        if ticket.round == 2:
+            self.signals.number = 15
+        after_step(self, ticket, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Keeper, "after_step", stop_in_round_2)
+        assert train.main([str(a) for a in [*flags, "--out", tmp_path / "cut"]]) == 128 + 15
+    assert steps[-1] == 2
+    run(*flags, "--out", tmp_path / "cut")
+    results = [lottery.read_ledger(tmp_path / name / "ledger.jsonl") for name in ("whole", "cut")]
+    assert [lottery.row_hash(row) for row in results[0]] == [lottery.row_hash(row) for row in results[1]]
+    assert verified(tmp_path / "cut")
+    train.retrain(tmp_path / "cut", 2)
+    lines = (tmp_path / "cut" / "ledger.jsonl").read_text().splitlines()
+    row = json.loads(lines[2]) | {"valid_wer": 0.125}
+    row["timing_sha256"] = lottery.timing_hash(row)
+    (tmp_path / "cut" / "ledger.jsonl").write_text("\n".join([*lines[:2], json.dumps(row)]) + "\n")
+    with pytest.raises(lottery.LotteryError, match="round 2 trained again differs from the ledger in valid_wer"):
+        train.retrain(tmp_path / "cut", 2)
+
+
+def test_transfer_makes_token_layers_new(source, corpus, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    for split in ("train", "valid", "test"):
+        rows = [
+            json.loads(line) | {"text": f"{'éèà'[i % 3]}"} for i, line in enumerate(open(corpus / f"{split}.jsonl"))
+        ]
+        (other / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run("--ticket", source, "--data", other, "--out", tmp_path / "run")
+    assert "round 2: made new and not pruned, for other tokens: output.weight" in capsys.readouterr().out
+    assert verified(tmp_path / "run")
+    dense, *rows = lottery.read_ledger(tmp_path / "run" / "ledger.jsonl")
+    there = lottery.read_ledger(source / "ledger.jsonl")
+    assert dense["data_sha256"] != there[0]["data_sha256"]  # trained here, for these data
+    for row, old in zip(rows, there[1:]):
+        layers = dict(row["kept_per_layer"])
+        assert layers.pop("output.weight") == 4 * 8  # whole: blank and three characters
+        assert layers == {name: n for name, n in old["kept_per_layer"].items() if name != "output.weight"}
+    file = lottery.load_ticket(tmp_path / "run" / "ticket.safetensors")
+    theta = lottery.read_sealed(source / "rewind.safetensors", "rewind state")[0]
+    name, mask = next(iter(masks_of(source, 2).items()))
+    assert torch.equal(file.rewind[name], theta[name].masked_fill(~mask, 0))
+    # a control there, whose dense row comes from that run
+    flags = ["--ticket", source, "--data", other, "--control", "random-mask-matched", "--rounds", 2]
+    run(*flags, "--dense", tmp_path / "run", "--out", tmp_path / "control")
+    control = lottery.read_ledger(tmp_path / "control" / "ledger.jsonl")
+    assert control[0]["trained_sha256"] == dense["trained_sha256"] and verified(tmp_path / "control")
+    assert "--dense" in refused(capsys, *flags, "--dense", source, "--out", tmp_path / "no")
+
+
+def test_ticket_files_and_trained_starts(source, corpus, tmp_path, capsys):
+    file, data = source / "ticket.safetensors", ("--data", corpus)
+    there = lottery.load_ticket(file)
+    run("--ticket", file, *data, "--ticket-weights", "trained", "--out", tmp_path / "trained")
+    row = lottery.read_ledger(tmp_path / "trained" / "ledger.jsonl")[-1]
+    assert row["round"] == 2 and row["start_sha256"] == lottery.sha256(there.trained)
+    flags = ("--backbone", "cnn-lstm", "--epochs", 1, "--sparsity", 0.1, *data)
+    run("--init", file, *flags, "--out", tmp_path / "init")
+    assert "theta_0: the trained weights of" in capsys.readouterr().out
+    assert lottery.read_ledger(tmp_path / "init" / "ledger.jsonl")[0]["rewind_sha256"] == row["start_sha256"]
+    assert verified(tmp_path / "init") and verified(tmp_path / "trained")
+    lottery.save_ticket(tmp_path / "no.safetensors", there.masks, None, there.trained, there.info)
+    assert "it has no rewind state" in refused(capsys, "--ticket", tmp_path / "no.safetensors", *data)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--ticket", "/nowhere"], "--ticket /nowhere: cannot read the ticket"),
+        (["--control", "random-mask"], "--control, --rounds, --dense and --ticket-weights go with --ticket"),
+        (["--ticket", "SOURCE", "--rounds", "7"], "--rounds 7: "),
+        (["--ticket", "SOURCE", "--rounds", "1", "--ticket-weights", "trained"], "--rounds 1: "),
+        (["--ticket", "SOURCE", "--control", "x"], "argument --control: invalid choice: 'x'"),
+        (["--ticket", "SOURCE", "--control", "random-init", "--ticket-weights", "trained"], "controls start from"),
+        (["--ticket", "SOURCE", "--init", "SOURCE"], "--init and --ticket: only one"),
+        (["--ticket", "SOURCE", "--backbone", "rnnt"], "it is of another network: "),
+        (["--init", "/nowhere"], "/nowhere: cannot read the ticket"),
+        (["--block", "1x0"], "argument --block: must be RxC, rows and columns of a block, both at least 1, got '1x0'"),
+        (["--min-remaining", "1"], "--min-remaining must be in [0, 1), got 1.0"),
+        (["--scope", "x"], "argument --scope: invalid choice: 'x'"),
+    ],
+)
+def test_unusable_flags(source, corpus, tmp_path, capsys, flags, message):
+    flags = [str(source) if flag == "SOURCE" else flag for flag in flags]
+    assert message in refused(capsys, "--data", corpus, "--out", tmp_path / "run", *flags)
+
+
+def test_a_damaged_source_is_named(source, corpus, tmp_path, capsys):
+    subprocess.run(["cp", "-r", source, tmp_path / "there"], check=True)
+    (tmp_path / "there" / "masks" / "01.safetensors").write_bytes(b"x")
+    said = refused(capsys, "--data", corpus, "--out", tmp_path / "run", "--ticket", tmp_path / "there")
+    assert "01.safetensors: not a whole masks" in said
+
+
+def test_floor_and_emptied_layers_are_told(corpus, tmp_path, capsys):
+    flags = ("--data", corpus, "--backbone", "cnn-lstm", "--epochs", 1, "--prune-rate", 0.9, "--sparsity", 0.99)
+    run(*flags, "--out", tmp_path / "a")
+    said = capsys.readouterr().out
+    rows = lottery.read_ledger(tmp_path / "a" / "ledger.jsonl")
+    first_empty = {}
+    for row in rows:
+        for name, count in row["kept_per_layer"].items():
+            if count == 0:
+                first_empty.setdefault(name, row["round"])
+    assert first_empty
+    for name, number in first_empty.items():
+        assert said.count(f"{name}: no weight is left in this layer") == 1
+        assert f"round {number}: {name}: no weight is left" in said
+    run(*flags, "--out", tmp_path / "b", "--min-remaining", 0.005)
+    for row in lottery.read_ledger(tmp_path / "b" / "ledger.jsonl"):
+        assert min(row["kept_per_layer"].values()) >= 1
+    assert "no weight is left" not in capsys.readouterr().out and verified(tmp_path / "b")
+    assert "min_remaining 0.5 keeps" in refused(capsys, *flags, "--out", tmp_path / "c", "--min-remaining", 0.5)
