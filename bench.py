@@ -584,7 +584,8 @@ def memory_of_cached_training(folder: Path, copies: int) -> None:
 def bench_save(args: argparse.Namespace) -> None:
     """What a checkpoint costs: of a step's time, every 5 minutes."""
     torch.manual_seed(0)
-    model = models.build(args.backbone, args.size, 29)
+    backbone = args.backbone or "rnnt"
+    model = models.build(backbone, args.size, 29)
     ticket, optimizer = lottery.Ticket(model), torch.optim.AdamW(model.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
     for parameter in model.parameters():
@@ -597,21 +598,30 @@ def bench_save(args: argparse.Namespace) -> None:
         seconds = in_turns("cpu", args.repeats, save=lambda: keeper.save(ticket, optimizer, schedule, at))["save"]
         size = (Path(folder) / "checkpoint.safetensors").stat().st_size
     print(
-        f"{args.backbone} {args.size}: a checkpoint of {size / 1e6:.1f} MB in {seconds:.3f} s: {seconds / 300:.2%} of "
+        f"{backbone} {args.size}: a checkpoint of {size / 1e6:.1f} MB in {seconds:.3f} s: {seconds / 300:.2%} of "
         "the time at one every 5 minutes"
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("what", choices=["ops", "train", "data", "save"])
+    parser.add_argument("what", choices=["ops", "train", "data", "save", "infer"])
     parser.add_argument("--size", choices=["demo", "paper"], default="paper", help="of train and save")
-    parser.add_argument("--backbone", choices=list(models.BACKBONES), default="rnnt", help="of save")
+    parser.add_argument("--backbone", choices=list(models.BACKBONES), help="of save (default: rnnt) and infer (all)")
     parser.add_argument("--repeats", type=int, default=21, help="turns a median is taken over (default: 21)")
     parser.add_argument(
         "--no-peers", dest="peers", action="store_false", help="without torch.nn.utils.prune, which takes minutes"
     )
+    parser.add_argument("--short", action="store_true", help="infer: one thread and 90 %% sparsity only")
+    parser.add_argument(
+        "--ticket", type=Path, help="infer: a ticket.safetensors on the test set of --data, and its WER"
+    )
+    parser.add_argument("--data", type=Path, default=Path("demo"), help="of --ticket (default: demo)")
     args = parser.parse_args(argv)
+    if args.what == "infer":
+        from bench_infer import bench_infer  # which imports this file
+
+        return bench_infer(args)
     {"ops": bench_ops, "train": bench_train, "data": bench_data, "save": bench_save}[args.what](args)
 
 

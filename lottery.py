@@ -253,6 +253,17 @@ def weight_uses(model: nn.Module, call: Callable[[], object]) -> dict[str, int]:
     return uses
 
 
+def compress(model: nn.Module, masks: Masks, run: Callable[[nn.Module], object] | None = None, **options):
+    """A copy of the model with sparse products for inference on a CPU, and what each layer took.
+
+    run: uses the model as it will be used; each layer is measured on what reaches it.  options: layout, dtype.
+    See sparse.compress.
+    """
+    import sparse  # which imports this file
+
+    return sparse.compress(model, masks, run, **options)
+
+
 # ---------------------------------------------------------------------------- how many are kept
 
 
