@@ -739,14 +739,19 @@ def load_ticket(path: Path, model: nn.Module | None = None) -> TicketFile:
     except Exception as error:  # metadata that a seal was put on again
         raise LotteryError(f"{path}: not a whole ticket: {type(error).__name__}: {error}") from None
     if model is not None:
-        shapes = {name: tuple(w.shape) for name, w in prunable(model).items()}
-        if shapes != {name: tuple(mask.shape) for name, mask in file.masks.items()}:
-            raise LotteryError(f"{path}: the ticket's masks are not of this model's prunable weights")
-        expected = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
-        for state in filter(None, (file.trained, file.rewind)):
-            if expected != {name: (value.shape, value.dtype) for name, value in state.items()}:
-                raise LotteryError(f"{path}: the ticket's parameters are not this model's")
+        check_fit(path, file, model)
     return file
+
+
+def check_fit(path: Path, file: TicketFile, model: nn.Module) -> None:
+    """Raise LotteryError, naming the file, unless the ticket is of this model's scope and has this model's state."""
+    shapes = {name: tuple(w.shape) for name, w in prunable(model).items()}
+    if shapes != {name: tuple(mask.shape) for name, mask in file.masks.items()}:
+        raise LotteryError(f"{path}: the ticket's masks are not of this model's prunable weights")
+    expected = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
+    for state in filter(None, (file.trained, file.rewind)):
+        if expected != {name: (value.shape, value.dtype) for name, value in state.items()}:
+            raise LotteryError(f"{path}: the ticket's parameters are not this model's")
 
 
 def _ticket_of(path: Path, tensors: dict[str, Tensor], about: dict) -> TicketFile:
