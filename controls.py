@@ -38,7 +38,7 @@ class Source:
     masks: dict[int, lottery.Masks]  # by round
     rewind: lottery.State | None  # whole in a run folder; 0 where pruned in a file
     trained: lottery.State  # of the last round
-    data: str | None = None  # what the run was trained on; a file does not say it
+    paths: dict[str, str | None]  # of the run's data and noise, by flag; a file does not say them
     dense: dict | None = None  # the run's round 0 in its ledger
 
     def state(self, weights: str) -> lottery.State:
@@ -57,13 +57,16 @@ class Source:
 
 
 def read_run(path: Path) -> tuple[dict, list[dict]]:
-    """Configuration and ledger of a run folder. Raises LotteryError."""
+    """Configuration and ledger of a run folder. Raises LotteryError unless they are one chain."""
     try:
         config = dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise lottery.LotteryError(f"{path}: not a run ({type(error).__name__}: {error})") from None
+    except (OSError, ValueError, TypeError):
+        raise lottery.LotteryError(f"{path}: not a run folder: no config.json that can be read") from None
     rows = lottery.read_ledger(path / "ledger.jsonl")
-    lottery.check_chain(rows, lottery.settings_of(config))
+    try:
+        lottery.check_chain(rows, lottery.settings_of(config))
+    except lottery.LotteryError as error:
+        raise lottery.LotteryError(f"{path / 'ledger.jsonl'}: {error} (see lottery.py verify)") from None
     return config, rows
 
 
@@ -78,15 +81,15 @@ def read_source(path: Path) -> Source:
             counts = lottery.kept_counts(sum(m.numel() for m in file.masks.values()), settings["sparsity"])
             kept = sum(int(mask.sum()) for mask in file.masks.values())
             number = counts.index(kept) if kept in counts[1:] else 1
-            return Source(path, settings, tokens, {number: file.masks}, file.rewind, file.trained)
+            return Source(path, settings, tokens, {number: file.masks}, file.rewind, file.trained, {})
         (config, rows), masks = read_run(path), {}
         for row in rows[1:]:
             masks[row["round"]] = lottery.load_masks(path / "masks" / f"{row['round']:02d}.safetensors")
             if lottery.sha256(masks[row["round"]]) != row["mask_sha256"]:
                 raise lottery.LotteryError(f"{path}: the masks of round {row['round']} are not the ledger's")
         rewind = lottery.read_sealed(path / "rewind.safetensors", "rewind state")[0]
-        settings = lottery.settings_of(config)
-        return Source(path, settings, tokens, masks, rewind, file.trained, config["machine"]["data"], rows[0])
+        settings, paths = lottery.settings_of(config), {key: config["machine"].get(key) for key in ("data", "noise")}
+        return Source(path, settings, tokens, masks, rewind, file.trained, paths, rows[0])
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         if isinstance(error, lottery.LotteryError):
             raise

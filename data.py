@@ -6,6 +6,7 @@ object a line with audio_filepath (relative to the manifest), text and, if known
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -17,7 +18,7 @@ import os
 import re
 import signal
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -372,10 +373,12 @@ class Fresh:
 
     utterance: Utterance
     kind: str
-    shape: tuple[int, int]  # (T, F), T from the header of the file and not above what is decoded
+    shape: tuple[int, int]  # (T, F), T exact, or from the header of the file and not above what is decoded
+    waveform: Tensor | None = None  # (N,), if it is kept in memory
+    mix: Callable[[Tensor], Tensor] | None = None  # what becomes of the waveform before
 
     def read(self) -> Tensor:
-        return features_of(self.utterance, self.kind)[0]
+        return features_of(self.utterance, self.kind, self.mix, self.waveform)[0]
 
 
 @dataclass
@@ -394,10 +397,16 @@ class Example:
         return self.source.shape[0]
 
 
-def features_of(utterance: Utterance, kind: str) -> tuple[Tensor, float]:
-    """Decode and compute: normalised features (T, F) and seconds. Raises DataError naming the file."""
-    waveform = load_audio(utterance.audio, utterance.offset, utterance.duration)
-    features = normalize(FEATURES[kind](waveform))
+def features_of(
+    utterance: Utterance, kind: str, mix: Callable[[Tensor], Tensor] | None = None, waveform: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """Decode and compute: normalised features (T, F) and seconds. Raises DataError naming the file.
+
+    mix: what becomes of the waveform (N,) before, e.g. noise added. waveform: where it is decoded already.
+    """
+    if waveform is None:
+        waveform = load_audio(utterance.audio, utterance.offset, utterance.duration)
+    features = normalize(FEATURES[kind](mix(waveform) if mix else waveform))
     if not features.isfinite().all():
         raise DataError(f"{utterance.audio}: its samples are too large (features are not finite; full scale is 1)")
     return features, len(waveform) / SAMPLE_RATE
@@ -406,19 +415,28 @@ def features_of(utterance: Utterance, kind: str) -> tuple[Tensor, float]:
 def load_examples(
     utterances: list[Utterance], tokens: list[str], kind: str, progress: str = "",
     cache: "str | Cache" = "memory", workers: int = 0,
+    fresh: bool = False, mixes: list[Callable[[Tensor], Tensor]] | None = None,
 ) -> list[Example]:  # fmt: skip
     """One Example an utterance, in order.
 
     cache: "memory" keeps all features there; "none" computes them each time they are asked for; a Cache keeps them on
     the disk. workers: processes that compute beside this one.
+    fresh: every source is Fresh, as Epoch's mix asks for; "memory" keeps the waveforms.
+    mixes: for each utterance, what becomes of its waveform first. A Cache does not keep such features.
     """
-    if cache == "none":
-        bins = FEATURES[kind](torch.zeros(1)).shape[1]
-        found = ((Fresh(u, kind, (frames, bins)), seconds) for u in utterances for frames, seconds in [length(u)])
-    elif isinstance(cache, Cache):
-        found = cache.features(utterances, kind, progress, workers)
+    bins = FEATURES[kind](torch.zeros(1)).shape[1]
+    if cache == "memory":
+        found = _in_parallel(_Compute(utterances, kind, mixes, fresh), progress, workers)
+        found = ((torch.from_numpy(array), seconds) for array, seconds in found)
+        if fresh:
+            found = ((Fresh(u, kind, (1 + len(w) // 160, bins), w), s) for u, (w, s) in zip(utterances, found))
+    elif cache == "none" or mixes:
+        lengths = ((u, mix, *length(u)) for u, mix in zip(utterances, mixes or [None] * len(utterances)))
+        found = ((Fresh(u, kind, (frames, bins), mix=mix), seconds) for u, mix, frames, seconds in lengths)
     else:
-        found = _in_parallel(_Compute(utterances, kind), progress, workers)
+        found = cache.features(utterances, kind, progress, workers)
+        if fresh:
+            found = ((Fresh(u, kind, stored.shape), seconds) for u, (stored, seconds) in zip(utterances, found))
     known = spelled_by(tokens)
     return [
         Example(source, u.text, encode("".join(c for c in u.text if c in known), tokens), seconds)
@@ -441,19 +459,25 @@ def length(utterance: Utterance) -> tuple[int, float]:
 
 
 class _Compute(torch.utils.data.Dataset):
-    """Features and seconds of each utterance, or the DataError that it meets (a worker must not raise it)."""
+    """Features, or the waveform, and seconds of each utterance, or the DataError met (a worker must not raise it).
 
-    def __init__(self, utterances: list[Utterance], kind: str):
-        self.utterances, self.kind = utterances, kind
+    As arrays: a tensor from a worker keeps a file open for as long as it lives, and there are as many as utterances.
+    """
+
+    def __init__(self, utterances: list[Utterance], kind: str, mixes: list | None = None, waveforms: bool = False):
+        self.utterances, self.kind, self.mixes, self.waveforms = utterances, kind, mixes, waveforms
 
     def __len__(self) -> int:
         return len(self.utterances)
 
     def __getitem__(self, index: int):
+        u = self.utterances[index]
         try:
-            return features_of(self.utterances[index], self.kind)
+            waveform = load_audio(u.audio, u.offset, u.duration)
+            features, seconds = features_of(u, self.kind, self.mixes and self.mixes[index], waveform)
         except DataError as error:
             return error
+        return (waveform if self.waveforms else features).numpy(), seconds
 
 
 def _in_parallel(dataset, progress: str = "", workers: int = 0, unit: str = "utt") -> Iterator:
@@ -650,13 +674,16 @@ class Epoch(torch.utils.data.Dataset):
     reads the features. An item is a Batch: this process's share, or one utterance that counts for nothing where the
     batch has fewer utterances than there are processes.
     batch_size: utterances a process; with batch_seconds, instead, seconds a process, padding counted.
+    mix(waveform, seed=, epoch=, index=), index into examples: what becomes of each waveform (N,) before its features.
     """
 
     def __init__(
         self, examples: list[Example], batch_size: int, seed: int, epoch: int, augment: "SpecAugment | None",
         batch_seconds: float | None = None, process: int = 0, processes: int = 1,
+        mix: Callable[..., Tensor] | None = None,
     ):  # fmt: skip
         self.examples, self.process, self.processes = examples, process, processes
+        self.mix = mix and functools.partial(mix, seed=seed, epoch=epoch)
         rng = np.random.default_rng([seed, epoch])
         # Jittered by up to 10 % before sorting: similar lengths meet, the same utterances do not always.
         lengths = np.array([example.frames for example in examples]) * rng.uniform(0.9, 1.1, len(examples))
@@ -681,16 +708,22 @@ class Epoch(torch.utils.data.Dataset):
         return len(self.chunks[index][self.process :: self.processes])
 
     def __getitem__(self, index: int) -> "Batch | DataError":
-        mine = self.mine(index)
-        chosen, features = [self.examples[i] for i in self.chunks[index][mine]], []
+        mine, features = self.mine(index), []
         try:
-            for example, masks in zip(chosen, self.masks[index][mine]):
-                features.append(example.features.clone())
+            for i, masks in zip(self.chunks[index][mine], self.masks[index][mine]):
+                features.append(self.features(int(i)))
                 for place in masks:
                     features[-1][place] = 0
         except DataError as error:
             return error
-        return collate(chosen, features)
+        return collate([self.examples[i] for i in self.chunks[index][mine]], features)
+
+    def features(self, i: int) -> Tensor:
+        """(T, F) of examples[i] in this epoch, before SpecAugment."""
+        example = self.examples[i]
+        if not self.mix:
+            return example.features.clone()
+        return dataclasses.replace(example.source, mix=functools.partial(self.mix, index=i)).read()
 
     def batches(self, first: int = 0, workers: int = 0) -> Iterator["Batch"]:
         """From batch `first` on, prepared ahead by worker processes if there are any."""

@@ -1,23 +1,42 @@
-"""What a search for a ticket costs, before anything is trained: python train.py --plan"""
+"""Multiply-adds of a network, and what a search for a ticket costs before it is begun: python train.py --plan"""
+
+import functools
+import json
 
 import torch
 
 import lottery
 import models
-import report
 
 HOURS = {"LibriSpeech": 960, "TED-LIUM 1": 118, "Common Voice (as in the paper)": 582}  # of training speech
 SPARSITIES = (0.79, 0.9, 0.956)  # the paper's sparsest matching tickets of CNN-LSTM: 21 %, (10 %) and 4.4 % remain
 TERAFLOPS = 20  # sustained by one GPU: an assumption; recurrent layers run far below the peak
-TOKENS_A_SECOND = 15  # characters of read English
+SECONDS, TOKENS_A_SECOND = 4, 15  # of the utterance that is counted; characters of read English
+TOKENS = 29  # the paper's; how often a weight multiplies does not depend on them
 
 
-def multiply_adds(backbone: str) -> float:
-    """Multiply-adds of the loss per second of speech, forward, at paper size with the paper's 29 tokens."""
-    seconds, tokens = 4, 29
-    model = models.build(backbone, "paper", tokens)
-    uses = per_utterance(model, seconds, tokens)
-    return sum(uses[name] * weight.numel() for name, weight in lottery.prunable(model).items()) / seconds
+def multiply_adds(backbone: str, sizes: dict | None = None, kept: dict[str, int] | None = None) -> float:
+    """Multiply-adds of the loss per second of speech, forward: convolutions, LSTMs (each step), linear layers, joiner.
+
+    sizes: of the network (default: the paper's).  kept: weights by layer, as in a row of a ledger, so that zeros are
+    skipped (default: all, with the paper's 29 tokens).  Raises LotteryError if they are of other layers.
+    The utterance is of 4 s and 15 tokens a second; a transducer's joiner is counted over its whole lattice, as the
+    loss computes it. Products of two activations, as in attention, are not counted.
+    """
+    uses, weights = _uses_and_weights(backbone, json.dumps(sizes or models.BACKBONES[backbone].SIZES["paper"]))
+    kept = weights if kept is None else kept
+    if kept.keys() != uses.keys():
+        raise lottery.LotteryError(f"{backbone} has the prunable layers {', '.join(uses)}, not {', '.join(kept)}")
+    return sum(uses[name] * kept[name] for name in uses) / SECONDS
+
+
+@functools.cache
+def _uses_and_weights(backbone: str, sizes: str) -> tuple[dict[str, int], dict[str, int]]:
+    """How often each weight multiplies in an utterance, and how many weights each layer has; sizes: JSON."""
+    with torch.random.fork_rng(devices=[]):
+        model = models.BACKBONES[backbone](TOKENS, **json.loads(sizes)).eval()  # eval: no statistics of other processes
+        uses = per_utterance(model, SECONDS, TOKENS)
+    return uses, {name: weight.numel() for name, weight in lottery.prunable(model).items()}
 
 
 def per_utterance(model: torch.nn.Module, seconds: int, tokens: int) -> dict[str, int]:
@@ -29,10 +48,16 @@ def per_utterance(model: torch.nn.Module, seconds: int, tokens: int) -> dict[str
         return lottery.weight_uses(model, lambda: model.loss(torch.randn(1, int(frames), bins), frames, targets, text))
 
 
+def markdown(columns: list[str], rows: list[list[str]], right: int = 0) -> list[str]:
+    """The lines of a table, its first `right` columns aligned to the right."""
+    rule = ["---:"] * right + ["---"] * (len(columns) - right)
+    return [f"| {' | '.join(texts)} |" for texts in (columns, rule, *rows)]
+
+
 def table(epochs: int, prune_rate: float) -> str:
     """Markdown: what one search costs at each of SPARSITIES."""
     columns = ["backbone", "multiply-adds a second of speech", "training speech", *(f"{s:.1%}" for s in SPARSITIES)]
-    lines = [report.markdown_line(columns), report.markdown_line(["---"] * len(columns))]
+    rows = []
     for backbone in models.BACKBONES:
         forward = multiply_adds(backbone)
         for corpus, hours in HOURS.items():
@@ -43,8 +68,8 @@ def table(epochs: int, prune_rate: float) -> str:
                 total = 3 * forward * 3600 * audio  # backward() takes two products for each of the forward pass
                 gpu_hours = 2 * total / (TERAFLOPS * 1e12) / 3600
                 row.append(f"{trainings} trainings, {audio:,} h of audio, {total:.1e}, {gpu_hours:,.0f} GPU h")
-            lines.append(report.markdown_line(row))
-    return "\n".join(lines)
+            rows.append(row)
+    return "\n".join(markdown(columns, rows))
 
 
 def explained(epochs: int) -> str:

@@ -218,6 +218,7 @@ def read_run(out: Path, config: dict, flags: tuple[str, ...]) -> list[dict]:
     for key, value in config.items():
         if key != "machine" and old.get(key) != value:
             hashes = {"data_sha256": "--data, by its hash", "lm_sha256": "--lm, by its hash"}
+            hashes["noise_sha256"] = "--noise, by its hash"
             name = f"--{key.replace('_', '-')}" if key in flags else hashes.get(key, key)
             what = f"{name} {old.get(key)} there, {value} now"
             raise lottery.LotteryError(f"--out {out}: holds another run ({what}): choose another folder")

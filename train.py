@@ -40,6 +40,7 @@ import parallel
 import plan
 import report
 from data import SpecAugment
+from noise import Noise
 from runs import Keeper, Kept, Progress, Signals, Stopped, locked, read_run
 
 HERE = Path(__file__).resolve().parent
@@ -99,6 +100,36 @@ def rows_by_columns(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"must be RxC, rows and columns of a block, both at least 1, got {text!r}")
     rows, columns = map(int, text.split("x"))
     return rows, columns
+
+
+def decibels(text: str, separator: str) -> tuple[float, ...]:
+    """Numbers between the separators, each in [-100, 100]."""
+    values = tuple(map(float, text.split(separator)))
+    if not all(-100 <= value <= 100 for value in values):
+        raise ValueError
+    return values
+
+
+def snr_range(text: str) -> tuple[float, float]:
+    """LO:HI, in dB."""
+    try:
+        low, high = decibels(text, ":")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be LO:HI, two numbers of dB in [-100, 100], got {text!r}") from None
+    if low > high:
+        raise argparse.ArgumentTypeError(f"must be LO:HI with LO <= HI, got {text!r}")
+    return low, high
+
+
+def snr_list(text: str) -> tuple[float, ...]:
+    """A,B,..., in dB."""
+    try:
+        values = decibels(text, ",")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be A,B,..., numbers of dB in [-100, 100], got {text!r}") from None
+    if len({f"{value:g}" for value in values}) < len(values):
+        raise argparse.ArgumentTypeError(f"must not name an SNR twice, got {text!r}")
+    return values
 
 
 class Parser(argparse.ArgumentParser):
@@ -167,8 +198,12 @@ def flags() -> Parser:
     add("--tensorboard", action="store_true", help="write scalars for TensorBoard to the run folder")
     add("--save-every", type=float, metavar="MINUTES", help="between checkpoints (default: 5; more if slow to write)")
     add("--plan", action="store_true", help="print what a search costs at paper size, and train nothing")
+    add("--noise", type=Path, metavar="DIR", help="recordings to add: DIR/train in training, DIR/test in the test")
+    add("--snr", type=snr_range, metavar="LO:HI", help="speech over noise in training, in dB (valid stays clean)")
+    add("--test-snr", type=snr_list, metavar="A,B,...", help="in dB, one more test each, e.g. 20,10,5,0")
     add("--out", type=Path, help="run folder (default: runs/BACKBONE-DATA-SIZE-SPARSITY-seedSEED)")
     add("--retrain", nargs=2, metavar=("RUN", "ROUND"), help=argparse.SUPPRESS)  # for lottery.py verify
+    p._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's: --snr -5:10 is a value and not a flag
     return p
 
 
@@ -210,6 +245,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error(f"--corpus {args.corpus} wants --data DIR, the folder with the unpacked corpus")
     if args.batch_seconds and args.batch_size:
         p.error("--batch-size and --batch-seconds: only one of them can say how large a batch is")
+    if args.noise and args.snr is None and args.test_snr is None:
+        p.error("--noise needs --snr LO:HI (training), --test-snr A,B,... (test) or both")
+    if not args.noise and not (args.snr is None and args.test_snr is None):
+        p.error("--snr and --test-snr need --noise DIR")
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: torch finds no CUDA device here")
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
@@ -280,8 +319,8 @@ def defaults_of(source: controls.Source) -> dict:
     settings = {key: there[key] for key in FLAGS if key not in GIVEN and there.get(key) is not None}
     if "batch_seconds" in settings:
         del settings["batch_size"]
-    pairs = {key: tuple(settings[key]) for key in ("seconds", "block") if key in settings}
-    return settings | pairs | ({"data": source.data} if source.data else {})
+    settings |= {key: tuple(settings[key]) for key in BETWEEN if key in settings}
+    return settings | {key: path for key, path in source.paths.items() if path}
 
 
 SCOPE_OF_BLOCKS = "layer"
@@ -290,9 +329,11 @@ CHOICES += ("train_sets", "valid_sets", "test_sets", "tokens")
 SEARCH = ("beam", "lm_weight", "word_score")
 # Where they are not named in a configuration, they have these values.
 PRUNING = {"block": (1, 1), "scope": "global", "min_remaining": 0.0}
+NOISE = {"snr": None, "test_snr": None}
 GIVEN = {"control": None, "ticket_weights": "rewind", "rounds": None}
+BETWEEN = {"seconds": ":", "snr": ":", "test_snr": ",", "block": "x"}  # the numbers of a flag's value
 RECIPE = ("epochs", "batch_size", "batch_seconds", "accumulate", "lr", "seconds", "amp")
-FLAGS = (*CHOICES, *SEARCH, *RECIPE, *PRUNING, *GIVEN)
+FLAGS = (*CHOICES, *SEARCH, *RECIPE, *PRUNING, *NOISE, *GIVEN)
 
 
 def configuration(args: argparse.Namespace) -> dict:
@@ -300,12 +341,12 @@ def configuration(args: argparse.Namespace) -> dict:
     config = {name: getattr(args, name) for name in (*CHOICES, *SEARCH)}
     config["lm_sha256"] = args.lm and hashlib.sha256(args.lm.read_bytes()).hexdigest()
     config |= dataclasses.asdict(args.recipe) | {"processes": parallel.count()}
-    config |= {k: getattr(args, k) for k, default in (PRUNING | GIVEN).items() if getattr(args, k) != default}
+    config |= {k: getattr(args, k) for k, default in (PRUNING | NOISE | GIVEN).items() if getattr(args, k) != default}
     # Not compared when a run is met again (data_sha256 is): but results are equal bit for bit only on one machine.
     config["machine"] = {"device": args.device, "threads": torch.get_num_threads()}
     config["machine"]["data"] = "demo" if args.data == HERE / "demo" else str(args.data.resolve())
     config["machine"]["cache"] = args.cache if isinstance(args.cache, str) else str(args.cache.resolve())
-    paths = {key: getattr(args, key) for key in ("lm", "ticket", "dense", "init")}
+    paths = {key: getattr(args, key) for key in ("lm", "ticket", "dense", "init", "noise")}
     config["machine"] |= {key: path and str(path.resolve()) for key, path in paths.items()}
     return json.loads(json.dumps(config))
 
@@ -317,8 +358,8 @@ def command_line(config: dict) -> list[str]:
         flag, value = f"--{name.replace('_', '-')}", config.get(name)
         if name == "batch_size" and config["batch_seconds"]:
             continue
-        if name in ("seconds", "block") and value:
-            value = (":" if name == "seconds" else "x").join(map(str, value))
+        if name in BETWEEN and value:
+            value = BETWEEN[name].join(map(str, value))
         if value is True:
             argv.append(flag)
         elif isinstance(value, list):
@@ -368,15 +409,18 @@ class Corpus:
 
     def __init__(
         self, utterances: dict[str, list[data.Utterance]], tokens: list[str], model, seconds=(0.0, math.inf),
-        cache: "str | data.Cache" = "memory", workers: int = 0,
+        cache: "str | data.Cache" = "memory", workers: int = 0, noise: Noise | None = None,
     ):  # fmt: skip
         self.tokens = tokens
 
+        def examples(split: str, name: str, **how) -> list[data.Example]:
+            return data.load_examples(
+                utterances[split], tokens, model.features, f"features of {name}", cache, workers, **how
+            )
+
         def load() -> dict[str, list[data.Example]]:
-            return {
-                split: data.load_examples(part, tokens, model.features, f"features of {split}", cache, workers)
-                for split, part in utterances.items()
-            }
+            noisy = noise is not None and noise.snr is not None
+            return {split: examples(split, split, fresh=noisy and split == "train") for split in utterances}
 
         splits = parallel.first_then_others(load) if isinstance(cache, data.Cache) else load()
         print(f"data: {', '.join(f'{len(part)} {split}' for split, part in splits.items())} utterances")
@@ -400,6 +444,12 @@ class Corpus:
             if unseen:
                 counts = ", ".join(f"{c!r} x {n}" for c, n in sorted(unseen.items()))
                 print(f"data: {split} has characters that train has not, counted as errors: {counts}")
+        if noise:
+            print(f"noise: {noise}")
+            for split, snr in itertools.product(list(self.tests), noise.test_snr):
+                mixes = [functools.partial(noise.for_test, snr=snr, index=i) for i in range(len(utterances[split]))]
+                name = f"{split} at {snr:g} dB"
+                self.tests[name] = examples(split, name, mixes=mixes)
 
 
 def train_round(
@@ -497,7 +547,7 @@ def add_gradients(setting: "Setting", epoch: data.Epoch, parts: range, batches: 
 
 def code_sha256() -> str:
     """Hash of the sources that decide a result."""
-    names = ("train", "runs", "parallel", "controls", "lottery", "models", "data", "corpora", "decode")
+    names = ("train", "runs", "parallel", "controls", "lottery", "models", "data", "corpora", "decode", "noise")
     sources = [HERE / f"{name}.py" for name in names] + sorted((HERE / "csrc").rglob("*.*"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
@@ -515,19 +565,24 @@ class Setting:
     rounds: list[int]
     cache: "str | data.Cache"
     dense: dict | None = None  # round 0, if it is taken from another run
+    noise: Noise | None = None
 
     def __post_init__(self):
         self.loss, self.transcribe = parallel.loss_of(self.model), self.search_of(self.model)
 
     def corpus(self) -> Corpus:
         args = self.args
-        return Corpus(self.utterances, self.tokens, self.model, args.recipe.seconds, self.cache, args.workers)
+        return Corpus(
+            self.utterances, self.tokens, self.model, args.recipe.seconds, self.cache, args.workers, self.noise
+        )
 
     def epoch(self, corpus: Corpus, number: int, augment: SpecAugment | None = None) -> data.Epoch:
         recipe, process, processes = self.args.recipe, parallel.index(), parallel.count()
+        mix = self.noise.for_training if self.noise and self.noise.snr is not None else None
         return data.Epoch(
-            corpus.train, recipe.batch_size, self.args.seed, number, augment, recipe.batch_seconds, process, processes
-        )
+            corpus.train, recipe.batch_size, self.args.seed, number, augment, recipe.batch_seconds, process, processes,
+            mix,
+        )  # fmt: skip
 
     def epoch_ends(self, corpus: Corpus) -> list[int]:
         """Steps after which each epoch of a round ends."""
@@ -566,6 +621,8 @@ def prepare(args: argparse.Namespace) -> Setting:
     config = configuration(args) | {"data_sha256": data.corpus_sha256(utterances, hashes)}
     config |= {"ticket_sha256": args.source.identity(args.rounds, args.ticket_weights)} if args.source else {}
     config |= {"init_sha256": lottery.sha256(model.state_dict())} if args.init else {}
+    noise = Noise(args.noise, args.snr, args.test_snr or ()) if args.noise else None
+    config |= {"noise_sha256": noise.sha256} if noise else {}
     dense = dense_of(args, config)
     config |= {"dense": lottery.row_hash(dense)} if dense else {}
     ticket = lottery.Ticket(model, pruning=args.pruning)
@@ -574,7 +631,7 @@ def prepare(args: argparse.Namespace) -> Setting:
     words = {word for utterance in utterances["train"] for word in utterance.text.split()}
     search_of = functools.partial(decode.transcriber, tokens=tokens, lm=args.lm, words=words, **options)
     rounds = args.rounds or list(range(len(counts)))
-    return Setting(args, config, utterances, tokens, model, search_of, rounds, cache, dense)
+    return Setting(args, config, utterances, tokens, model, search_of, rounds, cache, dense, noise)
 
 
 def start_from(path: Path, model: torch.nn.Module, tokens: list[str]) -> None:
@@ -641,7 +698,7 @@ def run(args: argparse.Namespace, signals: Signals) -> None:
             if not all((args.out / name).exists() for name in ("report.md", "report.png")):
                 report.write_report(args.out, config, rows)
             (args.out / "checkpoint.safetensors").unlink(missing_ok=True)
-    print("\n".join(report.summary(rows)))
+    print("\n".join(report.summary(setting.config, rows)))
     print(f"{args.out}: ledger.jsonl, ticket.safetensors, report.md, report.png")
 
 
@@ -816,7 +873,7 @@ def retrain(run: Path, number: int) -> None:
         if number not in [row["round"] for row in rows]:
             raise IndexError(f"the ledger has rounds {', '.join(str(row['round']) for row in rows)}")
         argv = command_line(config)
-        for key in ("lm", "ticket", "dense", "init"):
+        for key in ("lm", "ticket", "dense", "init", "noise"):
             if config["machine"].get(key):
                 argv += [f"--{key}", config["machine"][key]]
         row = next(row for row in rows if row["round"] == number)

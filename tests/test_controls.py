@@ -72,7 +72,9 @@ def test_random_masks_by_hand():
 
 
 @pytest.mark.parametrize("backbone", list(models.BACKBONES))
-def test_small_networks_are_as_large_as_they_may_be(backbone):
+def test_small_networks_are_as_large_as_they_may_be(backbone, monkeypatch):
+    monkeypatch.setitem(models.ConformerCtc.SIZES, "paper", models.ConformerCtc.SIZES["paper"] | {"blocks": 2})
+
     def parameters(sizes):
         with torch.device("meta"):
             return sum(p.numel() for p in models.BACKBONES[backbone](29, **sizes).parameters())

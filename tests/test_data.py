@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -317,6 +318,17 @@ def recordings(tmp_path):
     for i, name in enumerate(names):
         write_wav(name, noise(1600 + 800 * i))
     return [data.Utterance(name, "ab", "", *((0.05, 0.1) if i == 4 else ())) for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_features_from_workers_hold_no_file_open(recordings, fresh):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, before[1]))
+    try:
+        examples = data.load_examples(recordings * 40, [data.BLANK], "log-mel", workers=1, fresh=fresh)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(examples) == 200 and examples[199].features.shape == examples[4].features.shape
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,0 +1,253 @@
+"""Merged runs: pooled seeds, names of methods, selection, comparisons, pictures; multiply-adds by hand."""
+
+import functools
+import json
+
+import pytest
+import torch
+
+import compare
+import lottery
+import models
+import plan
+import report
+
+with torch.device("meta"):
+    WEIGHTS = {n: w.numel() for n, w in lottery.prunable(models.build("cnn-lstm", "demo", 29)).items()}
+TOTAL = sum(WEIGHTS.values())
+WORDS = [10, 10, 10, 10]
+ROUND_0 = [4, 4, 4, 4]  # errors: dense WER 16 / 40
+
+
+@functools.cache
+def verdict(errors, dense):
+    return lottery.verdict(errors, dense, WORDS)
+
+
+def write_run(
+    folder, errors, valid=None, *, seed=0, sparsity=0.4, data="/corpora/demo", machine=(), row=(), **settings
+):
+    """A run folder of the demo CNN-LSTM; errors: by round and utterance; row: more entries of every row but dense."""
+    config = {"backbone": "cnn-lstm", "sparsity": sparsity, "size": "demo", "prune_rate": 0.2, "rewind_step": 0}
+    config |= {"seed": seed, "margin": 0.01, "data_sha256": data[::-1], **settings}
+    rows, settings = [], dict(config)
+    config["machine"] = {"data": data, "threads": 1, **dict(machine)}
+    for number, (kept, wrong) in enumerate(zip(lottery.kept_counts(TOTAL, sparsity), errors)):
+        layers = {name: round(n * kept / TOTAL) for name, n in WEIGHTS.items()}
+        told = verdict(tuple(wrong), tuple(errors[0])) if number else None
+        new = {
+            "round": number, "kept": kept, "total": TOTAL, "remaining": kept / TOTAL, "remaining_all": kept / TOTAL,
+            "kept_per_layer": layers, "mask_sha256": f"{folder} {number}", "last_sha256": "", "trained_sha256": "",
+            "valid_wer": valid[number] if valid else 0.5, "test_wer": sum(wrong) / 40, "test_cer": sum(wrong) / 80,
+            "test_errors": wrong, "test_words": WORDS, "seconds": 1.0, "waited": 0.0, "resumed": 0,
+        }  # fmt: skip
+        if told:
+            new |= {"verdict": told.word, "interval": [told.low, told.high], **dict(row)}
+        lottery.append_row(None, rows, new, settings)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "ledger.jsonl").write_bytes(b"".join(map(lottery.ledger_line, rows)))
+    return folder
+
+
+def merged(*folders):
+    return compare.merge([compare.load(folder) for folder in folders])
+
+
+def test_two_seeds_are_pooled(tmp_path):
+    one = write_run(tmp_path / "a", [ROUND_0, [3, 3, 3, 3], [5, 5, 5, 5]])
+    two = write_run(tmp_path / "b", [ROUND_0, [1, 1, 1, 1]], seed=1)
+    ((method,),) = merged(one, two).values()
+    dense, first, second = method.points.values()
+    assert method.name == "imp" and first.seeds == [0, 1] and second.seeds == [0]
+    # 12 / 40 and 4 / 40 against 16 / 40; every utterance differs by (1 + 3) / 2 of its 10 words, in any resample
+    assert first.mean("test_wer") == pytest.approx(0.2) and first.mean_other("test_wer") == 0.4
+    assert first.verdict() == ("winning", pytest.approx(-0.2), pytest.approx(-0.2))
+    assert second.verdict() == ("worse", pytest.approx(0.1), pytest.approx(0.1))
+    assert method.sparsest() is first
+    assert report.wer_band(first) == (pytest.approx(0.2), pytest.approx(0.2))
+    # CER 6 / 40 and 2 / 40, 8 / 40 dense: differences -0.05 and -0.15, half width 12.71 * 0.0707 / 2 ** 0.5
+    assert report.cer_band(first) == (pytest.approx(0.1 - 0.6355, abs=1e-4), pytest.approx(0.1 + 0.6355, abs=1e-4))
+    assert report.cer_band(second) is None
+    assert report.merged_cells(method, first, "")[5:8] == ["2", "0.500 ± 0.000", "0.200 ± 0.141"]
+
+
+def test_a_longer_search_contains_the_shorter(tmp_path):
+    """--sparsity 0.4 ends with a round 3 of 60 %, which is not the round 3 of 51.2 % of --sparsity 0.5."""
+    errors = [ROUND_0] * 6
+    short, long = (write_run(tmp_path / str(s), errors, sparsity=s, seed=int(10 * s)) for s in (0.4, 0.5))
+    again = write_run(tmp_path / "again", errors, sparsity=0.4, seed=5)  # a seed that is there: rounds 0 to 2 are known
+    ((method,),) = merged(short, long, again).values()
+    found = [(f"{point.mean('remaining'):.3f}", point.seeds) for point in method.points.values()]
+    assert found == [
+        ("1.000", [4, 5]), ("0.800", [4, 5]), ("0.640", [4, 5]), ("0.600", [4, 5]), ("0.512", [5]), ("0.500", [5]),
+    ]  # fmt: skip
+
+
+def test_best_is_chosen_on_valid(tmp_path):
+    """Round 2 has the better valid WER, round 1 the better test WER."""
+    run = write_run(tmp_path / "a", [ROUND_0, [1, 1, 1, 1], [3, 3, 3, 3]], valid=[0.5, 0.45, 0.4])
+    ((method,),) = merged(run).values()
+    assert method.best().round == 2
+    # A seed that has round 1 alone is worse there, and worse when dense: its round 1 gains 0.3, the most.
+    other = write_run(tmp_path / "b", [ROUND_0, [9, 9, 9, 9]], valid=[0.9, 0.6], seed=1)
+    ((method,),) = merged(run, other).values()
+    assert method.best().round == 1
+
+
+def test_methods_are_named_by_what_differs(tmp_path):
+    errors = [ROUND_0, ROUND_0, ROUND_0]
+    search = write_run(tmp_path / "search", errors, epochs=20)
+    spanish = write_run(tmp_path / "spanish", errors, epochs=20, data="/corpora/es")
+    ticket = {"machine": {"ticket": str(tmp_path / "gone")}, "ticket_sha256": "of a seed and its rounds"}
+    of = {"row": {"source_mask_sha256": f"{tmp_path / 'search'} 1"}, **ticket}
+    methods = merged(
+        search,
+        spanish,
+        write_run(tmp_path / "late", errors, epochs=20, rewind_step=200),
+        write_run(tmp_path / "snr", errors, epochs=30, snr=[0, 20], noise_sha256="12"),
+        write_run(tmp_path / "random", errors, epochs=20, control="random-mask", **of),
+        write_run(tmp_path / "own", errors, epochs=20, **of),
+        write_run(tmp_path / "es", errors, epochs=20, **of | {"row": {"source_mask_sha256": f"{spanish} 2"}}),
+        write_run(tmp_path / "es-random", errors, epochs=20, control="random-init",
+                  **of | {"row": {"source_mask_sha256": f"{spanish} 2"}}),
+        write_run(tmp_path / "unknown", errors, epochs=20, **ticket),
+    )  # fmt: skip
+    assert list(methods) == ["cnn-lstm on demo, demo size", "cnn-lstm on es, demo size"]
+    names = [method.name for method in methods["cnn-lstm on demo, demo size"]]
+    assert names == [
+        "imp", "rewind_step 200", "epochs 30, snr 0:20", "random-mask", "ticket", "ticket of es",
+        "random-init, ticket of es", "ticket of another run",
+    ]  # fmt: skip
+    pairs = [(a.name, b.name) for a, b in compare.rivals(methods["cnn-lstm on demo, demo size"])]
+    assert pairs == [
+        ("imp", "random-mask"), ("rewind_step 200", "imp"), ("ticket", "random-mask"),
+        ("ticket of es", "random-init, ticket of es"),
+    ]  # fmt: skip
+
+
+def test_claims_say_what_holds(tmp_path):
+    """Ten rounds to 10.7 %: the claims are about round 8, 16.8 %, whatever the others are."""
+    imp = [[ROUND_0] * 8 + [[3, 3, 3, 3], [9, 9, 9, 9], [9, 9, 9, 9]], [ROUND_0] * 8 + [[4, 4, 4, 4]]]
+    random = [[5, 5, 5, 5] if i else ROUND_0 for i in range(11)]
+    ((title, methods),) = merged(
+        *(write_run(tmp_path / f"imp{s}", errors, sparsity=0.8926, seed=s) for s, errors in enumerate(imp)),
+        write_run(tmp_path / "random", random, sparsity=0.8926, seed=1, control="random-mask"),
+    ).items()
+    assert title == "cnn-lstm on demo, demo size"
+    assert report.claims(title, methods) == [
+        f"- {title}: imp with 16.8% of the weights matches dense: **holds**, [-0.050, -0.050], 2 seeds (0, 1), "
+        "4 test utterances.",
+        f"- {title}: imp is better than random-mask at 16.8%: **holds**, [-0.100, -0.100], 1 seed (1), "
+        "4 test utterances.",
+    ]
+    (pair,) = compare.rivals(methods)
+    assert len(compare.compared(*pair)) == 8
+    methods[0].points[8, 0.0].rows[:] = [methods[0].points[9, 0.0].rows[0]] * 2
+    assert "imp with 13.4% of the weights matches dense: **does not hold**" in report.claims(title, methods)[0]
+
+
+def test_other_test_sets_have_their_rows_and_claims(tmp_path):
+    """Four utterances in the clean, two in noise, where the ticket has 3 + 3 errors of 20 words and dense 8 + 8."""
+    run = write_run(tmp_path / "run", [ROUND_0, [3, 3, 3, 3]], sparsity=0.2)
+    (method,) = next(iter(merged(run).values()))
+    dense, ticket = method.points.values()
+    noise = {"test_words": [10, 10], "test_cer": 0.25}
+    dense.rows[0]["other_tests"] = {"test at 10 dB": noise | {"test_errors": [8, 8], "test_wer": 0.8}}
+    told = {"verdict": "winning", "interval": [-0.5, -0.5]}
+    ticket.rows[0]["other_tests"] = {"test at 10 dB": noise | told | {"test_errors": [3, 3], "test_wer": 0.3}}
+    ticket.rows[0]["remaining"] = 0.2
+    rows = [line for line in report.tables([method]) if line.startswith("| test")]
+    assert [row.split(" | ")[0] for row in rows] == ["| test set", "| test", "| test", *["| test at 10 dB"] * 2]
+    assert "| 0.500 | 0.300 | 0.250 | winning [-0.500, -0.500] | 51.8 M, 41.4 M (80.0%) |" in rows[-1]
+    assert report.claims("T", [method]) == [
+        "- T: imp with 20.0% of the weights matches dense: **holds**, [-0.100, -0.100], 1 seed (0), 4 test utterances.",
+        "- T: imp with 20.0% of the weights matches dense on test at 10 dB: **holds**, [-0.500, -0.500], 1 seed (0), "
+        "2 test utterances.",
+    ]
+
+
+def test_layers_without_a_weight_are_marked_and_white(tmp_path):
+    empty = dict.fromkeys(WEIGHTS, 100) | {"convs.1.weight": 0}
+    half = {name: n // 2 for name, n in WEIGHTS.items()}
+    ((method,),) = merged(
+        write_run(tmp_path / "a", [ROUND_0, ROUND_0], row={"kept_per_layer": empty}),
+        write_run(tmp_path / "b", [ROUND_0, ROUND_0], row={"kept_per_layer": half}, seed=1),
+    ).values()
+    assert report.merged_cells(method, method.tickets()[0], "")[-1] == "convs.1.weight"
+    shares = method.layer_shares()
+    n = WEIGHTS["convs.0.weight"]  # 1 * 16 * 21 * 11
+    assert n == 3696 and shares["convs.0.weight"] == [1.0, pytest.approx((100 / 3696 + 0.5) / 2)]
+    assert shares["convs.1.weight"] == [1.0, 0.25]
+    report.draw_layers(tmp_path / "layers.png", "title", [method])
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_command_prints_and_writes(tmp_path, capsys):
+    folders = [write_run(tmp_path / f"run{s}", [ROUND_0, [3, 3, 3, 3]], seed=s) for s in (0, 1)]
+    assert report.main([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "| imp | 0.400 ± 0.000 | 0.300 ± 0.000 at 80.0% (80.0% of all), winning [-0.100, -0.100], 2 seeds |" in said
+    assert "| paper: TED-LIUM | 15.93 | 15.70 at 4.4 % | 14.04 at 16.8 % | one second-hand summary, unchecked; " in said
+    assert "None yet: no ticket is sparse enough." in said
+    names = {"report.md", "cnn-lstm-on-demo-demo-size.png", "cnn-lstm-on-demo-demo-size-layers.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert "(cnn-lstm-on-demo-demo-size-layers.png)" in (tmp_path / "out" / "report.md").read_text()
+
+
+def edit(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda run: (run / "ledger.jsonl").write_bytes(b"{}\n"), "a value is missing"),
+        (lambda run: (run / "ledger.jsonl").write_bytes(b"[\n"), "line 1: not a row of a ledger"),
+        (lambda run: (run / "config.json").write_text("{"), "not a run folder"),
+        (lambda run: edit(run / "config.json", '"seed": 0', '"seed": 1'), "round 0 does not follow the configuration"),
+        (lambda run: (run / "ledger.jsonl").unlink(), "cannot read the ledger"),
+        (lambda run: (run / "ledger.jsonl").write_bytes(b""), "no run with a finished round"),
+    ],
+)  # fmt: skip
+def test_a_damaged_run_is_one_line(damage, said, tmp_path, capsys):
+    run = write_run(tmp_path / "run", [ROUND_0, ROUND_0])
+    damage(run)
+    assert report.main([str(run)]) == 2
+    *_, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("report.py: error: ") and said in error
+
+
+def test_multiply_adds_by_hand():
+    """4 s are 400 frames, 100 encoder frames, 50 joiner frames; 60 tokens and the start make 61."""
+    sizes = dict(window=12, channels=2, hidden=3, layers=1, predictor=4, joiner=5, dropout=0.1)
+    dense = {
+        "subsample.weight": 100 * 2 * 80 * 12,
+        "encoder.0.weight_ih_l0": 100 * 4 * 3 * 2,
+        "encoder.0.weight_hh_l0": 100 * 4 * 3 * 3,
+        "predictor.weight_ih_l0": 61 * 4 * 4 * 4,
+        "predictor.weight_hh_l0": 61 * 4 * 4 * 4,
+        "encoder_projection.weight": 50 * 5 * 3,
+        "predictor_projection.weight": 61 * 5 * 4,
+        "output.weight": 50 * 61 * 29 * 5,  # the joiner's lattice
+        "ctc_output.weight": 100 * 29 * 3,
+    }
+    assert plan.multiply_adds("rnnt", sizes) == sum(dense.values()) / 4 == 658_728 / 4
+    kept = dict.fromkeys(dense, 0)
+    assert plan.multiply_adds("rnnt", sizes, kept | {"output.weight": 7}) == 50 * 61 * 7 / 4
+    assert plan.multiply_adds("rnnt", sizes, kept | {"encoder.0.weight_hh_l0": 10, "subsample.weight": 1}) == 1100 / 4
+    with pytest.raises(lottery.LotteryError, match=r"rnnt has the prunable layers subsample\.weight, .*, not other"):
+        plan.multiply_adds("rnnt", sizes, {"other": 1})
+    # Conv2d: 1 -> 2 channels, kernel 3 x 5, strides 2 and 2: 40 of 80 bins, 200 frames; again: 20 bins, 100 frames
+    sizes = dict(
+        features="log-mel",
+        channels=2,
+        kernels=[(3, 5), (3, 5)],
+        strides=[(2, 2), (2, 2)],
+        hidden=3,
+        layers=1,
+        dropout=0.0,
+    )
+    convolutions = 40 * 200 * (2 * 1 * 3 * 5) + 20 * 100 * (2 * 2 * 3 * 5)
+    recurrent = 100 * 2 * (4 * 3 * 2 * 20 + 4 * 3 * 3)  # two directions, inputs of 2 channels and 20 bins
+    assert plan.multiply_adds("cnn-lstm", sizes) == (convolutions + recurrent + 100 * 29 * 3) / 4
