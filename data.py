@@ -204,6 +204,18 @@ def unseen_characters(utterances: list[Utterance], tokens: list[str]) -> dict[st
 # ---------------------------------------------------------------------------- audio and features
 
 
+AUDIO = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".sph", ".w64", ".caf"}
+
+
+def recordings(folder: Path) -> list[Path]:
+    """The recordings in a folder and in those below it, by their names' endings; hidden ones left out."""
+    found = [
+        path for path in folder.rglob("*")
+        if path.suffix.lower() in AUDIO and path.is_file() and not path.name.startswith(".")
+    ]  # fmt: skip
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
 def load_audio(path: Path, offset: float | None = None, duration: float | None = None) -> Tensor:
     """(N,) float32 in [-1, 1], mono, 16 kHz. Any format soundfile reads: WAV, FLAC, Ogg, Opus, MP3, SPHERE.
 

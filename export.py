@@ -7,7 +7,7 @@ A CTC network is one graph, FILE.onnx: features (1, T, F) -> log_probs (1, T', V
     FILE-joiner.onnx       a frame of encoder_out, and predictor_out, (1, joiner) -> logits (1, V)
 
 The predictor starts with the blank, token 0, and zeros. A graph's metadata has the tokens (JSON), the kind of features,
-the feature frames in a frame of its output (stride), and for a transducer how many tokens a frame may emit (max_symbols).
+the feature frames in a frame of its output (stride), and for a transducer the most tokens of a frame (max_symbols).
 """
 
 import copy

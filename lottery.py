@@ -995,7 +995,9 @@ def _verify_ticket(found: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="lottery.py", description="Check runs, copy tickets.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="lottery.py", description="Check runs, copy and weigh tickets.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("verify", help="print a line a check; exit code 0 if all hold, 1 if not")
     command.add_argument("run", type=Path, help="run folder")
@@ -1004,7 +1006,18 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("ticket", type=Path)
     command.add_argument("new", type=Path)
     command.add_argument("--without-rewind", action="store_true", help="leave the rewind state out: half the size")
+    command = commands.add_parser("size", help="bytes by part beside the dense checkpoint, what remains, multiply-adds")
+    command.add_argument("ticket", type=Path)
     args = parser.parse_args(argv)
+    if args.command == "size":
+        import size  # it knows the recognisers, whose products it counts; nothing above does
+
+        try:
+            print(size.report(args.ticket))
+        except (LotteryError, OSError) as error:
+            print(f"lottery.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        return 0
     if args.command == "copy":
         try:
             file = load_ticket(args.ticket)
@@ -1027,4 +1040,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.modules["lottery"] = sys.modules[__name__]  # size.py imports it: not a second time
     sys.exit(main())

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -28,8 +27,6 @@ import lottery
 import models
 from models import Emission
 
-AUDIO = {f".{name.lower()}" for name in soundfile.available_formats()} - {".raw"}  # by these a folder's files are known
-AUDIO |= {".opus", ".oga", ".aif", ".aifc", ".snd", ".sph", ".mpga"}
 BATCH = 8  # pieces
 
 
@@ -98,27 +95,24 @@ def load(path: Path) -> tuple[nn.Module, lottery.TicketFile]:
     """The model of a ticket with its trained weights, for evaluation. Raises LotteryError naming the file."""
     file = lottery.load_ticket(path)
     try:
-        info = file.info
-        model = models.BACKBONES[info["backbone"]](len(info["tokens"]), **info["sizes"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise lottery.LotteryError(
-            f"{path}: not a speech recogniser's ticket: backbone, sizes or tokens do not fit ({error!r})"
-        ) from None
+        model = models.of(file.info)
+    except ValueError as error:
+        raise lottery.LotteryError(f"{path}: {error}") from None
     lottery.check_fit(path, file, model)
     model.load_state_dict(file.trained)
     return model.eval(), file
 
 
 def sources(audio: list[str]) -> Iterator[data.Utterance]:
-    """The recordings meant by files, folders (what is named as audio in them, sorted) and - (a manifest on stdin)."""
+    """The recordings meant by files, folders (recordings in them) and - (a manifest on stdin)."""
     for name in audio:
         if name == "-":
             for _, row in data.manifest_rows(sys.stdin.buffer.read(), "stdin"):
                 yield data.Utterance(Path(row["audio_filepath"]), "", "", row["offset"], row["duration"])
         elif Path(name).is_dir():
-            found = sorted(p for p in Path(name).rglob("*") if p.suffix.lower() in AUDIO and p.is_file())
+            found = data.recordings(Path(name))
             if not found:
-                raise data.DataError(f"{name}: no audio file in this folder (it goes by their endings)")
+                raise data.DataError(f"{name}: no recording in it (by their endings: {' '.join(sorted(data.AUDIO))})")
             yield from (data.Utterance(path, "") for path in found)
         else:
             yield data.Utterance(Path(name), "")
