@@ -499,6 +499,4 @@ def of(info: dict) -> nn.Module:
     try:
         return BACKBONES[info["backbone"]](len(info["tokens"]), **info["sizes"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise ValueError(
-            f"not a speech recogniser's ticket: backbone, sizes or tokens do not fit ({error!r})"
-        ) from None
+        raise ValueError(f"not a recogniser's ticket: its backbone, sizes or tokens do not fit ({error!r})") from None
