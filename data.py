@@ -306,12 +306,21 @@ class Running:
 
     Mean and variance of a frame are those of all frames up to it; the first SECOND frames share those of them all, so
     that nothing comes out before a second is there. The pieces make no difference, up to rounding.
+    moments: of similar audio, (2, F); they count as KNOWN frames heard before, and nothing waits.
     """
 
-    SECOND = 100  # frames
+    SECOND, KNOWN = 100, 300  # frames
 
-    def __init__(self):
+    def __init__(self, moments: Tensor | None = None):
         self.held, self.count, self.sums = None, 0, None  # sums of x and of x squared, (2, F) float64
+        if moments is not None:
+            self.count, self.sums = self.KNOWN, self.KNOWN * moments
+
+    @staticmethod
+    def moments(recordings: list[Tensor]) -> Tensor:
+        """The mean of x and of x squared over the frames of all recordings, each (T, F). Returns (2, F) float64."""
+        x = torch.cat(recordings).double()
+        return torch.stack((x.mean(0), x.square().mean(0)))
 
     def push(self, features: Tensor, last: bool = False) -> Tensor:
         """(T, F), T may be 0 -> (T', F), those now known. last: nothing follows."""
@@ -336,8 +345,9 @@ class Stream:
 
     EDGE = 2  # frames: a window ends 256 samples, 1.6 frames, from its middle
 
-    def __init__(self):
-        self.samples, self.known, self.running = torch.zeros(0), 0, Running()  # known: frames in samples, given already
+    def __init__(self, moments: Tensor | None = None):
+        self.samples, self.running = torch.zeros(0), Running(moments)
+        self.known = 0  # frames in samples, given already
 
     def push(self, samples: Tensor, last: bool = False) -> Tensor:
         """(N,) at 16 kHz, N may be 0 -> (T, 80), the frames that are now known. last: nothing follows."""

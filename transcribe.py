@@ -51,6 +51,7 @@ def flags() -> Parser:
     add("--piece", type=float, default=20.0, metavar="S", help="longest audio recognised at once (default: 20)")
     add("--overlap", type=float, default=4.0, metavar="S", help="of two pieces of a longer file (default: 4)")
     add("--normalize", choices=["utterance", "running"], help="features by a whole piece's statistics, or as --stream")
+    add("--calibrate", type=Path, metavar="AUDIO", help="file or folder whose statistics the running ones begin with")
     add("--beam", type=int, help=f"width of the search, CTC (default: 1, greedy; with --lm {decode.BEAM})")
     add("--lm", type=Path, metavar="FILE.arpa", help="n-gram model of words, CTC")
     add("--lm-weight", type=float, help=f"of its ln p (default: {decode.LM_WEIGHT})")
@@ -72,6 +73,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error(f"--piece and --overlap must be seconds with 0 < overlap < piece, got {args.piece:g}, {args.overlap:g}")
     if not 0.01 <= args.chunk < math.inf:
         p.error(f"--chunk must be at least 0.01 seconds, got {args.chunk:g}")
+    if args.calibrate and not (args.stream or args.normalize == "running"):
+        p.error("--calibrate goes with --stream or --normalize running")
     if args.lm is None and (args.lm_weight, args.word_score) != (None, None):
         p.error("--lm-weight and --word-score need --lm")
     if args.beam is None:
@@ -195,7 +198,10 @@ class Recogniser:
         self.model, self.ticket = load(args.ticket)
         self.backbone, self.tokens = self.ticket.info["backbone"], self.ticket.info["tokens"]
         self.frame, self.seconds = self.model.stride * data.FRAME_SECONDS, 0.0  # seconds of compute
-        self.ready = False
+        self.ready, self.moments = False, None
+        if args.calibrate:
+            waveforms = (data.load_audio(recording.audio) for recording in sources([str(args.calibrate)]))
+            self.moments = data.Running.moments([data.FEATURES[self.model.features](w) for w in waveforms])
 
     def prepare(self, run: Callable[[nn.Module], object]) -> None:
         """run: the use that layers are measured in."""
@@ -216,7 +222,9 @@ class Recogniser:
         """(N,) -> (T, F). Raises DataError naming the file if they are not finite."""
         features = data.FEATURES[self.model.features](waveform)
         running = self.args.normalize == "running"
-        return finite(data.Running().push(features, last=True) if running else data.normalize(features), path)
+        if running:
+            return finite(data.Running(self.moments).push(features, last=True), path)
+        return finite(data.normalize(features), path)
 
     def recognise(self, features: list[Tensor]) -> list[list[Emission]]:
         """What is in each of some (T, F)."""
@@ -304,10 +312,10 @@ def chunks_of_stdin(samples: int) -> Iterator[tuple[Tensor, bool]]:
 
 
 def follow(
-    model: models.Transducer, chunks: Iterable[tuple[Tensor, bool]], path: Path | str = ""
+    model: models.Transducer, chunks: Iterable[tuple[Tensor, bool]], moments: Tensor | None, path: Path | str = ""
 ) -> Iterator[tuple[list[Emission], int, float]]:
     """What each chunk (N,) of 16 kHz audio adds, N, and the seconds that took, features included."""
-    features, stream = data.Stream(), models.Stream(model)
+    features, stream = data.Stream(moments), models.Stream(model)
     for samples, last in chunks:
         started = time.monotonic()
         with torch.inference_mode():
@@ -321,7 +329,7 @@ def streamed(
     """As transcripts, but each recording in chunks, and without --json its text is printed as it comes."""
     args, size = recogniser.args, round(recogniser.args.chunk * data.SAMPLE_RATE)
     noise = torch.randn(2 * data.SAMPLE_RATE + size, generator=torch.Generator().manual_seed(0))
-    recogniser.prepare(lambda model: list(follow(model, chunks_of(noise, size))))
+    recogniser.prepare(lambda model: list(follow(model, chunks_of(noise, size), None)))
     for recording in recordings:
         emissions, seconds, printed = [], 0.0, ""
         try:
@@ -330,7 +338,7 @@ def streamed(
             else:
                 waveform = data.load_audio(recording.audio, recording.offset, recording.duration)
                 chunks = chunks_of(waveform, size)
-            for new, samples, took in follow(recogniser.model, chunks, recording.audio):
+            for new, samples, took in follow(recogniser.model, chunks, recogniser.moments, recording.audio):
                 emissions += new
                 seconds += samples / data.SAMPLE_RATE
                 latencies.append(took)
@@ -344,12 +352,14 @@ def streamed(
             yield Transcript(recording, 0.0, [], str(error))
 
 
-def latency(model: models.Transducer, chunk: float, latencies: list[float]) -> str:
+def latency(model: models.Transducer, args: argparse.Namespace, latencies: list[float]) -> str:
     median, high, most = (1e3 * q for q in np.quantile(latencies, [0.5, 0.95, 1]))
     after = 10 * (model.window - 1) + 16 - 10 * model.stride
     return (
-        f"chunks of {chunk:g} s: {median:.1f} ms of compute in the median, {high:.1f} at 95 %, {most:.1f} at most; "
-        f"what is said can come out {after} ms after its frame of {10 * model.stride} ms, the first second at its end"
+        f"chunks of {args.chunk:g} s: {median:.1f} ms of compute in the median, "
+        f"{high:.1f} at 95 %, {most:.1f} at most; "
+        f"what is said can come out {after} ms after its frame of {10 * model.stride} ms"
+        + ("" if args.calibrate else ", the first second at its end")
     )
 
 
@@ -386,7 +396,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.flush()
         seconds += transcript.seconds
     if latencies:
-        print(latency(recogniser.model, args.chunk, latencies), file=sys.stderr)
+        print(latency(recogniser.model, args, latencies), file=sys.stderr)
     spent = f"{seconds:.1f} s of audio in {recogniser.seconds:.2f} s of compute"
     rate = f"{seconds / max(recogniser.seconds, 1e-9):.1f} seconds of audio a second"
     print(f"{spent}: {rate}{f'; {failed} of {len(recordings)} files failed' if failed else ''}", file=sys.stderr)

@@ -222,6 +222,7 @@ def test_a_manifest_on_stdin(tickets, speech, capsys, monkeypatch):
         (["{rnnt}", "x.wav", "--dense", "--values", "int8"], "--values is of sparse weights, and --dense has none"),
         (["{rnnt}", "x.wav", "--overlap", "20"], "--piece and --overlap must be seconds with 0 < overlap < piece"),
         (["{rnnt}", "x.wav", "--chunk", "0"], "--chunk must be at least 0.01 seconds, got 0"),
+        (["{rnnt}", "x.wav", "--calibrate", "y"], "--calibrate goes with --stream or --normalize running"),
         (["{rnnt}", "x.wav", "--word-score", "1"], "--lm-weight and --word-score need --lm"),
         (["{rnnt}", "x.wav", "--beam", "0"], "--beam must be at least 1"),
         (["{rnnt}", "x.wav", "--beam", "4"], "--beam and --lm go with CTC"),
@@ -299,6 +300,10 @@ def test_running_normalisation_by_hand():
     running = data.Running()
     assert len(running.push(x[:99])) == 0 and len(running.push(x[99:101])) == 101  # nothing before the second is there
     assert len(data.Running().push(x[:7], last=True)) == 7
+    moments = data.Running.moments([x[:50], x[100:]])  # 3 and 4, mean 3.5, mean square 12.5, as of 300 frames
+    assert moments.tolist() == [[3.5], [12.5]]
+    found = data.Running(moments).push(x[:2])[:, 0]  # at once: (1050 + 6) / 302, (3750 + 18) / 302
+    assert found[1].item() == pytest.approx((3 - 1056 / 302) / (3768 / 302 - (1056 / 302) ** 2) ** 0.5)
 
 
 @pytest.mark.parametrize("pieces", [1, 3, 8, 9, 31])
@@ -323,6 +328,9 @@ def test_streams_have_the_text_of_the_whole(tickets, speech, capsys):
         assert code == 0 and lines == offline and all(lines)
         assert f"chunks of {float(chunk):g} s: " in err and " ms of compute in the median" in err
         assert "can come out 46 ms after its frame of 80 ms" in err
+    calibrated = ("--dense", "--calibrate", DEMO / "audio" / "added.opus")
+    _, other, _ = said(capsys, tickets["rnnt"], *speech, *calibrated, "--normalize", "running")
+    assert said(capsys, tickets["rnnt"], *speech, *calibrated, "--stream")[1] == other != offline
     code, lines, err = said(capsys, tickets["rnnt"], *speech, "--dense", "--stream", "--json")
     assert code == 0 and [json.loads(a)["words"] for a in lines] == [json.loads(b)["words"] for b in as_json]
 
