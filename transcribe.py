@@ -2,8 +2,8 @@
 
     python transcribe.py runs/NAME/ticket.safetensors recording.flac folder/ --json
 
-Files of any length: what is longer than --piece is cut into pieces that overlap, each recognised by itself. The pieces'
-words are joined in the widest pause of both in the middle half of the overlap.
+What is longer than --piece is cut into pieces that overlap, each recognised by itself; their words are joined in the
+widest pause in the middle half of the overlap.
 """
 
 import argparse
@@ -69,8 +69,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error("give AUDIO (files, folders or -), or --export FILE.onnx without AUDIO")
     if args.dense and args.values:
         p.error("--values is of sparse weights, and --dense has none")
-    if not 0 < args.overlap < args.piece < math.inf:
-        p.error(f"--piece and --overlap must be seconds with 0 < overlap < piece, got {args.piece:g}, {args.overlap:g}")
+    if not 0.1 <= args.overlap <= args.piece - 0.1 < math.inf:
+        got = f"got {args.piece:g} and {args.overlap:g}"
+        p.error(f"--overlap must be at least 0.1 seconds and --piece 0.1 seconds more than it, {got}")
     if not 0.01 <= args.chunk < math.inf:
         p.error(f"--chunk must be at least 0.01 seconds, got {args.chunk:g}")
     if args.calibrate and not (args.stream or args.normalize == "running"):
@@ -197,7 +198,9 @@ class Recogniser:
         self.args = args
         self.model, self.ticket = load(args.ticket)
         self.backbone, self.tokens = self.ticket.info["backbone"], self.ticket.info["tokens"]
-        self.frame, self.seconds = self.model.stride * data.FRAME_SECONDS, 0.0  # seconds of compute
+        self.frame = self.model.stride * data.FRAME_SECONDS
+        self.seconds = 0.0  # of the network
+        self.reading = 0.0  # seconds to decode audio and make features of it
         self.ready, self.moments = False, None
         if args.calibrate:
             waveforms = (data.load_audio(recording.audio) for recording in sources([str(args.calibrate)]))
@@ -287,7 +290,7 @@ def transcripts(recogniser: Recogniser, recordings: Iterable[data.Utterance]) ->
             waiting.append((recording, len(waveform) / data.SAMPLE_RATE, pieces, features, ""))
         except data.DataError as error:
             waiting.append((recording, 0.0, [], [], str(error)))
-        recogniser.seconds += time.monotonic() - started
+        recogniser.reading += time.monotonic() - started
         if sum(len(features) for *_, features, _ in waiting) >= BATCH:
             yield from flush()
     yield from flush()
@@ -397,9 +400,11 @@ def run(args: argparse.Namespace) -> int:
         seconds += transcript.seconds
     if latencies:
         print(latency(recogniser.model, args, latencies), file=sys.stderr)
-    spent = f"{seconds:.1f} s of audio in {recogniser.seconds:.2f} s of compute"
-    rate = f"{seconds / max(recogniser.seconds, 1e-9):.1f} seconds of audio a second"
-    print(f"{spent}: {rate}{f'; {failed} of {len(recordings)} files failed' if failed else ''}", file=sys.stderr)
+    compute = recogniser.reading + recogniser.seconds
+    told = f"{seconds:.1f} s of audio in {compute:.2f} s of compute"
+    told += f", {recogniser.reading:.2f} of them for reading and features" if recogniser.reading else ""
+    told += f": {seconds / max(compute, 1e-9):.1f} seconds of audio a second"
+    print(f"{told}; {failed} of {len(recordings)} files failed" if failed else told, file=sys.stderr)
     return int(failed > 0)
 
 
