@@ -35,6 +35,7 @@ from tqdm import tqdm
 from lottery import write_atomically
 
 SAMPLE_RATE = 16_000
+FRAME_SECONDS = 0.01  # from one feature frame to the next
 BLANK = "<blank>"  # token 0, of CTC and of the transducer
 SPACE = "▁"  # sentencepiece's: what a BPE piece at the start of a word starts with
 
@@ -58,39 +59,52 @@ class Utterance:
 def read_manifest(path: Path) -> list[Utterance]:
     """The utterances of one manifest, in its order. Raises DataError naming file and line."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot read the manifest ({error.strerror})") from None
     utterances = []
-    for number, line in enumerate(lines, 1):
+    for where, row in manifest_rows(content, str(path)):
+        if not isinstance(row.get("text"), str):
+            raise DataError(f"{where}: 'text' must be a string, got {row.get('text')!r}")
+        text = " ".join(row["text"].split())
+        if not text:
+            raise DataError(f"{where}: the text is empty (every utterance needs at least one character)")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise DataError(f"{where}: the text has half a surrogate pair, which no UTF-8 file can hold: {text!r}")
+        audio = path.parent / row["audio_filepath"]
+        if not audio.is_file():
+            raise DataError(f"{where}: no such audio file: {audio}")
+        utterances.append(Utterance(audio, text, str(row.get("speaker", "")), row["offset"], row["duration"]))
+    return utterances
+
+
+def manifest_rows(content: bytes, name: str) -> Iterator[tuple[str, dict]]:
+    """("name, line N", object) a line of a manifest: audio_filepath is a string, offset and duration seconds or None.
+
+    Raises DataError naming the line for what is no such object, and if there is none.
+    """
+    empty = True
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
+        empty = False
+        where = f"{name}, line {number}"
         try:
             row = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not a JSON object in UTF-8 ({error})") from None
         if not isinstance(row, dict):
             raise DataError(f"{where}: not a JSON object")
-        for key in ("audio_filepath", "text"):
-            if not isinstance(row.get(key), str):
-                raise DataError(f"{where}: {key!r} must be a string, got {row.get(key)!r}")
-        text = " ".join(row["text"].split())
-        if not text:
-            raise DataError(f"{where}: the text is empty (every utterance needs at least one character)")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise DataError(f"{where}: the text has half a surrogate pair, which no UTF-8 file can hold: {text!r}")
-        seconds = {key: row[key] for key in ("offset", "duration") if row.get(key) is not None}
+        if not isinstance(row.get("audio_filepath"), str):
+            raise DataError(f"{where}: 'audio_filepath' must be a string, got {row.get('audio_filepath')!r}")
+        seconds = {key: row.get(key) for key in ("offset", "duration")}
         for key, value in seconds.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e7:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and 0 <= value < 1e7):
                 raise DataError(f"{where}: {key!r} must be a number of seconds from 0 to 1e7, got {str(value)[:40]!r}")
-        audio = path.parent / row["audio_filepath"]
-        if not audio.is_file():
-            raise DataError(f"{where}: no such audio file: {audio}")
-        utterances.append(Utterance(audio, text, str(row.get("speaker", "")), **seconds))
-    if not utterances:
-        raise DataError(f"{path}: the manifest is empty")
-    return utterances
+        yield where, row | seconds
+    if empty:
+        raise DataError(f"{name}: the manifest is empty")
 
 
 def read_corpus(folder: Path) -> dict[str, list[Utterance]]:
@@ -190,6 +204,18 @@ def unseen_characters(utterances: list[Utterance], tokens: list[str]) -> dict[st
 # ---------------------------------------------------------------------------- audio and features
 
 
+AUDIO = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".sph", ".w64", ".caf"}
+
+
+def recordings(folder: Path) -> list[Path]:
+    """The recordings in a folder and in those below it, by their names' endings; hidden ones left out."""
+    found = [
+        path for path in folder.rglob("*")
+        if path.suffix.lower() in AUDIO and path.is_file() and not path.name.startswith(".")
+    ]  # fmt: skip
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
 def load_audio(path: Path, offset: float | None = None, duration: float | None = None) -> Tensor:
     """(N,) float32 in [-1, 1], mono, 16 kHz. Any format soundfile reads: WAV, FLAC, Ogg, Opus, MP3, SPHERE.
 
@@ -273,6 +299,66 @@ FEATURES = {"log-mel": log_mel, "log1p-stft": log1p_stft}
 def normalize(features: Tensor) -> Tensor:
     """(T, F) to zero mean and unit variance over the utterance, one mean and one variance a bin."""
     return (features - features.mean(0)) / features.std(0, correction=0).clamp(min=1e-3)
+
+
+class Running:
+    """Normalisation of features that arrive in pieces, since a stream cannot know the mean of what is to come.
+
+    Mean and variance of a frame are those of all frames up to it; the first SECOND frames share those of them all, so
+    that nothing comes out before a second is there. The pieces make no difference, up to rounding.
+    moments: of similar audio, (2, F); they count as KNOWN frames heard before, and nothing waits.
+    """
+
+    SECOND, KNOWN = 100, 300  # frames
+
+    def __init__(self, moments: Tensor | None = None):
+        self.held, self.count, self.sums = None, 0, None  # sums of x and of x squared, (2, F) float64
+        if moments is not None:
+            self.count, self.sums = self.KNOWN, self.KNOWN * moments
+
+    @staticmethod
+    def moments(recordings: list[Tensor]) -> Tensor:
+        """The mean of x and of x squared over the frames of all recordings, each (T, F). Returns (2, F) float64."""
+        x = torch.cat(recordings).double()
+        return torch.stack((x.mean(0), x.square().mean(0)))
+
+    def push(self, features: Tensor, last: bool = False) -> Tensor:
+        """(T, F), T may be 0 -> (T', F), those now known. last: nothing follows."""
+        x = features if self.held is None else torch.cat([self.held, features])
+        if not len(x) or (self.count + len(x) < self.SECOND and not last):
+            self.held = x
+            return x[:0]
+        values = torch.stack((x, x.square()), 1).double()  # (T, 2, F)
+        if self.sums is not None:
+            values[0] += self.sums
+        sums = values.cumsum(0)
+        # whose sums a frame takes: its own, in the first second the last one's of that
+        at = torch.arange(len(x)).clamp(min=min(self.SECOND - self.count, len(x)) - 1)
+        mean, square = (sums[at] / (self.count + 1 + at)[:, None, None]).unbind(1)
+        deviation = (square - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3)
+        self.held, self.count, self.sums = x[:0], self.count + len(x), sums[-1]
+        return ((x - mean) / deviation).float()
+
+
+class Stream:
+    """Log-mel features of audio that arrives in pieces, normalised by Running: those of all of it, up to rounding."""
+
+    EDGE = 2  # frames: a window ends 256 samples, 1.6 frames, from its middle
+
+    def __init__(self, moments: Tensor | None = None):
+        self.samples, self.running = torch.zeros(0), Running(moments)
+        self.known = 0  # frames in samples, given already
+
+    def push(self, samples: Tensor, last: bool = False) -> Tensor:
+        """(N,) at 16 kHz, N may be 0 -> (T, 80), the frames that are now known. last: nothing follows."""
+        self.samples = torch.cat([self.samples, samples])
+        whole = 1 + (len(self.samples) - (0 if last else 256)) // 160  # frames whose window is there
+        if whole <= self.known or not len(self.samples):
+            return self.running.push(torch.zeros(0, 80), last)
+        features = log_mel(self.samples)[self.known : whole]
+        start = max(0, whole - self.EDGE)
+        self.samples, self.known = self.samples[160 * start :], whole - start
+        return self.running.push(features, last)
 
 
 # ---------------------------------------------------------------------------- examples

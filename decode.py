@@ -18,7 +18,7 @@ from torchaudio.models import RNNTBeamSearch
 
 import data
 import models
-from models import BLANK
+from models import BLANK, Emission
 
 BEAM, LM_WEIGHT, WORD_SCORE = 1024, 1.97, 4.36  # the paper's, for the CNN-LSTM and a pruned 3-gram on LibriSpeech
 
@@ -34,14 +34,17 @@ def transcriber(
         if beam >= len(tokens):
             raise data.DataError(f"--beam {beam}: for rnnt it must be below the number of tokens, {len(tokens)}")
         return transducer_search(model, beam)
-    return ctc_search(model, tokens, beam, lm, lm_weight, word_score, words)
+    search = ctc_search(model, tokens, beam, lm, lm_weight, word_score, words)
+    return lambda *batch: [[emission.token for emission in found] for found in search(*batch)]
 
 
 # ---------------------------------------------------------------------------- CTC
 
 
 def ctc_search(model, tokens: list[str], beam: int, lm: Path | None, lm_weight: float, word_score: float, words):
-    """Maximises ln p(path) + lm_weight * ln p_lm(words) + word_score * number of words, in flashlight's decoder.
+    """A function like model.emissions, which knows of a token the first frame only, by flashlight's decoder.
+
+    Maximises ln p(path) + lm_weight * ln p_lm(words) + word_score * number of words.
 
     With a language model only its words and `words` can come out. Paths that give the same tokens are summed; only for
     BPE with a language model, where the spellings below let one path count more than once, the best one stands for all.
@@ -71,16 +74,18 @@ def ctc_search(model, tokens: list[str], beam: int, lm: Path | None, lm_weight: 
     end = torch.full((1, len(tokens)), -1e3)  # a frame behind the last one, which ends the last word
     end[0, silence] = 0
 
-    def transcribe(features: Tensor, input_lengths: Tensor) -> list[list[int]]:
+    def emissions(features: Tensor, input_lengths: Tensor) -> list[list[Emission]]:
         log_probs, lengths = model(features, input_lengths)
         texts = []
         for frames, length in zip(log_probs.float().cpu(), lengths.tolist()):
             frames = torch.cat([frames[:length], end]) if lm else frames[:length].contiguous()
             (found,) = decoder(frames[None])
-            texts.append(found[0].tokens.tolist() if found else [])
+            times = (found[0].timesteps - 1).clamp(0, len(frames) - 1) if found else ()  # it begins and ends outside
+            best = zip(found[0].tokens.tolist(), times.tolist()) if found else ()
+            texts.append([Emission(token, at, at + 1, float(frames[at, token].exp())) for token, at in best])
         return texts
 
-    return transcribe
+    return emissions
 
 
 def arpa_words(path: Path) -> list[str]:

@@ -758,14 +758,19 @@ def load_ticket(path: Path, model: nn.Module | None = None) -> TicketFile:
     except Exception as error:  # metadata that a seal was put on again
         raise LotteryError(f"{path}: not a whole ticket: {type(error).__name__}: {error}") from None
     if model is not None:
-        shapes = {name: tuple(w.shape) for name, w in prunable(model).items()}
-        if shapes != {name: tuple(mask.shape) for name, mask in file.masks.items()}:
-            raise LotteryError(f"{path}: the ticket's masks are not of this model's prunable weights")
-        expected = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
-        for state in filter(None, (file.trained, file.rewind)):
-            if expected != {name: (value.shape, value.dtype) for name, value in state.items()}:
-                raise LotteryError(f"{path}: the ticket's parameters are not this model's")
+        check_fit(path, file, model)
     return file
+
+
+def check_fit(path: Path, file: TicketFile, model: nn.Module) -> None:
+    """Raise LotteryError, naming the file, unless the ticket is of this model's scope and has this model's state."""
+    shapes = {name: tuple(w.shape) for name, w in prunable(model).items()}
+    if shapes != {name: tuple(mask.shape) for name, mask in file.masks.items()}:
+        raise LotteryError(f"{path}: the ticket's masks are not of this model's prunable weights")
+    expected = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
+    for state in filter(None, (file.trained, file.rewind)):
+        if expected != {name: (value.shape, value.dtype) for name, value in state.items()}:
+            raise LotteryError(f"{path}: the ticket's parameters are not this model's")
 
 
 def _ticket_of(path: Path, tensors: dict[str, Tensor], about: dict) -> TicketFile:
@@ -1009,7 +1014,9 @@ def _verify_ticket(found: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="lottery.py", description="Check runs, copy tickets.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="lottery.py", description="Check runs, copy and weigh tickets.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("verify", help="print a line a check; exit code 0 if all hold, 1 if not")
     command.add_argument("run", type=Path, help="run folder")
@@ -1018,7 +1025,18 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("ticket", type=Path)
     command.add_argument("new", type=Path)
     command.add_argument("--without-rewind", action="store_true", help="leave the rewind state out: half the size")
+    command = commands.add_parser("size", help="bytes by part beside the dense checkpoint, what remains, multiply-adds")
+    command.add_argument("ticket", type=Path)
     args = parser.parse_args(argv)
+    if args.command == "size":
+        import size  # it knows the recognisers, whose products it counts; nothing above does
+
+        try:
+            print(size.report(args.ticket))
+        except (LotteryError, OSError) as error:
+            print(f"lottery.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        return 0
     if args.command == "copy":
         try:
             file = load_ticket(args.ticket)
@@ -1041,4 +1059,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.modules["lottery"] = sys.modules[__name__]  # size.py imports it: not a second time
     sys.exit(main())

@@ -5,6 +5,8 @@ One interface, so that no caller asks which it has:
     model(features, input_lengths, ...)                               log_probs or logits, for inspection
     model.loss(features, input_lengths, targets, target_lengths)      scalar: sum over the batch / batch size
     model.transcribe(features, input_lengths)                         list of token id lists, greedy
+    model.emissions(features, input_lengths)                          list of lists of Emission: these tokens, timed
+    model.stride                                                      feature frames in a frame of an Emission
     model.output_lengths(input_lengths)                               encoder frames; CTC needs enough of them
     model.features                                                    which of data.FEATURES it reads
     model.TOKEN_LAYERS                                                layers whose shape and meaning are the tokens'
@@ -14,7 +16,9 @@ int64; target_lengths (B,) int64; token 0 is the blank. In evaluation mode no ou
 or on the other utterances of the batch.
 """
 
+import math
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 import torch.distributed.nn.functional
@@ -23,6 +27,15 @@ import torchaudio
 from torch import Tensor, nn
 
 BLANK = 0
+
+
+class Emission(NamedTuple):
+    """A token that was recognised. Frames are of `stride` feature frames."""
+
+    token: int
+    start: int  # its first frame
+    end: int  # behind its last frame
+    probability: float  # for CTC the highest in these frames
 
 
 def valid_frames(lengths: Tensor, frames: int) -> Tensor:
@@ -45,6 +58,8 @@ def on_rows(layer, x: Tensor, rows: Tensor) -> Tensor:
 
     Batch norm sees no padding this way: neither in training, where the official code counts it, nor after.
     """
+    if torch.compiler.is_exporting():  # an utterance by itself has no padding, and no graph has to select rows
+        return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
     y = layer(x.flatten(0, 1).index_select(0, rows))  # (N, ...)
     out = y.new_zeros(x.shape[0] * x.shape[1], *y.shape[1:])
     return out.index_copy(0, rows, y).unflatten(0, x.shape[:2])
@@ -84,6 +99,16 @@ def ctc_greedy(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
     best = log_probs.argmax(-1).cpu()
     collapsed = (row[:length].unique_consecutive() for row, length in zip(best, lengths.tolist()))
     return [row[row != BLANK].tolist() for row in collapsed]
+
+
+def ctc_emissions(log_probs: Tensor, lengths: Tensor) -> list[list[Emission]]:
+    """ctc_greedy with times: a token lasts as long as it is the best one of its frame. log_probs: (B, T, V)."""
+    found = []
+    for values, best, length in zip(*(x.cpu() for x in log_probs.max(-1)), lengths.tolist()):
+        runs, counts = best[:length].unique_consecutive(return_counts=True)
+        spans = zip(runs.tolist(), (counts.cumsum(0) - counts).tolist(), counts.cumsum(0).tolist())
+        found.append([Emission(k, s, e, float(values[s:e].max().exp())) for k, s, e in spans if k != BLANK])
+    return found
 
 
 # ---------------------------------------------------------------------------- CNN-LSTM with CTC
@@ -136,6 +161,7 @@ class CnnLstm(nn.Module):
     def __init__(self, tokens: int, features, channels, kernels, strides, hidden, layers, dropout):
         super().__init__()
         self.features, self.time_strides = features, [stride[1] for stride in strides]
+        self.stride = math.prod(self.time_strides)
         bins, self.convs, self.conv_norms = self.BINS[features], nn.ModuleList(), nn.ModuleList()
         for i, (kernel, stride) in enumerate(zip(kernels, strides)):
             padding = (kernel[0] // 2, kernel[1] // 2)
@@ -174,6 +200,9 @@ class CnnLstm(nn.Module):
     def transcribe(self, features: Tensor, input_lengths: Tensor) -> list[list[int]]:
         return ctc_greedy(*self(features, input_lengths))
 
+    def emissions(self, features: Tensor, input_lengths: Tensor) -> list[list[Emission]]:
+        return ctc_emissions(*self(features, input_lengths))
+
 
 # ---------------------------------------------------------------------------- RNN-Transducer
 
@@ -193,7 +222,7 @@ class Transducer(nn.Module):
         "paper": dict(window=12, channels=768, hidden=1664, layers=5, predictor=1664, joiner=1024, dropout=0.1),
     }
     MAX_SYMBOLS = 8  # tokens an 80 ms frame may emit in `transcribe`
-    features = "log-mel"
+    features, stride = "log-mel", 8
     TOKEN_LAYERS = ("embedding", "output", "ctc_output")
 
     def __init__(self, tokens: int, window, channels, hidden, layers, predictor, joiner, dropout, ctc_weight=0.5):
@@ -217,11 +246,17 @@ class Transducer(nn.Module):
     def encode(self, features: Tensor, input_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, 80), (B,) -> encoder_out (B, T', hidden), lengths (B,), T' = ceil(T / 4)."""
         x = without_padding(features, input_lengths).transpose(1, 2)
-        x = F.pad(x, (0, self.window - 1))  # (B, 80, T + window - 1)
+        return self.windows(F.pad(x, (0, self.window - 1)))[0], self.output_lengths(input_lengths)
+
+    def windows(self, x: Tensor, states: list | None = None) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """x (B, 80, N) -> encoder_out (B, (N - window) // 4 + 1, hidden) and each LSTM's state, from `states` on."""
         x = self.norms[0](self.subsample(x).transpose(1, 2).relu())  # (B, T', channels)
-        for lstm, norm in zip(self.encoder, self.norms[1:]):
-            x = self.dropout(norm(lstm(x)[0]))
-        return x, self.output_lengths(input_lengths)
+        after = []
+        for lstm, norm, state in zip(self.encoder, self.norms[1:], states or [None] * len(self.encoder)):
+            x, state = lstm(x, state)
+            x = self.dropout(norm(x))
+            after.append(state)
+        return x, after
 
     def every_second(self, encoder_out: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """encoder_out (B, T', hidden) -> what the joiner adds to the predictor, (B, ceil(T' / 2), joiner), lengths."""
@@ -267,31 +302,69 @@ class Transducer(nn.Module):
         return torch.stack(losses).sum() / len(lengths) + self.ctc_weight * ctc
 
     def transcribe(self, features: Tensor, input_lengths: Tensor) -> list[list[int]]:
+        return [[emission.token for emission in found] for found in self.emissions(features, input_lengths)]
+
+    def emissions(self, features: Tensor, input_lengths: Tensor) -> list[list[Emission]]:
+        return self.search(*self.every_second(*self.encode(features, input_lengths)))[0]
+
+    def search(self, encoder_out: Tensor, lengths: Tensor, state=None) -> tuple[list[list[Emission]], tuple]:
         """Greedy: at each frame tokens are emitted until the blank wins, MAX_SYMBOLS at most.
 
+        encoder_out (B, T'', joiner) of every_second, lengths (B,). Returns what each utterance emits, and the state
+        from which frames that follow go on: predictor_out (B, joiner) and the predictor's (h, c).
         Every utterance keeps its own frame pointer, so no step of the batch waits for another's frame.
         """
-        encoder_out, lengths = self.every_second(*self.encode(features, input_lengths))  # (B, T'', joiner)
-        batch, rows = len(lengths), torch.arange(len(lengths), device=features.device)
+        batch, rows = len(lengths), torch.arange(len(lengths), device=encoder_out.device)
         frame = torch.zeros_like(lengths)  # (B,) where each utterance stands
         emitted = torch.zeros_like(lengths)  # (B,) tokens out of this frame
-        predictor_out, state = self.predict(lengths.new_full((batch, 1), BLANK))
-        predictor_out = predictor_out[:, 0]  # (B, joiner)
+        if state is None:
+            predictor_out, state = self.predict(lengths.new_full((batch, 1), BLANK))
+            state = (predictor_out[:, 0], state)
+        predictor_out, state = state
         steps = []
         while (frame < lengths).any():
             active = frame < lengths
             logits = self.join(encoder_out[rows, frame.clamp(max=encoder_out.shape[1] - 1)] + predictor_out)
             best = torch.where(active, logits.argmax(-1), BLANK)
             best = torch.where(emitted < self.MAX_SYMBOLS, best, BLANK)
-            steps.append(best)
+            probability = logits.softmax(-1).gather(1, best[:, None])[:, 0]
+            steps.append(torch.stack((best.double(), frame.double(), probability.double())))
             emits = best != BLANK
             frame, emitted = torch.where(emits, frame, frame + 1), torch.where(emits, emitted + 1, 0)
             if emits.any():  # only those that emitted move on in the predictor
                 out, (h, c) = self.predict(best[:, None], state)
                 predictor_out = torch.where(emits[:, None], out[:, 0], predictor_out)
                 state = (torch.where(emits[:, None], h, state[0]), torch.where(emits[:, None], c, state[1]))
-        tokens = torch.stack(steps, 1).cpu()  # (B, steps)
-        return [row[row != BLANK].tolist() for row in tokens]
+        table = torch.stack(steps).permute(2, 0, 1).tolist() if steps else [[]] * batch  # (B, steps, 3)
+        found = [[Emission(int(k), int(t), int(t) + 1, p) for k, t, p in row if k != BLANK] for row in table]
+        return found, (predictor_out, state)
+
+
+class Stream:
+    """A Transducer on one utterance whose features arrive in pieces: `emissions` of all of them, up to rounding.
+
+    A frame is known when the features of its window are, (window - 8) * 10 ms after its own 80 ms.
+    """
+
+    def __init__(self, model: Transducer):
+        self.model, self.rest, self.frames = model, torch.zeros(0, 80), 0  # encoder frames so far
+        self.states = self.searched = None
+
+    def push(self, features: Tensor, last: bool = False) -> list[Emission]:
+        """features: (T, 80), T may be 0.  Returns what is new. last: nothing follows."""
+        x = torch.cat([self.rest, features])
+        new = -(-len(x) // 4) if last else max(0, (len(x) - self.model.window) // 4 + 1)
+        self.rest = x[4 * new :]
+        if not new:
+            return []
+        x = F.pad(x, (0, 0, 0, self.model.window - 1 if last else 0))[: 4 * (new - 1) + self.model.window]
+        encoder_out, self.states = self.model.windows(x.T[None], self.states)
+        first = -(-self.frames // 2)  # the joiner's frames so far: it sees encoder frames 0, 2, 4, ...
+        encoder_out = encoder_out[:, self.frames % 2 :]
+        self.frames += new
+        length = torch.tensor([encoder_out.shape[1]])
+        (found,), self.searched = self.model.search(*self.model.every_second(encoder_out, length), self.searched)
+        return [e._replace(start=first + e.start, end=first + e.end) for e in found]
 
 
 # ---------------------------------------------------------------------------- Conformer with CTC
@@ -372,7 +445,7 @@ class ConformerCtc(nn.Module):
         "demo": dict(channels=16, width=128, heads=4, blocks=4, kernel=15, dropout=0.1),
         "paper": dict(channels=256, width=416, heads=8, blocks=16, kernel=15, dropout=0.1),
     }
-    features = "log-mel"
+    features, stride = "log-mel", 4
     TOKEN_LAYERS = ("output",)
 
     def __init__(self, tokens: int, channels, width, heads, blocks, kernel, dropout):
@@ -406,6 +479,9 @@ class ConformerCtc(nn.Module):
     def transcribe(self, features: Tensor, input_lengths: Tensor) -> list[list[int]]:
         return ctc_greedy(*self(features, input_lengths))
 
+    def emissions(self, features: Tensor, input_lengths: Tensor) -> list[list[Emission]]:
+        return ctc_emissions(*self(features, input_lengths))
+
 
 BACKBONES = {"cnn-lstm": CnnLstm, "rnnt": Transducer, "conformer": ConformerCtc}
 
@@ -413,3 +489,14 @@ BACKBONES = {"cnn-lstm": CnnLstm, "rnnt": Transducer, "conformer": ConformerCtc}
 def build(backbone: str, size: str, tokens: int) -> nn.Module:
     """A freshly initialised network; draws from torch's global generator."""
     return BACKBONES[backbone](tokens, **BACKBONES[backbone].SIZES[size])
+
+
+def of(info: dict) -> nn.Module:
+    """The network that a ticket's info describes, to load its weights into.
+
+    Raises ValueError unless `info` has a backbone, its sizes and the tokens.
+    """
+    try:
+        return BACKBONES[info["backbone"]](len(info["tokens"]), **info["sizes"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"not a recogniser's ticket: its backbone, sizes or tokens do not fit ({error!r})") from None

@@ -20,7 +20,6 @@ FRAME = 400  # samples: 25 ms
 ACTIVE = 1e-4  # of the loudest frame's energy: 40 dB below it
 SILENT = 1e-10  # mean square, -100 dB of full scale: what rounding to 16 bits leaves
 TRIES = 10
-AUDIO = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".sph", ".w64", ".caf"}
 # Third number of the seeds of a draw, after seed and epoch; the order of an epoch has none, dropout has 1.
 TRAIN, TEST = 2, 3
 
@@ -122,16 +121,12 @@ class Noise:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The recordings in a folder and in those below it, by their names' endings; hidden ones left out."""
     if not folder.is_dir():
         raise data.DataError(f"{folder}: no such folder (--noise DIR: DIR/train for --snr, DIR/test for --test-snr)")
-    found = [
-        path for path in folder.rglob("*")
-        if path.suffix.lower() in AUDIO and path.is_file() and not path.name.startswith(".")
-    ]  # fmt: skip
+    found = data.recordings(folder)
     if not found:
-        raise data.DataError(f"{folder}: no recording in it (--noise looks for {' '.join(sorted(AUDIO))})")
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+        raise data.DataError(f"{folder}: no recording in it (--noise looks for {' '.join(sorted(data.AUDIO))})")
+    return found
 
 
 def _decoded(paths: list[Path]) -> list[Tensor]:

@@ -11,6 +11,7 @@ import data
 import lottery
 import models
 import train
+import transcribe
 
 ROOT = Path(train.__file__).parent
 
@@ -67,6 +68,11 @@ def test_from_speech_to_a_ticket(backbone, corpus, tmp_path, capsys):
     examples = data.load_examples(utterances, info["tokens"], info["features"])
     hypotheses = train.recognise(model, examples, info["tokens"], 3, "cpu")
     assert train.score([u.text for u in utterances], hypotheses)["errors"] == ledger[-1]["test_errors"]
+
+    # transcribe.py on the ticket gives the texts of the test.
+    ticket, files = str(tmp_path / "run" / "ticket.safetensors"), [str(u.audio) for u in utterances]
+    assert transcribe.main([ticket, *files, "--dense"]) == 0
+    assert capsys.readouterr().out.splitlines() == hypotheses
 
     # The same command on the finished run trains nothing and prints the table.
     assert run(corpus, tmp_path / "run", "--backbone", backbone) == 0

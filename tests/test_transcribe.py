@@ -1,0 +1,441 @@
+"""transcribe.py, export.py and size.py on tickets of small networks with random weights."""
+
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import nn
+
+import data
+import lottery
+import models
+import transcribe
+from models import Emission
+from transcribe import Word
+
+DEMO = Path(transcribe.__file__).parent / "demo"
+TOKENS = [data.BLANK, " ", *"abcdefghij"]
+SIZES = {
+    "cnn-lstm": dict(
+        features="log-mel", channels=4, kernels=((5, 5), (5, 5)), strides=((4, 2), (4, 2)), hidden=16, layers=1,
+        dropout=0.0,
+    ),
+    "rnnt": dict(window=12, channels=24, hidden=32, layers=2, predictor=16, joiner=16, dropout=0.0),
+    "conformer": dict(channels=2, width=16, heads=2, blocks=1, kernel=5, dropout=0.0),
+}  # fmt: skip
+
+
+def ticket(folder, backbone, **info) -> Path:
+    """A ticket of random weights, half of them pruned, that hears something in everything."""
+    torch.manual_seed(1)
+    model = models.BACKBONES[backbone](len(TOKENS), **SIZES[backbone])
+    masks = {name: torch.rand_like(weight) < 0.5 for name, weight in lottery.prunable(model).items()}
+    for name, weight in lottery.prunable(model).items():
+        weight.data.mul_(4).masked_fill_(~masks[name], 0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.momentum = 1.0  # the statistics of the next batch
+    features = data.features_of(data.Utterance(DEMO / "audio" / "conf-getpin.opus", ""), model.features)[0]
+    with torch.no_grad():
+        model.train().loss(features[None], torch.tensor([len(features)]), torch.tensor([[1]]), torch.tensor([1]))
+    info = {"backbone": backbone, "sizes": SIZES[backbone], "tokens": TOKENS, "features": model.features} | info
+    lottery.save_ticket(folder / f"{backbone}.safetensors", masks, None, model.state_dict(), info)
+    return folder / f"{backbone}.safetensors"
+
+
+@pytest.fixture(scope="module")
+def tickets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tickets")
+    return {backbone: ticket(folder, backbone) for backbone in SIZES}
+
+
+@pytest.fixture(scope="module")
+def speech():
+    """Three of the demo's recordings, 2 to 4 s."""
+    rows = [json.loads(line) for line in (DEMO / "test.jsonl").read_text().splitlines()]
+    return [DEMO / row["audio_filepath"] for row in rows if 2 < row["duration"] < 4][:3]
+
+
+def said(capsys, *argv) -> tuple[int, list[str], str]:
+    """Exit code, lines of stdout, stderr."""
+    code = transcribe.main([str(a) for a in argv])
+    captured = capsys.readouterr()
+    return code, captured.out.splitlines(), captured.err
+
+
+# ---------------------------------------------------------------------------- words and pieces
+
+
+def test_words_have_the_times_and_the_lowest_probability_of_their_tokens():
+    heard = [Emission(4, 2, 3, 0.9), Emission(2, 3, 5, 0.5), Emission(1, 5, 6, 0.1), Emission(3, 9, 10, 0.8)]
+    found = transcribe.words_of(heard, TOKENS, 0.5, 10)
+    assert found == [Word("ca", 11.0, 12.5, 0.5), Word("b", 14.5, 15.0, 0.8)]
+    pieces = [data.BLANK, "▁the", "▁", "n", "o"]
+    heard = [Emission(k, i, i + 1, 1 - i / 8) for i, k in enumerate([1, 3, 2, 2, 4])]
+    assert transcribe.words_of(heard, pieces, 1) == [Word("then", 0, 2, 0.875), Word("o", 4, 5, 0.5)]
+    assert transcribe.words_of([], TOKENS, 1) == []
+
+
+def test_ctc_emissions_by_hand():
+    best = torch.tensor([[0, 3, 3, 0, 3, 2, 9], [5, 5, 0, 0, 0, 0, 0]])
+    log_probs = torch.full((2, 7, 10), 0.01).scatter(2, best[:, :, None], 0.5).log()
+    log_probs[0, 2, 3] = torch.tensor(0.75).log()
+    found = models.ctc_emissions(log_probs, torch.tensor([6, 2]))
+    half = pytest.approx(0.5)
+    assert found[0] == [(3, 1, 3, pytest.approx(0.75)), (3, 4, 5, half), (2, 5, 6, half)]
+    assert found[1] == [(5, 0, 2, half)]
+
+
+def test_pieces_by_hand():
+    assert transcribe.cut(20, 20, 4) == [(0, 20)]
+    assert transcribe.cut(21, 20, 4) == [(0, 20), (16, 21)]
+    assert transcribe.cut(52, 20, 4) == [(0, 20), (16, 36), (32, 52)]
+    # The overlap is 16 to 20, its middle half 17 to 19. A pause from 17.6 to 18.4: the middle is 18.
+    left = [Word("a", 15, 16.2, 1), Word("b", 17.2, 17.6, 1), Word("c", 18.4, 18.6, 1), Word("x", 19.5, 20, 1)]
+    right = [Word("y", 16, 16.2, 1), Word("b", 17.2, 17.5, 1), Word("c", 18.4, 18.6, 1), Word("d", 19.4, 21, 1)]
+    assert transcribe.seam(left + right, 16, 20) == pytest.approx(18)
+    assert [w.word for w in transcribe.join([(0, 20, left), (16, 36, right)])] == ["a", "b", "c", "d"]
+    # One word all over the middle half: no pause, the middle, and the word only once.
+    left, right = [Word("long", 16.5, 19.2, 1)], [Word("long", 16.8, 19.5, 1), Word("e", 20, 21, 1)]
+    assert transcribe.seam(left + right, 16, 20) == 18
+    assert [w.word for w in transcribe.join([(0, 20, left), (16, 36, right)])] == ["long", "e"]
+
+
+TONES = {"a": 500, "b": 1000, "c": 2000, "d": 4000}
+
+
+def spoken(text: str) -> np.ndarray:
+    """A letter is 0.1 s of a tone with 0.1 s of silence behind it, a space 0.3 s of silence."""
+    t = np.arange(1600) / 16_000
+    parts = [np.zeros(4800) if c == " " else np.r_[np.sin(2 * np.pi * TONES[c] * t), np.zeros(1600)] for c in text]
+    return np.concatenate(parts).astype(np.float32)
+
+
+def hears_tones(recogniser):
+    """Make a recogniser write down the loudest of TONES in each 40 ms."""
+    tones = [data.log_mel(torch.from_numpy(spoken(c)))[4].argmax().item() for c in TONES]
+
+    def emissions(features, lengths):
+        loudest = features[:, ::4, tones].max(-1)
+        best = torch.where(loudest.values > 0, loudest.indices + 2, 0)  # "a" is token 2
+        log_probs = torch.full((*best.shape, 6), 1e-3).scatter(2, best[:, :, None], 0.9).log()
+        found = models.ctc_emissions(log_probs, (lengths - 1) // 4 + 1)
+        for row in found:  # a pause of 0.2 s and more is a space
+            for before, now in list(itertools.pairwise(row)):
+                if now.start - before.end >= 5:
+                    row.insert(row.index(now), Emission(1, now.start - 1, now.start, 1.0))
+        return found
+
+    recogniser.features, recogniser.emissions, recogniser.ready = lambda w, _: data.log_mel(w), emissions, True
+
+
+@pytest.mark.parametrize("piece, overlap", [(4, 1.6), (5.3, 2), (7, 3.1), (100, 4)])
+def test_no_word_of_a_long_file_is_lost_or_doubled(piece, overlap, tickets, tmp_path):
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("abcd"), rng.integers(1, 4))) for _ in range(70)]  # often the same word twice
+    recording = np.concatenate([spoken(f" {text}") for text in texts])
+    soundfile.write(tmp_path / "long.wav", recording, 16_000)
+    recogniser = transcribe.Recogniser(
+        transcribe.parse([str(tickets["conformer"]), "x", "--piece", str(piece), "--overlap", str(overlap)])
+    )
+    hears_tones(recogniser)
+    (found,) = transcribe.transcripts(recogniser, [data.Utterance(tmp_path / "long.wav", "")])
+    assert [word.word for word in found.words] == texts
+    at = 0.0
+    for text, word in zip(texts, found.words):
+        assert word.start == pytest.approx(at + 0.3, abs=0.05)
+        at += 0.3 + 0.2 * len(text)
+        assert word.end == pytest.approx(at - 0.1, abs=0.05)
+    assert found.seconds == pytest.approx(at)
+
+
+# ---------------------------------------------------------------------------- the command line
+
+
+def test_formats_folders_and_broken_files(tickets, speech, tmp_path, capsys):
+    waveform = data.load_audio(speech[0]).numpy()
+    (tmp_path / "more" / "below").mkdir(parents=True)
+    names = ["a.flac", "more/b.mp3", "more/below/c.ogg", "d.wav"]
+    for name, rate in zip(names, (44_100, 11_025, 48_000, 8_000)):
+        stereo = np.stack([waveform, waveform], 1)[: rate * 2]
+        soundfile.write(tmp_path / name, stereo, rate)
+    (tmp_path / "more" / "notes.txt").write_text("not audio")
+    (tmp_path / "broken.wav").write_bytes(b"RIFF" + bytes(99))
+    argv = (tickets["cnn-lstm"], tmp_path / "a.flac", tmp_path / "more", tmp_path / "broken.wav", tmp_path / "d.wav")
+    code, lines, err = said(capsys, *argv, tmp_path / "gone.wav", "--dense")
+    assert code == 1 and len(lines) == 6
+    assert lines[3] == lines[5] == "" and all(lines[i] for i in (0, 1, 2, 4))
+    assert f"{tmp_path}/broken.wav: cannot decode the audio" in err and f"{tmp_path}/gone.wav: cannot decode" in err
+    assert "seconds of audio a second; 2 of 6 files failed" in err
+
+    code, lines, err = said(capsys, *argv, "--dense", "--json")
+    rows = [json.loads(line) for line in lines]
+    assert [Path(row["audio_filepath"]).name for row in rows] == ["a.flac", "b.mp3", "c.ogg", "broken.wav", "d.wav"]
+    assert "cannot decode" in rows[3]["error"] and "words" not in rows[3]
+    row = rows[0]
+    assert row["duration"] == pytest.approx(len(waveform) / 44_100, abs=1e-3)
+    assert row["text"] == " ".join(word["word"] for word in row["words"])
+    assert row["confidence"] == pytest.approx(sum(w["confidence"] for w in row["words"]) / len(row["words"]), abs=1e-3)
+    assert all(0 <= w["start"] < w["end"] <= row["duration"] + 0.04 and 0 < w["confidence"] <= 1 for w in row["words"])
+
+
+@pytest.mark.parametrize("backbone", list(SIZES))
+def test_batches_of_recordings_are_transcribed_as_in_the_test(backbone, tickets, speech, capsys):
+    code, lines, err = said(capsys, tickets[backbone], *speech, "--dense")
+    model, file = transcribe.load(tickets[backbone])
+    utterances = [data.Utterance(path, "") for path in speech]
+    alone = [data.features_of(utterance, model.features)[0] for utterance in utterances]
+    ids = [model.transcribe(f[None], torch.tensor([len(f)]))[0] for f in alone]
+    assert code == 0 and lines == [data.decode(i, TOKENS) for i in ids] and all(lines) and len(set(lines)) == 3
+
+
+def test_a_manifest_on_stdin(tickets, speech, capsys, monkeypatch):
+    def give(*rows):
+        content = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+
+    monkeypatch.chdir(DEMO)
+    here = str(speech[0].relative_to(DEMO))
+    give({"audio_filepath": here}, {"audio_filepath": here, "offset": 0.5, "duration": 1.25}, {"audio_filepath": "no"})
+    code, lines, err = said(capsys, tickets["rnnt"], "-", "--dense", "--json")
+    rows = [json.loads(line) for line in lines]
+    assert code == 1 and "no: cannot decode" in err and rows[2]["audio_filepath"] == "no"
+    assert rows[1]["duration"] == 1.25 < rows[0]["duration"] and rows[1]["offset"] == 0.5
+    for row, message in (("{oops", "stdin, line 1: not a JSON object"), ("", "stdin: the manifest is empty")):
+        give(row)
+        code, lines, err = said(capsys, tickets["rnnt"], "-")
+        assert (code, lines) == (2, []) and err.startswith(f"transcribe.py: error: {message}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["{rnnt}"], "give AUDIO (files, folders or -), or --export FILE.onnx without AUDIO"),
+        (["{rnnt}", "x.wav", "--export", "y.onnx"], "give AUDIO (files, folders or -), or --export"),
+        (["{rnnt}", "x.wav", "--dense", "--values", "int8"], "--values is of sparse weights, and --dense has none"),
+        (["{rnnt}", "x.wav", "--overlap", "20"], "--overlap must be at least 0.1 seconds and --piece 0.1 seconds more"),
+        (["{rnnt}", "x.wav", "--chunk", "0"], "--chunk must be at least 0.01 seconds, got 0"),
+        (["{rnnt}", "x.wav", "--calibrate", "y"], "--calibrate goes with --stream or --normalize running"),
+        (["{rnnt}", "x.wav", "--word-score", "1"], "--lm-weight and --word-score need --lm"),
+        (["{rnnt}", "x.wav", "--beam", "0"], "--beam must be at least 1"),
+        (["{rnnt}", "x.wav", "--beam", "4"], "--beam and --lm go with CTC"),
+        (["{rnnt}", "x.wav", "--stream", "--normalize", "utterance"], "--stream normalises with running statistics"),
+        (["{cnn-lstm}", "x.wav", "--stream"], "--stream goes with a transducer (rnnt); this ticket is of cnn-lstm"),
+        (["{rnnt}", "-", "x.wav", "--stream"], "--stream -: stdin is one endless recording"),
+        (["{rnnt}", "{empty}"], "no recording in it (by their endings: .aif"),
+        (["/nowhere/at/all", "x.wav"], "/nowhere/at/all: cannot read the ticket (No such file or directory)"),
+        (["{cut}", "x.wav"], "cut: not a whole ticket"),
+        (["{other}", "x.wav"], "not a recogniser's ticket: its backbone, sizes or tokens do not fit"),
+        (["{misfit}", "x.wav"], "the ticket's masks are not of this model's prunable weights"),
+    ],
+)
+def test_what_cannot_be_is_one_line(argv, message, tickets, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cut").write_bytes(tickets["rnnt"].read_bytes()[:-1])
+    masks, _, trained, info = lottery.load_ticket(tickets["rnnt"])
+    lottery.save_ticket(tmp_path / "other", masks, None, trained, {})
+    lottery.save_ticket(tmp_path / "misfit", masks, None, trained, info | {"sizes": SIZES["rnnt"] | {"joiner": 8}})
+    places = {name: tmp_path / name for name in ("empty", "cut", "other", "misfit")} | tickets
+    try:
+        code = transcribe.main([a.format(**places) if "{" in a else a for a in argv])
+    except SystemExit as stopped:
+        code = stopped.code
+    captured = capsys.readouterr()
+    assert code == 2 and not captured.out
+    assert captured.err.startswith("transcribe.py: error: ") and captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_an_interrupt_and_a_reader_that_left_are_quiet(tickets, speech, capsys, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patched, os.fdopen(writer, "w") as left:
+        patched.setattr(sys, "stdout", left)
+        assert transcribe.main([str(tickets["rnnt"]), str(speech[0]), "--dense"]) == 141
+    assert capsys.readouterr().err == ""
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lottery, "load_ticket", interrupted)
+    assert said(capsys, tickets["rnnt"], speech[0]) == (130, [], "")
+
+
+def test_beam_search_says_when(tickets, speech, capsys):
+    pytest.importorskip("flashlight.lib.text")
+    code, lines, _ = said(capsys, tickets["conformer"], speech[0], "--dense", "--json", "--beam", "4")
+    row = json.loads(lines[0])
+    starts = [word["start"] for word in row["words"]]
+    assert code == 0 and starts == sorted(starts) and len(starts) > 1 and 0 <= starts[0] < starts[-1] < row["duration"]
+
+
+# ---------------------------------------------------------------------------- streaming
+
+
+@pytest.mark.parametrize("samples", [1, 100, 255, 256, 257, 1601, 15_999, 16_000, 40_003])
+@pytest.mark.parametrize("chunk", [97, 1000, 16_001])
+def test_features_in_pieces_are_those_of_the_whole(samples, chunk):
+    waveform = torch.randn(samples, generator=torch.Generator().manual_seed(0)) / 10
+    whole = data.Running().push(data.log_mel(waveform), last=True)
+    stream = data.Stream()
+    parts = [stream.push(part) for part in waveform.split(chunk)] + [stream.push(waveform[:0], last=True)]
+    assert torch.cat(parts).shape == whole.shape == (1 + samples // 160, 80)
+    torch.testing.assert_close(torch.cat(parts), whole, atol=2e-5, rtol=0)
+
+
+def test_running_normalisation_by_hand():
+    x = torch.full((150, 1), 1.0)
+    x[:50], x[100:] = 3.0, 4.0
+    found = data.Running().push(x, last=True)[:, 0]
+    torch.testing.assert_close(found[:100], torch.tensor([1.0] * 50 + [-1.0] * 50))  # mean 2, deviation 1: one second
+    # After 50 frames of 4: mean (50 * 3 + 50 * 1 + 50 * 4) / 150 = 8 / 3, variance 26 / 3 - 64 / 9 = 14 / 9.
+    assert found[149].item() == pytest.approx((4 - 8 / 3) / (14 / 9) ** 0.5)
+    running = data.Running()
+    assert len(running.push(x[:99])) == 0 and len(running.push(x[99:101])) == 101  # nothing before the second is there
+    assert len(data.Running().push(x[:7], last=True)) == 7
+    moments = data.Running.moments([x[:50], x[100:]])  # 3 and 4, mean 3.5, mean square 12.5, as of 300 frames
+    assert moments.tolist() == [[3.5], [12.5]]
+    found = data.Running(moments).push(x[:2])[:, 0]  # at once: (1050 + 6) / 302, (3750 + 18) / 302
+    assert found[1].item() == pytest.approx((3 - 1056 / 302) / (3768 / 302 - (1056 / 302) ** 2) ** 0.5)
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 8, 9, 31])
+def test_emissions_in_pieces_are_those_of_the_whole(pieces, tickets):
+    model, _ = transcribe.load(tickets["rnnt"])
+    for frames in (1, 2, 12, 13, 61, 200):
+        features = torch.randn(frames, 80, generator=torch.Generator().manual_seed(frames))
+        with torch.inference_mode():
+            (whole,) = model.emissions(features[None], torch.tensor([frames]))
+            stream = models.Stream(model)
+            found = [e for part in features.split(pieces) for e in stream.push(part)] + stream.push(features[:0], True)
+        assert [e[:3] for e in found] == [e[:3] for e in whole]
+        assert [e.probability for e in found] == pytest.approx([e.probability for e in whole], abs=1e-5)
+    assert len({e.token for e in whole}) > 2 and len({e.start for e in whole}) > 5
+
+
+def test_streams_have_the_text_of_the_whole(tickets, speech, capsys):
+    _, offline, _ = said(capsys, tickets["rnnt"], *speech, "--dense", "--normalize", "running")
+    _, as_json, _ = said(capsys, tickets["rnnt"], *speech, "--dense", "--normalize", "running", "--json")
+    for chunk in ("0.0517", "0.3217", "60"):
+        code, lines, err = said(capsys, tickets["rnnt"], *speech, "--dense", "--stream", "--chunk", chunk)
+        assert code == 0 and lines == offline and all(lines)
+        assert f"chunks of {float(chunk):g} s: " in err and " ms of compute in the median" in err
+        assert "can come out 46 ms after its frame of 80 ms" in err
+    calibrated = ("--dense", "--calibrate", DEMO / "audio" / "added.opus")
+    _, other, _ = said(capsys, tickets["rnnt"], *speech, *calibrated, "--normalize", "running")
+    assert said(capsys, tickets["rnnt"], *speech, *calibrated, "--stream")[1] == other != offline
+    code, lines, err = said(capsys, tickets["rnnt"], *speech, "--dense", "--stream", "--json")
+    assert code == 0 and [json.loads(a)["words"] for a in lines] == [json.loads(b)["words"] for b in as_json]
+
+
+def test_raw_audio_on_stdin(tickets, speech, capsys, monkeypatch, tmp_path):
+    pcm = (data.load_audio(speech[0]) * 32767).round().short().numpy()
+    soundfile.write(tmp_path / "same.wav", pcm, 16_000)
+    _, offline, _ = said(capsys, tickets["rnnt"], tmp_path / "same.wav", "--dense", "--normalize", "running")
+    for content in (pcm.tobytes(), pcm.tobytes() + b"\1"):  # half a sample at the end
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert said(capsys, tickets["rnnt"], "-", "--dense", "--stream")[:2] == (0, offline)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert said(capsys, tickets["rnnt"], "-", "--dense", "--stream")[:2] == (0, [""])
+
+
+# ---------------------------------------------------------------------------- sparse
+
+
+@pytest.mark.parametrize("backbone", list(SIZES))
+def test_sparse_products_give_the_text_of_dense_ones(backbone, tickets, speech, capsys):
+    if not hasattr(lottery, "compress"):
+        pytest.skip("lottery.compress is not there yet")
+    _, dense, _ = said(capsys, tickets[backbone], *speech, "--dense")
+    code, lines, err = said(capsys, tickets[backbone], *speech)
+    assert code == 0 and lines == dense and "sparse products for " in err
+
+
+# ---------------------------------------------------------------------------- export and size
+
+
+def onnx_session(path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(str(path))
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["tokens"]) == TOKENS and about["features"] == "log-mel"
+    return (lambda **inputs: session.run(None, {k: v.numpy() for k, v in inputs.items()})), about
+
+
+@pytest.mark.parametrize("backbone", ["cnn-lstm", "conformer"])
+def test_a_ctc_network_in_onnx(backbone, tickets, speech, tmp_path, capsys):
+    pytest.importorskip("onnxscript")
+    assert said(capsys, tickets[backbone], "--export", tmp_path / "net.onnx")[0] == 0
+    run, about = onnx_session(tmp_path / "net.onnx")
+    model, _ = transcribe.load(tickets[backbone])
+    assert about["stride"] == "4"
+    for path in speech:
+        features = data.features_of(data.Utterance(path, ""), model.features)[0][None]
+        with torch.no_grad():
+            log_probs, lengths = model(features, torch.tensor([features.shape[1]]))
+        (found,) = map(torch.from_numpy, run(features=features))
+        torch.testing.assert_close(found, log_probs, atol=1e-4, rtol=0)
+        assert models.ctc_greedy(found, lengths) == models.ctc_greedy(log_probs, lengths)
+
+
+def test_a_transducer_in_onnx(tickets, speech, tmp_path, capsys):
+    pytest.importorskip("onnxscript")
+    code, lines, _ = said(capsys, tickets["rnnt"], "--export", tmp_path / "net.onnx")
+    assert code == 0 and [Path(line.split(":")[0]).name for line in lines] == [
+        "net-encoder.onnx", "net-predictor.onnx", "net-joiner.onnx",
+    ]  # fmt: skip
+    (encode, about), (predict, _), (join, _) = (onnx_session(line.split(":")[0]) for line in lines)
+    model, _ = transcribe.load(tickets["rnnt"])
+    for path in speech:
+        features = data.features_of(data.Utterance(path, ""), model.features)[0][None]
+        lengths = torch.tensor([features.shape[1]])
+        with torch.no_grad():
+            expected = model.every_second(*model.encode(features, lengths))[0]
+            (encoded,) = map(torch.from_numpy, encode(features=features))
+        torch.testing.assert_close(encoded, expected, atol=1e-4, rtol=0)
+        ids, state = [], torch.zeros(2, 1, 1, SIZES["rnnt"]["predictor"])
+        predictor_out, h, c = map(torch.from_numpy, predict(token=torch.tensor([[0]]), h=state[0], c=state[1]))
+        for frame in encoded[0]:
+            for _ in range(int(about["max_symbols"])):
+                (logits,) = join(encoder_out=frame[None], predictor_out=predictor_out)
+                if logits.argmax() == 0:
+                    break
+                ids.append(int(logits.argmax()))
+                predictor_out, h, c = map(torch.from_numpy, predict(token=torch.tensor([[ids[-1]]]), h=h, c=c))
+        assert [ids] == model.transcribe(features, lengths) and ids
+
+
+def test_export_without_its_packages_is_one_line(tickets, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    code, lines, err = said(capsys, tickets["rnnt"], "--export", tmp_path / "net.onnx")
+    assert (code, lines) == (2, []) and "--export needs two packages: pip install onnx onnxscript" in err
+
+
+def test_size_by_hand(tmp_path, capsys):
+    path = ticket(tmp_path, "conformer")
+    command = [sys.executable, str(DEMO.parent / "lottery.py"), "size", str(path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    masks, _, trained, _ = lottery.load_ticket(path)
+    # Convolutions 18 + 36, input 640; a block: 4 feed-forward of 16 x 64, attention 16 x 48 + 16 x 16, pointwise
+    # 16 x 32 + 16 x 16, depthwise 16 x 5; output 16 x 12.
+    assert sum(m.numel() for m in masks.values()) == 18 + 36 + 640 + 4 * 1024 + 768 + 256 + 512 + 256 + 80 + 192 == 6854
+    kept = sum(int(m.sum()) for m in masks.values())
+    sizes = {line[:38].strip(): int(line[38:52].replace(",", "")) for line in out.splitlines()[:9]}
+    assert sizes["trained: kept weights"] == 4 * kept and sizes["rewind: kept weights"] == 0
+    assert sizes["masks, as bits"] == sum(-(-m.numel() // 8) for m in masks.values())
+    assert sizes["the file"] == path.stat().st_size == sizes["without its rewind state"]
+    assert sizes["dense float32 checkpoint"] == 4 * sum(v.numel() for v in trained.values()) + 4  # a counter is int64
+    assert f"remaining: {kept / 6854:.1%} of 6,854 prunable weights" in out
+    assert "multiply-adds a second of audio: dense " in out
+    for name, message in (("none", "none: cannot read the ticket"), ("other", "other: not a recogniser's ticket")):
+        lottery.save_ticket(tmp_path / "other", masks, None, trained, {})
+        assert lottery.main(["size", str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
