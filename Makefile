@@ -26,7 +26,7 @@ sanitize: $(VENV)/installed
 	export LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0; \
 	(cd build/sanitize && $(abspath $(BIN))/python -c 'import torch, _lottery; assert "sanitize" in _lottery.__file__') && \
-	$(BIN)/python -m pytest -o pythonpath="build/sanitize . tests" tests/test_ops.py
+	$(BIN)/python -m pytest -o pythonpath="build/sanitize . tests" tests/test_ops.py tests/test_sparse.py
 
 # the operators' tests on the code for other processors: no AVX2, no AVX-512
 baseline: $(VENV)/installed
@@ -35,7 +35,7 @@ baseline: $(VENV)/installed
 	--build-temp build/baseline/temp --build-lib build/baseline
 	(cd build/baseline && $(abspath $(BIN))/python -c 'import torch, _lottery; \
 	assert "baseline" in _lottery.__file__ and _lottery.build_facts()["instructions"] == "baseline"') && \
-	$(BIN)/python -m pytest -o pythonpath="build/baseline . tests" tests/test_ops.py
+	$(BIN)/python -m pytest -o pythonpath="build/baseline . tests" tests/test_ops.py tests/test_sparse.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

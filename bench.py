@@ -67,6 +67,8 @@ def peak_memory(function) -> int:
 
 # ---------------------------------------------------------------------------- ops
 
+BLOCKS = [(1, 4), (8, 1), (16, 1)]  # rows x columns
+
 
 def cnn_lstm_weights(hidden: int, device: str) -> list[torch.Tensor]:
     """The pruned weights of the paper's CNN-LSTM (hidden 1024) or a narrower one, at theta_0 plus a little training.
@@ -129,7 +131,12 @@ def validate_ops(device: str) -> None:
         lottery.reference_hold_ticket_(by_hand, [], masks)
         if not all(torch.equal(a, b) for a, b in zip(held, by_hand)):
             sys.exit("bench.py: the held weights differ from the reference: nothing was timed")
-    print(f"validated against the reference on {device}: masks and held weights equal, bit for bit")
+        matrices = [w[: len(w) // 101 * 101].view(-1, 101) for w in weights[1:]]
+        for block in BLOCKS:
+            ours, reference = lottery.ops.block_norms(matrices, *block), lottery.reference_block_norms(matrices, *block)
+            if not all(torch.equal(a, b) for a, b in zip(ours, reference)):
+                sys.exit("bench.py: the block norms differ from the reference: nothing was timed")
+    print(f"validated against the reference on {device}: masks, held weights and block norms equal, bit for bit")
 
 
 def falls_back(weights: list[torch.Tensor]) -> dict[str, tuple[list[torch.Tensor], int]]:
@@ -180,6 +187,24 @@ def bench_pruning(device: str, hidden: int, rounds: int, repeats: int, peers: bo
     if peers:
         line += f"  torch.nn.utils.prune {torch_prune(weights, masks, keep) / t['ours']:7.0f} x"
     return line
+
+
+def bench_blocks(device: str, hidden: int, repeats: int) -> str:
+    """The norms alone, and pruning dense weights to 80 % of their blocks with them, both in reads of the weights."""
+    weights = cnn_lstm_weights(hidden, device)
+    functions = {}
+    for rows, columns in BLOCKS:
+        norms = lottery.ops.block_norms(weights, rows, columns)
+        masks, keep = [torch.ones_like(n, dtype=torch.bool) for n in norms], round(0.8 * sum(n.numel() for n in norms))
+
+        def prune_blocks(block=(rows, columns), masks=masks, keep=keep) -> None:
+            lottery.ops.global_magnitude_masks(lottery.ops.block_norms(weights, *block), masks, keep)
+
+        functions[f"{rows}x{columns}"] = lambda block=(rows, columns): lottery.ops.block_norms(weights, *block)
+        functions[f"{rows}x{columns} and masks"] = prune_blocks
+    t = in_turns(device, repeats, read=lambda: [w.sum() for w in weights], **functions)
+    line = f"{sum(w.numel() for w in weights) / 1e6:6.1f} M  {torch.get_num_threads()} threads"
+    return line + "".join(f"  {name} {t[name] / t['read']:5.2f}" for name in functions) + " reads"
 
 
 def _timed(function) -> float:
@@ -245,6 +270,9 @@ def bench_ops(args: argparse.Namespace) -> None:
             for hidden in (58, 294, 1024):
                 for rounds in (1, 10):
                     print(bench_pruning(device, hidden, rounds, args.repeats, args.peers), flush=True)
+            print(f"\n{device}: pruning blocks (block_norms, then global_magnitude_masks on the norms)")
+            for hidden in (58, 294, 1024):
+                print(bench_blocks(device, hidden, args.repeats), flush=True)
             print(f"\n{device}: holding weights and gradients (hold_ticket_)")
             for hidden in (58, 294, 1024):
                 for rounds in (1, 10):
@@ -556,7 +584,8 @@ def memory_of_cached_training(folder: Path, copies: int) -> None:
 def bench_save(args: argparse.Namespace) -> None:
     """What a checkpoint costs: of a step's time, every 5 minutes."""
     torch.manual_seed(0)
-    model = models.build(args.backbone, args.size, 29)
+    backbone = args.backbone or "rnnt"
+    model = models.build(backbone, args.size, 29)
     ticket, optimizer = lottery.Ticket(model), torch.optim.AdamW(model.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
     for parameter in model.parameters():
@@ -569,21 +598,30 @@ def bench_save(args: argparse.Namespace) -> None:
         seconds = in_turns("cpu", args.repeats, save=lambda: keeper.save(ticket, optimizer, schedule, at))["save"]
         size = (Path(folder) / "checkpoint.safetensors").stat().st_size
     print(
-        f"{args.backbone} {args.size}: a checkpoint of {size / 1e6:.1f} MB in {seconds:.3f} s: {seconds / 300:.2%} of "
+        f"{backbone} {args.size}: a checkpoint of {size / 1e6:.1f} MB in {seconds:.3f} s: {seconds / 300:.2%} of "
         "the time at one every 5 minutes"
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("what", choices=["ops", "train", "data", "save"])
+    parser.add_argument("what", choices=["ops", "train", "data", "save", "infer"])
     parser.add_argument("--size", choices=["demo", "paper"], default="paper", help="of train and save")
-    parser.add_argument("--backbone", choices=list(models.BACKBONES), default="rnnt", help="of save")
+    parser.add_argument("--backbone", choices=list(models.BACKBONES), help="of save (default: rnnt) and infer (all)")
     parser.add_argument("--repeats", type=int, default=21, help="turns a median is taken over (default: 21)")
     parser.add_argument(
         "--no-peers", dest="peers", action="store_false", help="without torch.nn.utils.prune, which takes minutes"
     )
+    parser.add_argument("--short", action="store_true", help="infer: one thread and 90 %% sparsity only")
+    parser.add_argument(
+        "--ticket", type=Path, help="infer: a ticket.safetensors on the test set of --data, and its WER"
+    )
+    parser.add_argument("--data", type=Path, default=Path("demo"), help="of --ticket (default: demo)")
     args = parser.parse_args(argv)
+    if args.what == "infer":
+        from bench_infer import bench_infer  # which imports this file
+
+        return bench_infer(args)
     {"ops": bench_ops, "train": bench_train, "data": bench_data, "save": bench_save}[args.what](args)
 
 

@@ -41,18 +41,22 @@ class LotteryError(ValueError):
 # ---------------------------------------------------------------------------- ops: the reference
 
 
+def _check_device(weights: list[Tensor], i: int) -> None:
+    if weights[i].device != weights[0].device:
+        devices = f"weights[0] is on {weights[0].device}, weights[{i}] on {weights[i].device}"
+        raise ValueError(f"all weights must be on one device: {devices}")
+
+
 def _check_tensors(weights: list[Tensor], grads: list[Tensor], masks: list[Tensor]) -> None:
     """What csrc/checks.h refuses, but for the dtypes of weights and gradients."""
     if len(weights) != len(masks):
         raise ValueError(f"weights and masks must be as many, got {len(weights)} and {len(masks)}")
     if grads and len(grads) != len(weights):
         raise ValueError(f"grads must be empty or as many as weights, got {len(grads)} and {len(weights)}")
-    for i, (weight, mask) in enumerate(zip(weights, masks)):
+    for i, mask in enumerate(masks):
         if mask.dtype != torch.bool:
             raise TypeError(f"masks[{i}] must be bool, got {mask.dtype}")
-        if weight.device != weights[0].device:
-            devices = f"weights[0] is on {weights[0].device}, weights[{i}] on {weight.device}"
-            raise ValueError(f"all weights must be on one device: {devices}")
+        _check_device(weights, i)
     for name, tensors in (("masks", masks), ("grads", grads)):
         for i, (tensor, weight) in enumerate(zip(tensors, weights)):
             if tensor.shape != weight.shape:
@@ -96,32 +100,36 @@ def reference_global_magnitude_masks(weights: list[Tensor], masks: list[Tensor],
     return [part.view(mask.shape) for part, mask in zip(kept.split([mask.numel() for mask in masks]), masks)]
 
 
-def check_blocks(weights: list[Tensor], rows: int, columns: int) -> None:
-    """What csrc/checks.h refuses of blocks."""
+def _check_blocks(weights: list[Tensor], rows: int, columns: int) -> None:
     if rows < 1 or columns < 1:
-        raise ValueError(f"rows and columns of a block must be at least 1, got {rows} and {columns}")
+        raise ValueError(f"rows and columns must be at least 1, got {rows} and {columns}")
     for i, weight in enumerate(weights):
         if weight.dim() < 2:
-            raise ValueError(f"weights[{i}] must have two or more dimensions to be cut into blocks, got {weight.dim()}")
+            rule = "(a block is a tile of a matrix)"
+            raise ValueError(f"weights[{i}] must have at least 2 dimensions, got {weight.dim()} {rule}")
+        _check_device(weights, i)
 
 
 def reference_block_norms(weights: list[Tensor], rows: int, columns: int) -> list[Tensor]:
-    """L1 norms of the blocks of each weight, seen as R x C: out_features x the rest.
+    """The L1 norms of the blocks of each weight, a matrix of size(0) rows with its other dimensions flattened.
 
-    Returns (ceil(R / rows), ceil(C / columns)) float64 tensors. Blocks start at the first row and column; those at the
-    far edges are what is left there. |w| is summed in float64 along a block's rows, the first row first, on any device.
+    Blocks are tiles of rows x columns from the top left, smaller at the edges.  Returns float64 (ceil(R / rows),
+    ceil(C / columns)) for each weight (R, ...), R x C as a matrix: the sum of |w| over the block, added row by row from
+    its top left, so that every implementation rounds alike; NaN or infinite where a weight of the block is.  Ranking
+    them with global_magnitude_masks prunes blocks.  Call it on detached weights.  Raises ValueError unless rows and
+    columns are >= 1 and each weight has two dimensions or more.
     """
-    check_blocks(weights, rows, columns)
+    _check_blocks(weights, rows, columns)
     norms = []
     for weight in weights:
-        matrix = weight.flatten(1).abs().double()
-        down, across = -(-matrix.shape[0] // rows), -(-matrix.shape[1] // columns)
-        padding = (0, across * columns - matrix.shape[1], 0, down * rows - matrix.shape[0])  # x + 0.0 is x
-        blocks = nn.functional.pad(matrix, padding).view(down, rows, across, columns)
-        norm = matrix.new_zeros(down, across)
-        for i in range(rows):
-            for j in range(columns):
-                norm += blocks[:, i, :, j]
+        matrix = weight.flatten(1).abs()
+        r, c = (min(block, max(size, 1)) for block, size in zip((rows, columns), matrix.shape))
+        matrix = nn.functional.pad(matrix, (0, -matrix.size(1) % c, 0, -matrix.size(0) % r))  # |w| + 0 is exact
+        tiles = matrix.view(matrix.size(0) // r, r, matrix.size(1) // c, c)
+        norm = tiles.new_zeros(tiles.size(0), tiles.size(2), dtype=torch.float64)
+        for row in range(r):
+            for column in range(c):
+                norm += tiles[:, row, :, column].double()
         norms.append(norm)
     return norms
 
@@ -138,8 +146,8 @@ def choose_ops() -> Ops:
     try:
         import _lottery  # registers torch.ops.audio_lottery
     except ImportError as error:
-        references = reference_hold_ticket_, reference_global_magnitude_masks, reference_block_norms
-        return Ops(*references, f"pure PyTorch ({error})")
+        reference = reference_hold_ticket_, reference_global_magnitude_masks, reference_block_norms
+        return Ops(*reference, f"pure PyTorch ({error})")
     compiled, facts = torch.ops.audio_lottery, _lottery.build_facts()
     torch.library.register_fake("audio_lottery::hold_ticket_", _check_tensors)
 
@@ -150,10 +158,10 @@ def choose_ops() -> Ops:
 
     @torch.library.register_fake("audio_lottery::block_norms")
     def fake_norms(weights, rows, columns):
-        check_blocks(weights, rows, columns)
+        _check_blocks(weights, rows, columns)
         matrices = [weight.flatten(1) for weight in weights]
-        shapes = [(-(-m.shape[0] // rows), -(-m.shape[1] // columns)) for m in matrices]
-        return [m.new_empty(shape, dtype=torch.float64) for m, shape in zip(matrices, shapes)]
+        shapes = [(-(-matrix.size(0) // rows), -(-matrix.size(1) // columns)) for matrix in matrices]
+        return [weight.new_empty(shape, dtype=torch.float64) for weight, shape in zip(weights, shapes)]
 
     def on_its_devices(op, reference):  # a build without CUDA leaves tensors on a GPU to the reference
         devices = {"cpu", "cuda"} if facts["cuda"] else {"cpu"}
@@ -243,6 +251,17 @@ def weight_uses(model: nn.Module, call: Callable[[], object]) -> dict[str, int]:
         for hook in hooks:
             hook.remove()
     return uses
+
+
+def compress(model: nn.Module, masks: Masks, run: Callable[[nn.Module], object] | None = None, **options):
+    """A copy of the model with sparse products for inference on a CPU, and what each layer took.
+
+    run: uses the model as it will be used; each layer is measured on what reaches it.  options: layout, dtype.
+    See sparse.compress.
+    """
+    import sparse  # which imports this file
+
+    return sparse.compress(model, masks, run, **options)
 
 
 # ---------------------------------------------------------------------------- how many are kept

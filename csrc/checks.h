@@ -4,6 +4,8 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
+
 namespace audio_lottery {
 
 using at::Tensor;
@@ -15,6 +17,11 @@ inline void check_dtype(const Tensor& weight, size_t i) {
                    "] must be float32, bfloat16, float16 or float64, got ", t);
 }
 
+inline void check_device(TensorList weights, size_t i) {
+  TORCH_CHECK_VALUE(weights[i].device() == weights[0].device(), "all weights must be on one device: weights[0] is on ",
+                    weights[0].device(), ", weights[", i, "] on ", weights[i].device());
+}
+
 // One mask a weight: bool, of its shape, on its device; all weights on one device.
 inline void check_masks(TensorList weights, TensorList masks) {
   TORCH_CHECK_VALUE(weights.size() == masks.size(), "weights and masks must be as many, got ", weights.size(), " and ",
@@ -24,8 +31,7 @@ inline void check_masks(TensorList weights, TensorList masks) {
     TORCH_CHECK_TYPE(masks[i].scalar_type() == at::kBool, "masks[", i, "] must be bool, got ", masks[i].scalar_type());
     TORCH_CHECK_VALUE(weights[i].sizes() == masks[i].sizes(), "masks[", i, "] must have the shape of weights[", i,
                       "], got ", masks[i].sizes(), " and ", weights[i].sizes());
-    TORCH_CHECK_VALUE(weights[i].device() == weights[0].device(), "all weights must be on one device: weights[0] is on ",
-                      weights[0].device(), ", weights[", i, "] on ", weights[i].device());
+    check_device(weights, i);
     TORCH_CHECK_VALUE(masks[i].device() == weights[i].device(), "masks[", i, "] must be on the device of weights[", i,
                       "], got ", masks[i].device(), " and ", weights[i].device());
   }
@@ -45,6 +51,16 @@ inline void check_grads(TensorList weights, TensorList grads) {
   }
 }
 
+inline void check_blocks(TensorList weights, int64_t rows, int64_t columns) {
+  TORCH_CHECK_VALUE(rows >= 1 && columns >= 1, "rows and columns must be at least 1, got ", rows, " and ", columns);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check_dtype(weights[i], i);
+    TORCH_CHECK_VALUE(weights[i].dim() >= 2, "weights[", i, "] must have at least 2 dimensions, got ", weights[i].dim(),
+                      " (a block is a tile of a matrix)");
+    check_device(weights, i);
+  }
+}
+
 // Magnitudes are compared as bits, so they must be of one dtype.
 inline void check_one_dtype(TensorList weights) {
   for (size_t i = 1; i < weights.size(); ++i) {
@@ -54,19 +70,6 @@ inline void check_one_dtype(TensorList weights) {
   }
 }
 
-inline void check_blocks(TensorList weights, int64_t rows, int64_t columns) {
-  TORCH_CHECK_VALUE(rows >= 1 && columns >= 1, "rows and columns of a block must be at least 1, got ", rows, " and ",
-                    columns);
-  for (size_t i = 0; i < weights.size(); ++i) {
-    check_dtype(weights[i], i);
-    TORCH_CHECK_VALUE(weights[i].dim() >= 2, "weights[", i, "] must have two or more dimensions to be cut into blocks, got ",
-                      weights[i].dim());
-  }
-}
-
-// How many pieces of `size` it takes to cover n.
-inline int64_t pieces(int64_t n, int64_t size) { return n / size + (n % size != 0); }
-
 inline void check_finite(bool finite, size_t i) {
   TORCH_CHECK_VALUE(finite, "weights[", i, "] has a NaN or infinite value (magnitudes must be finite to be ranked)");
 }
@@ -75,5 +78,18 @@ inline void check_keep(int64_t keep, int64_t survivors) {
   TORCH_CHECK_VALUE(keep >= 0 && keep <= survivors, "keep must be between 0 and the ", survivors,
                     " surviving weights, got ", keep);
 }
+
+// A weight as a matrix, (size(0), the rest flattened), and its tiles of rows x columns, which are cut to its size.
+struct Blocks {
+  int64_t height, width, rows, columns, down, across;
+
+  Blocks(const Tensor& weight, int64_t most_rows, int64_t most_columns)
+      : height(weight.size(0)),
+        width(c10::multiply_integers(weight.sizes().slice(1))),
+        rows(std::min(most_rows, std::max<int64_t>(height, 1))),
+        columns(std::min(most_columns, std::max<int64_t>(width, 1))),
+        down((height + rows - 1) / rows),
+        across((width + columns - 1) / columns) {}
+};
 
 }  // namespace audio_lottery

@@ -1,5 +1,5 @@
 // All operators of Audio Lottery. Implementations: cpu/*.cpp and cuda/*.cu, names mirrored; checks: checks.h;
-// the slow reference they are tested against: lottery.py.
+// the slow reference they are tested against: lottery.py and sparse.py.
 
 #include <torch/extension.h>
 #include <torch/library.h>
@@ -8,17 +8,37 @@
 #include <omp.h>
 #endif
 
+namespace audio_lottery {
+std::string sparse_instructions(const std::string& name);  // cpu/sparse.cpp
+}
+
 TORCH_LIBRARY(audio_lottery, m) {
   // Zero weights and gradients where the mask is false, in place. grads may be empty.
   m.def("hold_ticket_(Tensor(a!)[] weights, Tensor(b!)[] grads, Tensor[] masks) -> ()");
   // Masks of the `keep` largest |w| among surviving weights; ties: earlier tensor, then lower flat index, is kept.
   m.def("global_magnitude_masks(Tensor[] weights, Tensor[] masks, int keep) -> Tensor[]");
-  // Sums of |w| over rows x columns blocks of each weight, seen as out_features x the rest; float64, a fixed order.
+  // The sum of |w| over each tile of rows x columns of each weight, seen as (size(0), the rest), in float64.
   m.def("block_norms(Tensor[] weights, int rows, int columns) -> Tensor[]");
+  // x (..., inputs) times a matrix of kept blocks: values (blocks, r, c), columns uint16, offsets int32 (cpu/sparse.cpp).
+  m.def(
+      "sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor offsets, Tensor? scales, Tensor? bias, int outputs) "
+      "-> Tensor");
+  // LSTM over projections (batch, time, 4 * hidden) = inputs through W_ih, with both biases; the matrix is W_hh. Reverse
+  // starts at each end. Returns outputs (zeros behind an end) and the last h and c.
+  m.def(
+      "sparse_lstm(Tensor projections, Tensor values, Tensor columns, Tensor offsets, Tensor? scales, Tensor h0, "
+      "Tensor c0, Tensor? lengths, bool reverse) -> (Tensor, Tensor, Tensor)");
+  // Tokens of one utterance, greedy: encoder_out (frames, joiner) and projection (joiner, hidden) are what is added before
+  // tanh, inputs (tokens, 4 * hidden) are the embeddings through W_ih, with both biases; recurrent is W_hh.
+  m.def(
+      "sparse_transducer(Tensor encoder_out, Tensor inputs, Tensor[] recurrent, Tensor[] projection, Tensor[] output, "
+      "Tensor? bias, int max_symbols) -> Tensor");
 }
 
 // Facts about this build; tensors go through the dispatcher.
 PYBIND11_MODULE(_lottery, m) {
+  // Has the sparse operators take lesser instructions, for tests: DEFAULT, AVX2 or AVX512. Returns what they took before.
+  m.def("sparse_instructions", &audio_lottery::sparse_instructions);
   m.def("build_facts", [] {
     pybind11::dict facts;
     facts["version"] = AUDIO_LOTTERY_VERSION;

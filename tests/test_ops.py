@@ -259,6 +259,108 @@ def test_rounds_are_nested(device):
         masks = new
 
 
+# ---------------------------------------------------------------------------- block_norms
+
+NORMS = [compiled.block_norms, lottery.reference_block_norms]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_norms", NORMS)
+def test_block_norms_by_hand(block_norms, dtype, device):
+    weight = torch.tensor([[1.0, -2, 3], [-4, 5, -6], [7, 8, -9]], dtype=dtype, device=device)
+    for rows, columns, want in (
+        (1, 1, [[1, 2, 3], [4, 5, 6], [7, 8, 9]]),
+        (2, 2, [[12, 9], [15, 9]]),  # the edge blocks are 2 x 1, 1 x 2 and 1 x 1
+        (2, 1, [[5, 7, 9], [7, 8, 9]]),
+        (1, 2, [[3, 3], [9, 6], [15, 9]]),
+        (3, 3, [[45]]),
+        (2**62, 1, [[12, 15, 18]]),
+        (2**63 - 1, 2**63 - 1, [[45]]),
+    ):
+        (norms,) = block_norms([weight], rows, columns)
+        assert norms.dtype == torch.float64 and norms.device == weight.device and norms.tolist() == want
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("block_norms", NORMS)
+def test_block_norms_add_row_by_row(block_norms, device):
+    """1e16 + 1 rounds to 1e16, so a sum shows its order: 1 + 1 first, or not."""
+    big = 1e16
+    weight = torch.tensor([[1, 1, big, 1, 1, big], [big, 0, 1, 0, 1, 0]], dtype=torch.float64, device=device)
+    assert block_norms([weight], 2, 2)[0].tolist() == [[big + 2, big, big]]
+    assert block_norms([weight], 2, 1)[0].tolist() == [[big, 1, big, 1, 2, big]]
+
+
+BLOCKS = [(1, 1), (1, 2), (1, 4), (1, 8), (8, 1), (16, 1), (2, 4), (3, 5)]
+
+
+def same_norms(weights, rows, columns):
+    got, want = compiled.block_norms(weights, rows, columns), lottery.reference_block_norms(weights, rows, columns)
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        assert g.dtype == torch.float64 and g.device == w.device and g.shape == w.shape
+        assert torch.equal(bits(g), bits(w)), (i, weights[i].shape, rows, columns)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_block_norms_equal_reference(dtype, device):
+    """Tails of vectors, of pieces and of blocks; magnitudes over 13 decades, so that the order of a sum shows."""
+    torch.manual_seed(9)
+    shapes = [(height, width) for height in (1, 7, 17) for width in (1, 2, 3, 7, 8, 9, 15, 17, 31, 33, 65, 127)]
+    shapes += [(2, 32_769), (3, 65_541), (10_001, 3), (8_193, 4), (130, 1_001), (2, 3, 5), (16, 3, 5, 7), (9, 1, 1, 1)]
+    weights = [(torch.randn(s) * 10 ** (torch.rand(s) * 13 - 10)).to(device, dtype) for s in shapes]
+    for rows, columns in BLOCKS:
+        same_norms(weights, rows, columns)
+    same_norms(weights[-4:], 40, 20)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_block_norms_non_contiguous(device):
+    base = torch.randn(40, 30, device=device)
+    channels_last = torch.randn(6, 3, 5, 7, device=device).to(memory_format=torch.channels_last)
+    for rows, columns in BLOCKS:
+        same_norms(
+            [base.t(), base[:, ::2], base[3:7], base[:, 1:], channels_last, base[:1].expand(9, 30)], rows, columns
+        )
+    assert compiled.block_norms([channels_last], 1, 105)[0].flatten().tolist() == pytest.approx(
+        channels_last.double().abs().sum((1, 2, 3)).tolist()
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("block_norms", NORMS)
+def test_block_norms_of_empty_weights(block_norms, device):
+    weights = [torch.ones(shape, device=device) for shape in ((0, 5), (5, 0), (0, 0), (3, 0, 4), (0, 3, 4), (3, 5))]
+    norms = block_norms(weights, 2, 2)
+    assert [tuple(n.shape) for n in norms] == [(0, 3), (3, 0), (0, 0), (2, 0), (0, 6), (2, 3)]
+    assert norms[-1].tolist() == [[4, 4, 2], [2, 2, 1]] and all(n.dtype == torch.float64 for n in norms)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_norms", NORMS)
+def test_block_norms_pass_nan_and_infinity_on(block_norms, dtype, device):
+    nan, inf = float("nan"), float("inf")
+    weight = torch.tensor([[1, nan, 2, -inf, nan, -inf], [1, 1, 1, 1, inf, inf]], dtype=dtype, device=device)
+    for columns in (2, 4):
+        want = torch.tensor([[nan, inf, nan], [2, 2, inf]]) if columns == 2 else torch.tensor([[nan, nan], [4, inf]])
+        assert torch.equal(block_norms([weight], 1, columns)[0].isnan().cpu(), want.isnan())
+        assert torch.equal(block_norms([weight], 1, columns)[0].nan_to_num().cpu(), want.double().nan_to_num())
+    largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    weight = torch.tensor([[-largest, largest, -smallest, smallest]], dtype=dtype, device=device)
+    assert block_norms([weight], 1, 2)[0].tolist() == [[2 * largest, 2 * smallest]]  # infinite in float64 alone
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_blocks_are_ranked_by_their_norms(device):
+    weights = [torch.tensor([[1.0, 1, 5, 5], [1, -1, 5, 0]]), torch.tensor([[-9.0, 3], [0, 0], [7, 7]])]
+    norms = compiled.block_norms([w.to(device) for w in weights], 2, 2)
+    assert [n.tolist() for n in norms] == [[[4, 15]], [[12], [14]]]
+    masks = compiled.global_magnitude_masks(norms, [torch.ones_like(n, dtype=torch.bool) for n in norms], 2)
+    assert [m.tolist() for m in masks] == [[[False, True]], [[False], [True]]]
+
+
 def test_threads_do_not_matter():
     torch.manual_seed(5)
     cases = [torch.randn(400_000), torch.randint(1, 4, (400_000,)).float(), torch.ones(400_000)]
@@ -270,8 +372,11 @@ def test_threads_do_not_matter():
                 torch.set_num_threads(n)
                 held = weight.clone()
                 compiled.hold_ticket_([held], [], masks)
-                results.append((compiled.global_magnitude_masks([weight], masks, 100_000)[0], held))
-            assert all(torch.equal(r[0], results[0][0]) and torch.equal(r[1], results[0][1]) for r in results)
+                norms = compiled.block_norms([weight.view(400, 1000)], 16, 1) + compiled.block_norms(
+                    [weight[None]], 1, 4
+                )
+                results.append((compiled.global_magnitude_masks([weight], masks, 100_000)[0], held, *norms))
+            assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
     finally:
         torch.set_num_threads(threads)
 
@@ -322,9 +427,12 @@ def test_mixed_devices_are_refused(device, other):
             hold([w, w], [w, far_w], [m, m])
         with pytest.raises(ValueError, match=one_device):
             hold([w, far_w], [], [m, m])
+    for block_norms in NORMS:
+        with pytest.raises(ValueError, match=one_device):
+            block_norms([w, far_w], 1, 4)
 
 
-NAN, INFINITY = torch.tensor([1.0, float("nan")]), float("inf")
+NAN = torch.tensor([1.0, float("nan")])
 SURVIVORS = "keep must be between 0 and the %d surviving weights, got %d"
 
 
@@ -382,51 +490,22 @@ def test_infinity_is_refused_in_every_dtype(dtype, device):
         compiled.global_magnitude_masks([weight], [mask], 10)
 
 
-# ---------------------------------------------------------------------------- block_norms
-
-
-def test_block_norms_by_hand():
-    weight = torch.tensor([[1.0, -2, 3], [-4, 5, -6], [7, -8, 9]])
-    for norms in (compiled.block_norms, lottery.reference_block_norms):
-        (by_two,) = norms([weight], 2, 2)
-        assert by_two.tolist() == [[12.0, 9.0], [15.0, 9.0]] and by_two.dtype == torch.float64
-        assert [n.tolist() for n in norms([weight, weight.view(3, 3, 1)], 1, 4)] == [[[6.0], [15.0], [24.0]]] * 2
-        assert norms([weight], 100, 1)[0].tolist() == [[12.0, 15.0, 18.0]]
-        assert torch.equal(norms([weight], 1, 1)[0], weight.abs().double())
-        assert norms([torch.tensor([[NAN[1], 1, INFINITY, 1]])], 1, 2)[0].isfinite().tolist() == [[False, False]]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, columns", [(1, 4), (4, 1), (8, 1), (16, 1), (1, 1), (1, 2), (1, 8), (3, 5), (64, 64)])
-def test_block_norms_equal_reference(rows, columns, dtype, device):
-    torch.manual_seed(0)
-    shapes = [(1, 1), (37, 53), (16, 129), (8, 3, 5, 7), (0, 4), (4, 0), (5, 2, 0), (130, 17)]
-    weights = [(torch.randn(shape) * torch.randn(shape).exp2()).to(dtype).to(device) for shape in shapes]
-    weights += [weights[1].t(), weights[3].transpose(1, 3), weights[1][::2, 1::3]]
-    expected = [w.cpu() for w in lottery.reference_block_norms(weights, rows, columns)]
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        for got, want in zip(compiled.block_norms(weights, rows, columns), expected, strict=True):
-            assert got.dtype == torch.float64 and got.shape == want.shape and torch.equal(bits(got.cpu()), bits(want))
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "error, message, arguments",
     [
-        (ValueError, "rows and columns of a block must be at least 1, got 0 and 4", ([W], 0, 4)),
-        (ValueError, "rows and columns of a block must be at least 1, got 1 and -1", ([W], 1, -1)),
-        (ValueError, r"weights\[1\] must have two or more dimensions to be cut into blocks, got 1", ([W, W[0]], 1, 4)),
+        (ValueError, r"weights\[1\] must have at least 2 dimensions, got 1 \(a block is a tile", ([W, W[0]], 1, 4)),
+        (ValueError, r"weights\[0\] must have at least 2 dimensions, got 0 \(a block is a tile", ([W[0, 0]], 1, 4)),
+        (ValueError, "rows and columns must be at least 1, got 0 and 4", ([W], 0, 4)),
+        (ValueError, "rows and columns must be at least 1, got 8 and -1", ([W], 8, -1)),
+        (TypeError, r"weights\[1\] must be float32, bfloat16, float16 or float64, got Int", ([W, W.int()], 1, 1)),
     ],
 )
 def test_block_norms_refuse(error, message, arguments, device):
     arguments = moved(arguments, device)
-    for norms in (compiled.block_norms, lottery.reference_block_norms):
+    for block_norms in NORMS if error is ValueError else NORMS[:1]:  # the reference takes any dtype
         with pytest.raises(error, match=message):
-            norms(*arguments)
-    with pytest.raises(TypeError, match=r"weights\[0\] must be float32, bfloat16, float16 or float64, got Int"):
-        compiled.block_norms([W.int().to(device)], 1, 4)
+            block_norms(*arguments)
 
 
 # ---------------------------------------------------------------------------- registrations
@@ -441,8 +520,7 @@ def test_opcheck():
     turned = [weights[0].t(), weights[1]], [masks[0].t(), masks[1]]
     torch.library.opcheck(compiled.global_magnitude_masks, (*turned, survivors // 2))
     torch.library.opcheck(compiled.hold_ticket_, (turned[0], [], turned[1]))
-    for block in ((1, 4), (8, 1)):
-        torch.library.opcheck(compiled.block_norms, ([weights[0], turned[0][0], torch.randn(2, 3, 4)], *block))
+    torch.library.opcheck(compiled.block_norms, ([torch.randn(5, 3), torch.randn(3, 0), torch.randn(4, 2, 3)], 2, 4))
 
 
 def test_compiled_step():

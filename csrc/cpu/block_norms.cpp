@@ -1,87 +1,98 @@
-// block_norms on CPU: one pass. A row of blocks is a task; its sums are added up row by row, so that each block's own
-// order is along its rows, the first row first, as in the reference.
+// block_norms on CPU: one pass over the weights. A block is summed row by row; vectors run over neighbouring blocks.
 
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 #include <vector>
 
 #include "../checks.h"
+#include "huge_pages.h"
 #include "vector.h"
 
 namespace audio_lottery {
 namespace {
 
-// sums[j] += |row[j * Columns]| + ... of `count` whole blocks; across blocks this vectorises. Columns 0: `columns`, known
-// only now.
-template <int Columns, typename T>
-AUDIO_LOTTERY_INLINE void add_row(const T* __restrict row, double* __restrict sums, int64_t count, int64_t columns) {
-  const int64_t width = Columns ? Columns : columns;
-  for (int64_t j = 0; j < count; ++j) {
-    double sum = sums[j];
-    for (int64_t k = 0; k < width; ++k) sum += std::abs(static_cast<double>(row[j * width + k]));
-    sums[j] = sum;
+constexpr int64_t CHUNK = 1 << 15;  // elements a task, about
+
+// Adds one row of `blocks` neighbouring blocks to their norms. COLUMNS is known to the compiler, or 0.
+template <int COLUMNS, typename T>
+AUDIO_LOTTERY_INLINE void add_row(const T* __restrict w, double* __restrict norms, int64_t blocks, int64_t columns) {
+  const int64_t width = COLUMNS ? COLUMNS : columns;
+  for (int64_t b = 0; b < blocks; ++b) {
+    double sum = norms[b];
+    for (int64_t c = 0; c < width; ++c) sum += std::abs(static_cast<double>(w[b * width + c]));
+    norms[b] = sum;
   }
 }
 
+// The norms of neighbouring blocks: `rows` rows of `size` columns, `stride` elements apart; the last may be narrower.
 template <typename T>
-AUDIO_LOTTERY_INLINE void add_any(const T* row, double* sums, int64_t count, int64_t columns) {
-  if (columns == 1) return add_row<1>(row, sums, count, columns);
-  if (columns == 2) return add_row<2>(row, sums, count, columns);
-  if (columns == 4) return add_row<4>(row, sums, count, columns);
-  if (columns == 8) return add_row<8>(row, sums, count, columns);
-  add_row<0>(row, sums, count, columns);
-}
-
-AUDIO_LOTTERY_CLONES void add_float(const float* row, double* sums, int64_t n, int64_t c) { add_any(row, sums, n, c); }
-AUDIO_LOTTERY_CLONES void add_double(const double* row, double* sums, int64_t n, int64_t c) { add_any(row, sums, n, c); }
-
-template <typename T>
-void add(const T* row, double* sums, int64_t count, int64_t columns) {
-  if constexpr (std::is_same_v<T, float>) {
-    add_float(row, sums, count, columns);
-  } else if constexpr (std::is_same_v<T, double>) {
-    add_double(row, sums, count, columns);
-  } else {
-    add_row<0>(row, sums, count, columns);
+AUDIO_LOTTERY_INLINE void sum_piece(const T* w, double* norms, int64_t rows, int64_t size, int64_t columns,
+                                    int64_t stride) {
+  const int64_t whole = size / columns, rest = size % columns;
+  std::fill_n(norms, whole + (rest > 0), 0.0);
+  for (int64_t r = 0; r < rows; ++r, w += stride) {
+    switch (columns) {
+      case 1: add_row<1>(w, norms, whole, 1); break;
+      case 2: add_row<2>(w, norms, whole, 2); break;
+      case 4: add_row<4>(w, norms, whole, 4); break;
+      case 8: add_row<8>(w, norms, whole, 8); break;
+      default: add_row<0>(w, norms, whole, columns);
+    }
+    if (rest) add_row<0>(w + whole * columns, norms + whole, 1, rest);
   }
 }
 
+#define SUM(T)                                                                                 \
+  AUDIO_LOTTERY_CLONES void sum(const T* w, double* norms, int64_t rows, int64_t size,         \
+                                int64_t columns, int64_t stride) {                             \
+    sum_piece(w, norms, rows, size, columns, stride);                                          \
+  }
+SUM(float)
+SUM(at::BFloat16)
+SUM(at::Half)
+SUM(double)
+#undef SUM
+
 template <typename T>
-void norms_of(const Tensor& weight, const Tensor& out, int64_t rows, int64_t columns) {
-  const int64_t height = weight.size(0), width = weight.numel() / height, across = out.size(1);
-  const int64_t whole = width / columns;
-  const T* data = weight.const_data_ptr<T>();
-  auto* norms = out.mutable_data_ptr<double>();
-  const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, rows * width));
-  at::parallel_for(0, out.size(0), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      double* sums = norms + b * across;
-      for (int64_t i = b * rows; i < std::min(height, (b + 1) * rows); ++i) {
-        const T* row = data + i * width;
-        add(row, sums, whole, columns);
-        if (whole < across) add(row + whole * columns, sums + whole, 1, width - whole * columns);  // the far edge
-      }
+void sum_blocks(const T* w, double* norms, const Blocks& blocks) {
+  int64_t height = blocks.height, width = blocks.width, strips = blocks.down, across = blocks.across;
+  const int64_t rows = blocks.rows, columns = blocks.columns;
+  if (rows == 1 && width % columns == 0) {  // the rows follow each other: one long row
+    width *= height;
+    across *= height;
+    height = strips = 1;
+  }
+  const int64_t piece = std::max<int64_t>(1, CHUNK / (rows * columns));  // blocks of a strip that are a task
+  const int64_t pieces = (across + piece - 1) / piece;
+  const int64_t grain = std::max<int64_t>(1, CHUNK / (rows * columns * std::min(piece, across)));
+  at::parallel_for(0, strips * pieces, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / pieces * rows, block = task % pieces * piece, column = block * columns;
+      sum(w + row * width + column, norms + task / pieces * across + block, std::min(rows, height - row),
+          std::min(piece * columns, width - column), columns, width);
     }
   });
 }
 
 std::vector<Tensor> block_norms(TensorList weights, int64_t rows, int64_t columns) {
   check_blocks(weights, rows, columns);
-  std::vector<Tensor> outs;
+  std::vector<Tensor> all;
   for (const auto& given : weights) {
-    const auto weight = given.contiguous().flatten(1);
-    const auto double_options = weight.options().dtype(at::kDouble);
-    outs.push_back(at::zeros({pieces(weight.size(0), rows), pieces(weight.size(1), columns)}, double_options));
-    if (weight.numel() == 0) continue;
-    const int64_t r = std::min(rows, weight.size(0)), c = std::min(columns, weight.size(1));
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, weight.scalar_type(), "block_norms",
-                                    [&] { norms_of<scalar_t>(weight, outs.back(), r, c); });
+    const auto weight = given.contiguous();
+    const Blocks blocks(weight, rows, columns);
+    auto norms = at::empty({blocks.down, blocks.across}, weight.options().dtype(at::kDouble));
+    all.push_back(norms);
+    if (norms.numel() == 0) continue;
+    advise_huge_pages(norms.data_ptr(), norms.numel() * sizeof(double));
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "block_norms", [&] {
+      sum_blocks(weight.const_data_ptr<scalar_t>(), norms.data_ptr<double>(), blocks);
+    });
   }
-  return outs;
+  return all;
 }
 
 }  // namespace

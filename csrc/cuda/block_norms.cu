@@ -1,4 +1,4 @@
-// block_norms on CUDA: a thread a block, which sums along the block's rows, the first row first: the CPU's bits.
+// block_norms on CUDA: one thread sums one block, row by row, so that the norms equal the CPU's bit for bit.
 
 #include <ATen/Dispatch.h>
 #include <c10/cuda/CUDAException.h>
@@ -6,7 +6,6 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <vector>
 
 #include "../checks.h"
@@ -17,38 +16,39 @@ namespace {
 constexpr int THREADS = 256;
 
 template <typename T>
-__global__ void __launch_bounds__(THREADS) norms_kernel(const T* weight, double* norms, int64_t height, int64_t width,
-                                                        int64_t down, int64_t across, int64_t rows, int64_t columns) {
-  const int64_t block = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
-  if (block >= down * across) return;
-  const int64_t top = block / across * rows, left = block % across * columns;
-  const int64_t bottom = min(height, top + rows), right = min(width, left + columns);
+__global__ void __launch_bounds__(THREADS) norms_kernel(const T* weight, double* norms, const Blocks blocks) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  if (i >= blocks.down * blocks.across) return;
+  const int64_t top = i / blocks.across * blocks.rows, left = i % blocks.across * blocks.columns;
+  const int64_t bottom = min(top + blocks.rows, blocks.height), right = min(left + blocks.columns, blocks.width);
   double sum = 0;
-  for (int64_t i = top; i < bottom; ++i) {
-    for (int64_t j = left; j < right; ++j) sum += fabs(static_cast<double>(weight[i * width + j]));
+  for (int64_t row = top; row < bottom; ++row) {
+    for (int64_t column = left; column < right; ++column) {
+      sum += fabs(static_cast<double>(weight[row * blocks.width + column]));
+    }
   }
-  norms[block] = sum;
+  norms[i] = sum;
 }
 
 std::vector<Tensor> block_norms(TensorList weights, int64_t rows, int64_t columns) {
   check_blocks(weights, rows, columns);
-  std::vector<Tensor> outs;
+  std::vector<Tensor> all;
+  if (weights.empty()) return all;
+  const c10::cuda::CUDAGuard guard(weights[0].device());
   for (const auto& given : weights) {
-    const c10::cuda::CUDAGuard guard(given.device());
-    const auto weight = given.contiguous().flatten(1);
-    const int64_t height = weight.size(0), width = weight.size(1);
-    const int64_t down = pieces(height, rows), across = pieces(width, columns);
-    outs.push_back(at::zeros({down, across}, weight.options().dtype(at::kDouble)));
-    if (weight.numel() == 0) continue;
-    const auto grid = static_cast<unsigned>(pieces(down * across, THREADS));
-    const int64_t r = std::min(rows, height), c = std::min(columns, width);
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, weight.scalar_type(), "block_norms", [&] {
-      norms_kernel<scalar_t><<<grid, THREADS, 0, c10::cuda::getCurrentCUDAStream()>>>(
-          weight.const_data_ptr<scalar_t>(), outs.back().mutable_data_ptr<double>(), height, width, down, across, r, c);
+    const auto weight = given.contiguous();
+    const Blocks blocks(weight, rows, columns);
+    auto norms = at::empty({blocks.down, blocks.across}, weight.options().dtype(at::kDouble));
+    all.push_back(norms);
+    if (norms.numel() == 0) continue;
+    const auto grid = static_cast<unsigned>((norms.numel() + THREADS - 1) / THREADS);
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "block_norms", [&] {
+      norms_kernel<<<grid, THREADS, 0, c10::cuda::getCurrentCUDAStream()>>>(
+          weight.const_data_ptr<scalar_t>(), norms.data_ptr<double>(), blocks);
     });
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  return outs;
+  return all;
 }
 
 }  // namespace

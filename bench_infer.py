@@ -1,0 +1,372 @@
+"""`python bench.py infer`: tickets at work on a CPU, beside dense torch, torch.ao's int8 and onnxruntime.
+
+Everything is validated first. A table's rows take turns in one process; times are medians, what counts is the ratio.
+Masks are drawn at random, in whole blocks of their layout; `--ticket` measures a real one, and its WER.
+"""
+
+import argparse
+import copy
+import functools
+import io
+import math
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+import lottery
+import models
+import sparse
+import train
+from bench import in_turns
+
+SECONDS = 5  # of audio in an utterance
+SPARSITIES = (0.8, 0.9, 0.956)
+
+
+def random_mask(shape: tuple[int, ...], sparsity: float, layout: str, seed: int) -> Tensor:
+    """Each block kept with probability 1 - sparsity."""
+    (r, c), rows, columns = sparse.LAYOUTS[layout], shape[0], math.prod(shape[1:])
+    grid = torch.rand(-(-rows // r), -(-columns // c), generator=torch.Generator().manual_seed(seed))
+    kept = grid >= sparsity
+    return kept.repeat_interleave(r, 0).repeat_interleave(c, 1)[:rows, :columns].reshape(shape)
+
+
+def random_masks(model: nn.Module, sparsity: float, layout: str) -> lottery.Masks:
+    weights = lottery.prunable(model).items()
+    return {name: random_mask(tuple(w.shape), sparsity, layout, seed) for seed, (name, w) in enumerate(weights)}
+
+
+def close(name: str, got: Tensor, want: Tensor, tolerance: float = 1e-3) -> None:
+    if not (got - want).abs().max() <= tolerance * max(1.0, float(want.abs().max())):
+        sys.exit(f"bench.py: {name} differs from what it should say by {(got - want).abs().max():.2g}")
+
+
+def validate() -> None:
+    torch.manual_seed(0)
+    for layout in sparse.LAYOUTS:
+        weight, mask = torch.randn(1024, 256), random_mask((1024, 256), 0.9, layout, 0)
+        for dtype in sparse.DTYPES:
+            matrix = sparse.pack(weight, mask, layout, dtype)
+            for columns in (1, 100):
+                x = torch.randn(columns, 256)
+                want = F.linear(x, sparse.unpack(*matrix, 1024, 256))
+                close(f"sparse_linear {layout} {dtype}", sparse.sparse_linear(x, *matrix, None, 1024), want, 1e-4)
+            arguments = torch.randn(1, 20, 1024), *matrix, torch.zeros(1, 256), torch.zeros(1, 256), None, False
+            for got, want in zip(sparse.sparse_lstm(*arguments), sparse.reference_sparse_lstm(*arguments)):
+                close(f"sparse_lstm {layout} {dtype}", got, want, 1e-4)
+    print("validated against dense masked products: every layout and dtype")
+
+
+def bench_products(columns: int, repeats: int, sparsity: float = 0.9) -> None:
+    """A 4096x1024 gate matrix times `columns` columns; matrices take turns, so each comes from the outer cache."""
+    weight, x = torch.randn(4096, 1024), torch.randn(columns, 1024)
+    dense = {
+        "F.linear": lambda: F.linear(x, weight),
+        "prepacked oneDNN": functools.partial(sparse.DenseProduct(weight, None, columns), x),
+    }
+    if columns == 1:
+        dense["torch.mv"] = lambda: torch.mv(weight, x[0])
+    csr, x_t = (weight * random_mask((4096, 1024), sparsity, "unstructured", 0)).to_sparse_csr(), x.t().contiguous()
+    functions = {**dense, "torch CSR": lambda: csr @ x_t}
+    for layout in sparse.LAYOUTS:
+        mask = random_mask((4096, 1024), sparsity, layout, 0)
+        for dtype in sparse.DTYPES:
+            product = sparse.Product(sparse.pack(weight, mask, layout, dtype), None, 4096)
+            functions[f"{layout} {dtype}"] = functools.partial(product, x)
+    t = in_turns("cpu", repeats, **functions)
+    best = min(dense, key=t.get)
+    print(f"\n4096x1024, {sparsity:.1%} sparse, {columns} columns; times over {best}")
+    for name, seconds in t.items():
+        print(f"  {name:24} {seconds * 1e6:9.1f} us  {t[best] / seconds:6.2f} x")
+
+
+# ---------------------------------------------------------------------------- streaming
+
+
+class DenseSteps:
+    """An LSTM stack frame by frame in torch, with care: one product a layer, gates in one buffer, nothing copied."""
+
+    def __init__(self, lstm: nn.LSTM):
+        self.weights, self.biases, hidden = [], [], lstm.hidden_size
+        order = torch.arange(4 * hidden).view(4, hidden)[[0, 1, 3, 2]].flatten()  # i, f, o, g: one sigmoid for three
+        for ih, hh, bias_ih, bias_hh in lstm.all_weights:
+            self.weights.append(torch.cat((ih, hh), 1)[order].contiguous())
+            self.biases.append((bias_ih + bias_hh)[order].contiguous())
+        self.inputs = [torch.zeros(w.shape[1]) for w in self.weights]  # a layer's input, then its own last output
+        self.cells, self.hidden = [torch.zeros(hidden) for _ in self.weights], hidden
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for weight, bias, both, cell in zip(self.weights, self.biases, self.inputs, self.cells):
+            both[: len(x)] = x
+            gates = torch.addmv(bias, weight, both)
+            i, f, o = gates[: 3 * self.hidden].sigmoid_().view(3, -1)
+            cell.mul_(f).addcmul_(i, gates[3 * self.hidden :].tanh_())
+            x = torch.mul(o, cell.tanh(), out=both[len(both) - self.hidden :])
+        return x
+
+
+def stream(lstm: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """Each call is the next frame."""
+    state = [None]
+
+    def frame() -> Tensor:
+        out, state[0] = lstm(x, state[0])
+        return out[0, 0]
+
+    return frame
+
+
+def stream_cells(lstm: nn.LSTM, x: Tensor) -> Callable[[], Tensor]:
+    cells = []
+    for weights in lstm.all_weights:
+        cells.append(nn.LSTMCell(lstm.input_size, lstm.hidden_size))
+        for to, given in zip(cells[-1].parameters(), weights):
+            to.data = given.data
+    states = [(torch.zeros(1, lstm.hidden_size), torch.zeros(1, lstm.hidden_size))] * len(cells)
+
+    def frame() -> Tensor:
+        out = x[0]
+        for i, cell in enumerate(cells):
+            states[i] = cell(out, states[i])
+            out = states[i][0]
+        return out[0]
+
+    return frame
+
+
+def bench_streaming(repeats: int, sparsities: tuple[float, ...], hidden: int = 1664, layers: int = 5) -> None:
+    """Microseconds a frame through the encoder of the paper-size Transducer, one utterance, one frame a call."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, hidden)
+    dense = nn.LSTM(hidden, hidden, layers, batch_first=True).requires_grad_(False)
+    steps = DenseSteps(dense)
+    functions = {
+        "nn.LSTM": stream(dense, x), "nn.LSTMCell": stream_cells(dense, x), "dense steps": lambda: steps(x[0, 0]),
+    }  # fmt: skip
+    for _ in range(3):
+        a, b, c = (function() for function in functions.values())
+        close("nn.LSTMCell", b, a), close("dense steps", c, a)
+    sizes = dict.fromkeys(functions, sparse.resident_bytes(dense))
+    model = nn.Sequential(dense)
+    for sparsity in sparsities:
+        for layout in sparse.LAYOUTS:
+            masks = random_masks(model, sparsity, layout)
+            for dtype in sparse.DTYPES if sparsity == 0.9 else ("float32",):
+                compressed, _ = sparse.compress(model, masks, lambda m: m(x), layout=layout, dtype=dtype)
+                name = f"{sparsity:.1%} {layout} {dtype}"
+                functions[name], sizes[name] = stream(compressed[0], x), sparse.resident_bytes(compressed)
+    t = in_turns("cpu", repeats, **functions)
+    print(f"\n{layers} LSTM layers of {hidden}, frame by frame; times over nn.LSTMCell and over the dense steps;")
+    print("real-time factor at 40 ms a frame; resident")
+    for name, seconds in t.items():
+        ratios = f"{t['nn.LSTMCell'] / seconds:7.2f} x {t['dense steps'] / seconds:7.2f} x"
+        print(f"  {name:28} {seconds * 1e6:9.1f} us {ratios}  {seconds / 0.04:.4f}  {sizes[name] / 1e6:6.1f} MB")
+
+
+# ---------------------------------------------------------------------------- whole utterances
+
+
+def utterance_of(backbone: str) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """A model of paper size and one utterance. The transducer emits a token every 80 ms, as letters are spoken."""
+    torch.manual_seed(0)
+    model = models.build(backbone, "paper", 29).eval().requires_grad_(False)
+    if backbone == "rnnt":
+        model.MAX_SYMBOLS = 1
+        model.output.bias[models.BLANK] = -1e9
+    return model, (torch.randn(1, 100 * SECONDS, 161 if model.features == "log1p-stft" else 80), torch.tensor([500]))
+
+
+def transcribe(model: nn.Module, utterance: tuple[Tensor, Tensor]) -> list[list[int]]:
+    with torch.inference_mode():
+        return model.transcribe(*utterance)
+
+
+def with_parts(model: nn.Module, wrap: Callable[[Callable, tuple], Callable], utterance: tuple) -> nn.Module:
+    """A copy whose heavy parts go through wrap(part, an example of its arguments)."""
+    other = copy.copy(model)
+    if isinstance(model, models.Transducer):
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        first = model.predict(token)[1]
+        step = wrap(
+            lambda token, h, c: (lambda out, state: (out, *state))(*model.predict(token, (h, c))), (token, *first)
+        )
+
+        def predict(tokens: Tensor, state=None) -> tuple:
+            out, *state = step(tokens, *(state or (torch.zeros_like(first[0]), torch.zeros_like(first[1]))))
+            return out, tuple(state)
+
+        other.encode, other.predict = wrap(model.encode, utterance), predict
+    else:
+        other.forward = wrap(model.forward, utterance)
+    return other
+
+
+def compiled(part: Callable, example: tuple) -> Callable:
+    """Frozen, so that weights are prepacked; compiled at its first call."""
+    return torch.compile(part, options={"freezing": True})
+
+
+def in_onnxruntime(part: Callable, example: tuple) -> Callable:
+    """One utterance has no padding, so that its masking may be left out of the graph."""
+    import onnxruntime
+
+    class Whole(nn.Module):
+        def forward(self, *arguments):
+            return part(*arguments)
+
+    file, names = io.BytesIO(), [f"in{i}" for i in range(len(example))]
+    plain = mock.patch.multiple(
+        models, on_rows=lambda layer, x, rows: layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]),
+        without_padding=lambda features, lengths: features, valid_rows=lambda lengths, frames: None,
+    )  # fmt: skip
+    with plain, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(Whole().eval(), example, file, input_names=names, opset_version=17, dynamo=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    takes = {value.name for value in session.get_inputs()}  # lengths that nothing depends on are no input
+
+    def run(*arguments: Tensor) -> tuple:
+        given = {name: value.numpy() for name, value in zip(names, arguments) if name in takes}
+        return tuple(torch.from_numpy(np.asarray(value)) for value in session.run(None, given))
+
+    return run
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.Linear}, torch.qint8)
+
+
+def saved_bytes(model: nn.Module) -> int:
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return file.tell()
+
+
+def ticket_bytes(model: nn.Module, masks: lottery.Masks) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ticket.safetensors"
+        lottery.save_ticket(path, masks, None, model.state_dict(), {})
+        return path.stat().st_size
+
+
+def bench_utterance(backbone: str, repeats: int, sparsities: tuple[float, ...]) -> None:
+    """One utterance through transcribe at paper size."""
+    model, utterance = utterance_of(backbone)
+    run = functools.partial(transcribe, utterance=utterance)
+    wanted, size = run(model), saved_bytes(model)
+    candidates, disk, resident = {"dense torch": model}, {"dense torch": size}, {"dense torch": size}
+    all_kept = {name: torch.ones_like(w, dtype=torch.bool) for name, w in lottery.prunable(model).items()}
+    ways = {
+        "torch.compile": lambda: with_parts(model, compiled, utterance),
+        "ours, nothing left out": lambda: sparse.compress(model, all_kept, run)[0],
+        "torch.ao dynamic int8": lambda: quantized(model),
+        "onnxruntime float32": lambda: with_parts(model, in_onnxruntime, utterance),
+    }
+    for name, make in ways.items():
+        try:
+            candidates[name] = make()
+            said = run(candidates[name])
+        except ImportError as error:
+            print(f"  {name}: not here ({error})")
+        except Exception as error:
+            print(f"  {name}: cannot run this model ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+        else:
+            if said != wanted and "int8" not in name:
+                print(f"  {name}: says something else than dense torch")
+            disk[name] = resident[name] = saved_bytes(candidates[name]) if "int8" in name else size
+            continue
+        candidates.pop(name, None)
+    for sparsity in sparsities:
+        for layout in ("unstructured", "1x4", "8x1", "16x1"):
+            masks, name = random_masks(model, sparsity, layout), f"{sparsity:.1%} {layout}"
+            masked = copy.deepcopy(model)
+            lottery.ops.hold_ticket_(list(lottery.prunable(masked).values()), [], list(masks.values()))
+            if layout == "unstructured":  # the layout makes no difference there
+                ticket = ticket_bytes(masked, masks)
+            candidates[name], rows = sparse.compress(model, masks, run)
+            if run(candidates[name]) != run(masked):
+                print(f"  {name}: says something else than the dense masked model")
+            disk[name], resident[name] = ticket, sparse.resident_bytes(candidates[name])
+            if sparsity == 0.9 and layout in ("unstructured", "16x1"):
+                print(f"\n{backbone}: what {name} took, and why (milliseconds of what was tried)")
+                print("\n".join(map(str, rows)), flush=True)
+    t = in_turns("cpu", repeats, **{name: functools.partial(run, m) for name, m in candidates.items()})
+    best = min((name for name in ("dense torch", "torch.compile") if name in t), key=t.get)
+    print(f"\n{backbone} at paper size, one utterance of {SECONDS} s, masks in blocks of the layout named:")
+    print(
+        f"real-time factor; times over {best}, over ours with nothing left out, torch.ao dynamic int8 and onnxruntime;"
+    )
+    print("MB on the disk and resident")
+    for name, took in t.items():
+        peers = (best, "ours, nothing left out", "torch.ao dynamic int8", "onnxruntime float32")
+        ratios = " ".join(f"{t[peer] / took:6.2f} x" if peer in t else "       -" for peer in peers)
+        sizes = f"{disk[name] / 1e6:7.1f} {resident[name] / 1e6:7.1f}"
+        print(f"  {name:32} {took * 1e3:8.1f} ms  {took / SECONDS:.4f}  {ratios}  {sizes}", flush=True)
+
+
+# ---------------------------------------------------------------------------- a real ticket
+
+
+def bench_ticket(path: Path, corpus: Path) -> None:
+    """A ticket on its test set, one utterance at a time: texts, WER and time of each dtype, and of dense torch."""
+    ticket = lottery.load_ticket(path)
+    tokens = ticket.info["tokens"]
+    model = models.build(ticket.info["backbone"], ticket.info["size"], len(tokens)).eval()
+    model.load_state_dict(ticket.trained)
+    examples = data.load_examples(data.read_corpus(corpus)["test"], tokens, model.features)
+    texts = [example.text for example in examples]
+    middle = sorted(examples, key=lambda e: e.frames)[len(examples) // 2].features[None]
+    run = functools.partial(transcribe, utterance=(middle, torch.tensor([middle.shape[1]])))
+    remaining = sum(int(m.sum()) for m in ticket.masks.values()) / sum(m.numel() for m in ticket.masks.values())
+    print(
+        f"\n{path}: {ticket.info['backbone']} {ticket.info['size']}, {remaining:.1%} remaining, {len(texts)} utterances"
+    )
+    wanted = None
+    for dtype in ("dense", *sparse.DTYPES):
+        user, rows = (model, []) if dtype == "dense" else sparse.compress(model, ticket.masks, run, dtype=dtype)
+        start = time.perf_counter()
+        said = train.recognise(user, examples, tokens, 1, "cpu")
+        took = time.perf_counter() - start
+        wanted = wanted or said
+        line = (
+            f"  {dtype:10} WER {train.score(texts, said)['wer']:.4f}  {sum(map(str.__eq__, said, wanted))} texts equal"
+        )
+        print(f"{line}  {took:6.2f} s  {sparse.resident_bytes(user) / 1e6:6.2f} MB resident", flush=True)
+        if dtype == "float32":
+            print("\n".join(f"    {row}" for row in rows))
+            if said != wanted:
+                sys.exit("bench.py: the float32 texts are not those of the dense masked model")
+
+
+def bench_infer(args: argparse.Namespace) -> None:
+    print(f"torch {torch.__version__}, ops: {lottery.ops.path}, {torch.backends.cpu.get_cpu_capability()}")
+    if "pure" in lottery.ops.path:
+        sys.exit("bench.py: the extension is not built: there is nothing to time against the reference")
+    torch.set_num_threads(1)
+    validate()
+    if args.ticket:
+        return bench_ticket(args.ticket, args.data)
+    for threads in (1,) if args.short else (1, 2):
+        sparsities = SPARSITIES if threads == 1 and not args.short else (0.9,)
+        torch.set_num_threads(threads)
+        print(f"\n---------------- {threads} thread{'s' * (threads > 1)}")
+        if not args.short:
+            for columns in (1, 100):
+                bench_products(columns, args.repeats)
+        bench_streaming(args.repeats, sparsities)
+        for backbone in [args.backbone] if args.backbone else models.BACKBONES:
+            bench_utterance(backbone, max(3, args.repeats // 4), sparsities)

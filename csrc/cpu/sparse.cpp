@@ -1,0 +1,392 @@
+// sparse_linear, sparse_lstm and sparse_transducer on CPU: products with a matrix of kept blocks, an LSTM over time that
+// holds one, and the transducer's greedy loop, which holds three.
+//
+// A matrix of (outputs, inputs) is cut into blocks r x c. Block row g covers outputs g * r ... and lists its kept blocks
+// from left to right at offsets[g] ... offsets[g + 1] - 1: `columns` has the place of each (its first input / c) and
+// `values` its weights (r, c). Blocks at the lower and right edge are filled up with zeros; int8 values are multiplied by
+// a scale an output.
+//
+// One column (streaming, recurrence) goes over the outputs and reads each value once. Many columns are transposed first,
+// so that vectors run over columns, a tile of outputs x columns stays in registers, and each value is used on all of
+// them; outputs are made in bands of 16, which go back through a transposition as whole cache lines.
+
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "../checks.h"
+#include "vector.h"
+
+namespace audio_lottery {
+namespace {
+
+constexpr int64_t BAND = 16;             // outputs; a multiple of every r
+constexpr int64_t FEW_COLUMNS = 4;       // below this, one at a time
+constexpr int64_t THREAD_VALUES = 1 << 15;  // multiplications that are worth a thread
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+struct Matrix {
+  const void* values;
+  const uint16_t* columns;
+  const int32_t* offsets;
+  const float* scales;  // or null
+  at::ScalarType type;
+  int64_t outputs, inputs, groups, r, c;
+};
+
+struct Kernels {
+  const char* name;
+  int64_t lanes;
+  void (*one_column)(const Matrix&, const float*, float*, int64_t, int64_t);
+  void (*many_columns)(const Matrix&, const float*, int64_t, const float*, float*, int64_t, int64_t, int64_t);
+  void (*transpose)(const float*, int64_t, int64_t, int64_t, float*, int64_t);
+  void (*lstm_cell)(const float*, float*, float*, int64_t, int64_t, int64_t);
+  uint16_t (*largest)(const uint16_t*, int64_t);
+};
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the baseline's are not passed beyond this file
+
+#define SPARSE_ISA baseline
+#define NAME "DEFAULT"
+#define KERNEL
+#define LANES 4
+#include "sparse_kernels.h"
+
+#ifdef AUDIO_LOTTERY_AVX512
+#define SPARSE_ISA avx2
+#define NAME "AVX2"
+#define KERNEL __attribute__((target("avx2,fma")))
+#define LANES 8
+#include "sparse_kernels.h"
+
+#define SPARSE_ISA avx512
+#define NAME "AVX512"
+#define KERNEL __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#define LANES 16
+#include "sparse_kernels.h"
+#endif
+
+const Kernels* kernels_named(const std::string& name) {
+#ifdef AUDIO_LOTTERY_AVX512
+  if (name == "AVX512") return &avx512::KERNELS;
+  if (name == "AVX2") return &avx2::KERNELS;
+#endif
+  return &baseline::KERNELS;
+}
+
+// What torch itself takes here; ATEN_CPU_CAPABILITY=avx2 or default asks for less, of both.
+std::atomic<const Kernels*>& chosen() {
+  static std::atomic<const Kernels*> chosen{kernels_named(at::get_cpu_capability())};
+  return chosen;
+}
+
+const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
+
+// Threads wait for each other at every step of an LSTM. (OpenMP's own barrier spins on, so that on a busy machine a
+// thread that was sent away costs a slice of the scheduler's at every step.)
+class Barrier {
+ public:
+  void wait(int64_t threads) {
+    const int64_t round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int64_t spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
+      if (spins > 10000) std::this_thread::yield();
+    }
+  }
+
+ private:
+  std::atomic<int64_t> arrived_{0}, round_{0};
+};
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+Matrix check_matrix(const Tensor& values, const Tensor& columns, const Tensor& offsets,
+                    const std::optional<Tensor>& scales, int64_t outputs, int64_t inputs) {
+  const auto type = values.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kChar,
+                   "values must be float32, bfloat16 or int8, got ", type);
+  TORCH_CHECK_TYPE(columns.scalar_type() == at::kUInt16, "columns must be uint16, got ", columns.scalar_type());
+  TORCH_CHECK_TYPE(offsets.scalar_type() == at::kInt, "offsets must be int32, got ", offsets.scalar_type());
+  TORCH_CHECK_VALUE(values.dim() == 3, "values must be (blocks, r, c), got ", values.sizes());
+  const int64_t blocks = values.size(0), r = values.size(1), c = values.size(2);
+  TORCH_CHECK_VALUE((c == 1 && (r == 1 || r == 4 || r == 8 || r == 16)) || (r == 1 && c == 4),
+                    "blocks must be 1x1, 1x4, 4x1, 8x1 or 16x1, got ", r, "x", c);
+  TORCH_CHECK_VALUE(columns.dim() == 1 && columns.size(0) == blocks, "columns must be (", blocks,
+                    "), one a block of values, got ", columns.sizes());
+  const int64_t groups = (outputs + r - 1) / r;
+  TORCH_CHECK_VALUE(outputs >= 0 && offsets.dim() == 1 && offsets.size(0) == groups + 1, "offsets must be (", groups + 1,
+                    ") for ", outputs, " outputs in blocks of ", r, ", got ", offsets.sizes());
+  TORCH_CHECK_VALUE((type == at::kChar) == scales.has_value(), "scales must be given with int8 values, and only then");
+  for (const auto* t : {&values, &columns, &offsets}) TORCH_CHECK_VALUE(t->is_contiguous(), "the matrix must be contiguous");
+  if (scales) {
+    TORCH_CHECK_TYPE(scales->scalar_type() == at::kFloat, "scales must be float32, got ", scales->scalar_type());
+    TORCH_CHECK_VALUE(scales->dim() == 1 && scales->size(0) == outputs && scales->is_contiguous(), "scales must be (",
+                      outputs, "), one an output, got ", scales->sizes());
+  }
+  const auto* places = static_cast<const uint16_t*>(columns.const_data_ptr());
+  const auto* starts = offsets.const_data_ptr<int32_t>();
+  TORCH_CHECK_VALUE(starts[0] == 0 && starts[groups] == blocks, "offsets must run from 0 to the ", blocks,
+                    " blocks, got ", starts[0], " to ", starts[groups]);
+  TORCH_CHECK_VALUE(std::is_sorted(starts, starts + groups + 1), "offsets must not decrease");
+  const int64_t most = blocks ? kernels().largest(places, blocks) : 0;
+  TORCH_CHECK_VALUE(blocks == 0 || most * c < inputs, "columns must be below ", (inputs + c - 1) / c, " for ", inputs,
+                    " inputs in blocks of ", c, ", got ", most);
+  const float* scale = scales ? scales->const_data_ptr<float>() : nullptr;
+  return {values.const_data_ptr(), places, starts, scale, type, outputs, inputs, groups, r, c};
+}
+
+void check_floats(const Tensor& x, const char* name, at::IntArrayRef sizes) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, name, " must be float32, got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.sizes() == sizes, name, " must be ", sizes, ", got ", x.sizes());
+}
+
+// The first block row of each of `parts` shares with about as many blocks, and the end; a multiple of `multiple`.
+std::vector<int64_t> share(const Matrix& m, int64_t parts, int64_t multiple) {
+  std::vector<int64_t> begin(parts + 1, m.groups);
+  for (int64_t p = 0; p < parts; ++p) {
+    const auto wanted = static_cast<int64_t>(m.offsets[m.groups]) * p / parts;
+    const int64_t g = std::lower_bound(m.offsets, m.offsets + m.groups, wanted) - m.offsets;
+    begin[p] = std::min(p ? g / multiple * multiple : 0, m.groups);
+  }
+  return begin;
+}
+
+int64_t threads_for(const Matrix& m, int64_t columns) {
+  const int64_t work = m.offsets[m.groups] * m.r * m.c * columns / THREAD_VALUES;
+  return at::in_parallel_region() ? 1 : std::clamp<int64_t>(work, 1, at::get_num_threads());
+}
+
+// Rows of x, readable up to a multiple of c.
+Tensor padded(const Tensor& x, int64_t c) {
+  const int64_t inputs = x.size(-1);
+  return inputs % c == 0 ? x.contiguous() : at::constant_pad_nd(x, {0, round_up(inputs, c) - inputs});
+}
+
+// Y += X W^T, a few rows of X one at a time; they are `stride` apart and readable up to a multiple of c.
+void few_columns(const Matrix& m, const float* x, int64_t stride, float* y, int64_t n) {
+  const int64_t threads = threads_for(m, n);
+  const auto begin = share(m, threads, 1);
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = 0; i < n; ++i) kernels().one_column(m, x + i * stride, y + i * m.outputs, begin[first], begin[last]);
+  });
+}
+
+Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& columns, const Tensor& offsets,
+                     const std::optional<Tensor>& scales, const std::optional<Tensor>& bias, int64_t outputs) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x must be float32, got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() >= 1, "x must be (..., inputs), got a scalar");
+  const Matrix m = check_matrix(values, columns, offsets, scales, outputs, x.size(-1));
+  if (bias) check_floats(*bias, "bias", {outputs});
+  auto sizes = x.sizes().vec();
+  sizes.back() = outputs;
+  Tensor y = at::empty(sizes, x.options());
+  if (y.numel() == 0) return y;
+  const int64_t n = y.numel() / outputs, threads = threads_for(m, n);
+  float* out = y.data_ptr<float>();
+  if (n < FEW_COLUMNS) {
+    if (bias) {
+      y.copy_(bias->expand(sizes));
+    } else {
+      y.zero_();
+    }
+    const Tensor rows = padded(x, m.c);
+    few_columns(m, rows.const_data_ptr<float>(), rows.size(-1), out, n);
+    return y;
+  }
+  const Tensor rows = x.contiguous();
+  const int64_t width = round_up(n, kernels().lanes), padded_inputs = round_up(m.inputs, m.c);
+  const Tensor turned = at::empty({padded_inputs, width}, x.options());  // (inputs, columns)
+  const float* in = rows.const_data_ptr<float>();
+  float* in_turned = turned.data_ptr<float>();
+  const int64_t bands = (outputs + BAND - 1) / BAND;
+  std::vector<float> biases(bands * BAND);
+  if (bias) std::memcpy(biases.data(), bias->contiguous().const_data_ptr<float>(), outputs * sizeof(float));
+  if (n < width) turned.narrow(1, n, width - n).zero_();
+  if (m.inputs < padded_inputs) turned.narrow(0, m.inputs, padded_inputs - m.inputs).zero_();
+  at::parallel_for(0, (m.inputs + BAND - 1) / BAND, threads > 1 ? 8 : m.inputs, [&](int64_t begin, int64_t end) {
+    const int64_t from = begin * BAND, to = std::min(end * BAND, m.inputs);
+    kernels().transpose(in + from, m.inputs, n, to - from, in_turned + from * width, width);
+  });
+  auto begin = share(m, threads, BAND / m.r);
+  for (auto& g : begin) g = (g * m.r + BAND - 1) / BAND;  // block rows to bands
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    kernels().many_columns(m, in_turned, width, biases.data(), out, n, begin[first], begin[last]);
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const Tensor& values, const Tensor& columns,
+                                               const Tensor& offsets, const std::optional<Tensor>& scales,
+                                               const Tensor& h0, const Tensor& c0, const std::optional<Tensor>& lengths,
+                                               bool reverse) {
+  TORCH_CHECK_TYPE(projections.scalar_type() == at::kFloat, "projections must be float32, got ",
+                   projections.scalar_type());
+  TORCH_CHECK_VALUE(projections.dim() == 3 && projections.size(2) % 4 == 0,
+                    "projections must be (batch, time, 4 * hidden), got ", projections.sizes());
+  const int64_t batch = projections.size(0), time = projections.size(1), hidden = projections.size(2) / 4;
+  check_floats(h0, "h0", {batch, hidden});
+  check_floats(c0, "c0", {batch, hidden});
+  const Matrix m = check_matrix(values, columns, offsets, scales, 4 * hidden, hidden);
+  std::vector<int64_t> ends(batch, time);
+  if (lengths) {
+    TORCH_CHECK_TYPE(lengths->scalar_type() == at::kLong, "lengths must be int64, got ", lengths->scalar_type());
+    TORCH_CHECK_VALUE(lengths->dim() == 1 && lengths->size(0) == batch, "lengths must be (", batch, "), got ",
+                      lengths->sizes());
+    for (int64_t b = 0; b < batch; ++b) {
+      ends[b] = (*lengths)[b].item<int64_t>();
+      TORCH_CHECK_VALUE(ends[b] >= 0 && ends[b] <= time, "lengths must be between 0 and the ", time, " frames, got ",
+                        ends[b]);
+    }
+  }
+  const int64_t longest = batch ? *std::max_element(ends.begin(), ends.end()) : 0;
+  Tensor out = at::empty({batch, time, hidden}, projections.options());
+  for (int64_t b = 0; b < batch; ++b) {
+    if (ends[b] < time) out.select(0, b).narrow(0, ends[b], time - ends[b]).zero_();
+  }
+
+  // States and gates with room for whole vectors; behind `hidden` the state stays 0, so that blocks 1 x 4 may read it.
+  const int64_t wide = round_up(hidden, 16), gates_wide = 4 * hidden + 16;
+  std::vector<float> gates(batch * gates_wide), h(batch * wide), c(batch * wide);
+  const auto copy_state = [&](const Tensor& state, std::vector<float>& to) {
+    const Tensor given = state.contiguous();
+    for (int64_t b = 0; b < batch; ++b) {
+      std::memcpy(to.data() + b * wide, given.const_data_ptr<float>() + b * hidden, hidden * sizeof(float));
+    }
+  };
+  copy_state(h0, h);
+  copy_state(c0, c);
+  const Tensor given = projections.contiguous();
+  const auto* projection = given.const_data_ptr<float>();
+  auto* out_data = out.data_ptr<float>();
+  const int64_t threads = threads_for(m, batch);
+  const auto begin = share(m, threads, 1);
+  Barrier barrier;
+  const auto run = [&](int64_t thread, int64_t of) {  // this thread's share of every step
+    const int64_t first = begin[thread * threads / of], last = begin[(thread + 1) * threads / of];
+    const int64_t row = first * m.r, rows = std::min(last * m.r, m.outputs) - row;
+    const int64_t unit = wide / 16 * thread / of * 16, units = std::min(wide / 16 * (thread + 1) / of * 16, hidden) - unit;
+    for (int64_t step = 0; step < longest; ++step) {
+      for (int64_t b = 0; b < batch; ++b) {
+        if (step >= ends[b]) continue;
+        const int64_t t = reverse ? ends[b] - 1 - step : step;
+        float* own = gates.data() + b * gates_wide;
+        std::memcpy(own + row, projection + (b * time + t) * 4 * hidden + row, rows * sizeof(float));
+        kernels().one_column(m, h.data() + b * wide, own, first, last);
+      }
+      barrier.wait(of);
+      for (int64_t b = 0; b < batch; ++b) {
+        if (step >= ends[b] || units <= 0) continue;
+        const int64_t t = reverse ? ends[b] - 1 - step : step;
+        float* own = h.data() + b * wide;
+        kernels().lstm_cell(gates.data() + b * gates_wide, c.data() + b * wide, own, hidden, unit, unit + units);
+        std::memcpy(out_data + (b * time + t) * hidden + unit, own + unit, units * sizeof(float));
+        for (int64_t i = hidden; i < wide && unit + units == hidden; ++i) own[i] = 0;
+      }
+      barrier.wait(of);
+    }
+  };
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  run(omp_get_thread_num(), omp_get_num_threads());
+#else
+  run(0, 1);
+#endif
+  const auto last_state = [&](const std::vector<float>& from) {
+    Tensor state = at::empty({batch, hidden}, projections.options());
+    for (int64_t b = 0; b < batch; ++b) {
+      std::memcpy(state.data_ptr<float>() + b * hidden, from.data() + b * wide, hidden * sizeof(float));
+    }
+    return state;
+  };
+  return {out, last_state(h), last_state(c)};
+}
+
+// Greedy decoding of one utterance: at each frame tokens are emitted until the blank, token 0, wins.
+Tensor sparse_transducer(const Tensor& encoder_out, const Tensor& inputs, at::TensorList recurrent,
+                         at::TensorList projection, at::TensorList output, const std::optional<Tensor>& bias,
+                         int64_t max_symbols) {
+  for (const auto& [x, name] : {std::pair(&encoder_out, "encoder_out"), std::pair(&inputs, "inputs")}) {
+    TORCH_CHECK_TYPE(x->scalar_type() == at::kFloat, name, " must be float32, got ", x->scalar_type());
+    TORCH_CHECK_VALUE(x->dim() == 2, name, " must have two dimensions, got ", x->sizes());
+  }
+  const int64_t frames = encoder_out.size(0), joiner = encoder_out.size(1), tokens = inputs.size(0);
+  TORCH_CHECK_VALUE(tokens > 0 && inputs.size(1) % 4 == 0, "inputs must be (tokens, 4 * hidden), got ", inputs.sizes());
+  const int64_t hidden = inputs.size(1) / 4;
+  if (bias) check_floats(*bias, "bias", {tokens});
+  const auto matrix = [](const char* name, at::TensorList t, int64_t outputs, int64_t inputs) {
+    TORCH_CHECK_VALUE(t.size() == 3 || t.size() == 4, name, " must be values, columns, offsets and scales if any, got ",
+                      t.size(), " tensors");
+    return check_matrix(t[0], t[1], t[2], t.size() == 4 ? std::optional<Tensor>(t[3]) : std::nullopt, outputs, inputs);
+  };
+  const Matrix w_hh = matrix("recurrent", recurrent, 4 * hidden, hidden);
+  const Matrix projects = matrix("projection", projection, joiner, hidden), out = matrix("output", output, tokens, joiner);
+
+  const Tensor encoded = encoder_out.contiguous(), given = inputs.contiguous();
+  std::vector<float> biases(tokens), gates(4 * hidden + 16), h(round_up(hidden, 16)), c(h.size());
+  std::vector<float> predicted(joiner), joined(round_up(joiner, 4)), logits(tokens);
+  if (bias) std::memcpy(biases.data(), bias->contiguous().const_data_ptr<float>(), tokens * sizeof(float));
+  std::vector<int64_t> emitted;
+  const auto predict = [&](int64_t token) {
+    std::memcpy(gates.data(), given.const_data_ptr<float>() + token * 4 * hidden, 4 * hidden * sizeof(float));
+    few_columns(w_hh, h.data(), 0, gates.data(), 1);
+    kernels().lstm_cell(gates.data(), c.data(), h.data(), hidden, 0, hidden);
+    std::fill(h.begin() + hidden, h.end(), 0.0f);  // blocks 1 x 4 may read it
+    std::fill(predicted.begin(), predicted.end(), 0.0f);
+    few_columns(projects, h.data(), 0, predicted.data(), 1);
+  };
+  predict(0);
+  for (int64_t t = 0; t < frames; ++t) {
+    const float* frame = encoded.const_data_ptr<float>() + t * joiner;
+    for (int64_t symbols = 0; symbols < max_symbols; ++symbols) {
+      for (int64_t j = 0; j < joiner; ++j) joined[j] = std::tanh(frame[j] + predicted[j]);
+      logits = biases;
+      few_columns(out, joined.data(), 0, logits.data(), 1);
+      const int64_t best = std::max_element(logits.begin(), logits.end()) - logits.begin();
+      if (best == 0) break;
+      emitted.push_back(best);
+      predict(best);
+    }
+  }
+  Tensor result = at::empty({static_cast<int64_t>(emitted.size())}, encoder_out.options().dtype(at::kLong));
+  std::copy(emitted.begin(), emitted.end(), result.data_ptr<int64_t>());
+  return result;
+}
+
+}  // namespace
+
+std::string sparse_instructions(const std::string& name) {
+  const Kernels* wanted = kernels_named(name);
+  TORCH_CHECK_VALUE(name == wanted->name && wanted->lanes <= kernels_named(at::get_cpu_capability())->lanes,
+                    "instructions must be DEFAULT, AVX2 or AVX512 and what this processor has, got ", name);
+  return chosen().exchange(wanted)->name;
+}
+
+TORCH_LIBRARY_IMPL(audio_lottery, CPU, m) {
+  m.impl("sparse_linear", &sparse_linear);
+  m.impl("sparse_lstm", &sparse_lstm);
+  m.impl("sparse_transducer", &sparse_transducer);
+}
+
+}  // namespace audio_lottery

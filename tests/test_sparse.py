@@ -1,0 +1,478 @@
+"""Sparse products against dense masked ones, and compressed models against the dense masked model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lottery
+import models
+import sparse
+
+LAYOUTS, DTYPES = list(sparse.LAYOUTS), list(sparse.DTYPES)
+built = pytest.mark.skipif("pure" in lottery.ops.path, reason=f"the extension is not built: {lottery.ops.path}")
+
+
+@pytest.fixture(params=["DEFAULT", "AVX2", "AVX512"])
+def instructions(request):
+    """Each of the paths that this processor has."""
+    import _lottery
+
+    try:
+        before = _lottery.sparse_instructions(request.param)
+    except ValueError:
+        pytest.skip("not of this processor")
+    yield request.param
+    _lottery.sparse_instructions(before)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def random_mask(outputs, inputs, layout, remaining=0.1, seed=0):
+    """Whole blocks kept at random; some block rows lose everything."""
+    r, c = sparse.LAYOUTS[layout]
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(-(-outputs // r), -(-inputs // c), generator=generator) < remaining
+    kept[::5] = False
+    return kept.repeat_interleave(r, 0).repeat_interleave(c, 1)[:outputs, :inputs]
+
+
+def random_matrix(outputs, inputs, layout, dtype="float32", remaining=0.1):
+    """A packed matrix and what it is worth, in float32."""
+    torch.manual_seed(outputs + inputs)
+    weight, mask = torch.randn(outputs, inputs), random_mask(outputs, inputs, layout, remaining)
+    matrix = sparse.pack(weight, mask, layout, dtype)
+    dense = sparse.unpack(*matrix, outputs, inputs)
+    wanted = weight * mask
+    error = {"float32": 0.0, "bfloat16": 2**-8 * wanted.abs(), "int8": wanted.abs().amax(1, keepdim=True) / 254}[dtype]
+    assert ((dense - wanted).abs() <= error * 1.01 + 1e-7 * (dtype == "int8")).all()
+    assert (dense[~mask] == 0).all()
+    return matrix, dense
+
+
+# ---------------------------------------------------------------------------- packing
+
+
+def test_pack_by_hand():
+    weight = torch.arange(1.0, 13).view(3, 4)
+    mask = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]]).bool()
+    values, columns, offsets, scales = sparse.pack(weight, mask, "unstructured")
+    assert values.flatten().tolist() == [1, 4, 10] and scales is None
+    assert columns.tolist() == [0, 3, 1] and offsets.tolist() == [0, 2, 2, 3]
+    values, columns, offsets, _ = sparse.pack(weight, mask, "1x4")
+    assert values[:, 0].tolist() == [[1, 0, 0, 4], [0, 10, 0, 0]] and columns.tolist() == [0, 0]
+    values, columns, offsets, _ = sparse.pack(weight, mask, "4x1")  # the fourth output is not there
+    assert values[:, :, 0].tolist() == [[1, 0, 0, 0], [0, 0, 10, 0], [4, 0, 0, 0]]
+    assert columns.tolist() == [0, 1, 3] and offsets.tolist() == [0, 3]
+    values, _, _, scales = sparse.pack(weight, mask, "unstructured", "int8")
+    assert values.flatten().tolist() == [32, 127, 127]
+    torch.testing.assert_close(scales, torch.tensor([4 / 127, 0, 10 / 127]))
+
+
+def test_pack_refuses_places_of_more_than_16_bits():
+    mask = torch.zeros(1, 65_540, dtype=torch.bool)
+    with pytest.raises(ValueError, match="inputs must be at most 65536 for layout unstructured"):
+        sparse.pack(mask.float(), mask, "unstructured")
+    mask[0, -1] = True
+    matrix = sparse.pack(mask.float(), mask, "1x4")
+    assert torch.equal(sparse.unpack(*matrix, 1, 65_540), mask.float())
+
+
+# ---------------------------------------------------------------------------- sparse_linear
+
+
+def check_linear(matrix, dense, columns):
+    x, bias = torch.randn(columns, dense.shape[1]), torch.randn(len(dense))
+    for b in (bias, None):
+        got = sparse.sparse_linear(x, *matrix, b, len(dense))
+        want = F.linear(x.double(), dense.double(), None if b is None else b.double()).float()
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=5e-5)
+
+
+@built
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_linear_equals_dense(layout, instructions):
+    for dtype in DTYPES:
+        for outputs, inputs in ((1, 1), (3, 5), (16, 16), (17, 19), (100, 67), (130, 258)):
+            matrix, dense = random_matrix(outputs, inputs, layout, dtype)
+            for columns in (1, 3, 4, 5, 16, 17, 33, 129):
+                check_linear(matrix, dense, columns)
+
+
+@built
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_linear_on_two_threads(layout, two_threads):
+    matrix, dense = random_matrix(515, 1030, layout, remaining=0.3)
+    for columns in (1, 4, 65):
+        check_linear(matrix, dense, columns)
+
+
+@built
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_linear_shapes(layout):
+    matrix, dense = random_matrix(37, 22, layout)
+    x = torch.randn(22, 3, 5).permute(2, 1, 0)  # not contiguous
+    torch.testing.assert_close(sparse.sparse_linear(x, *matrix, None, 37), F.linear(x, dense), rtol=1e-5, atol=1e-5)
+    vector = torch.randn(22)
+    torch.testing.assert_close(sparse.sparse_linear(vector, *matrix, None, 37), dense @ vector, rtol=1e-5, atol=1e-5)
+    assert sparse.sparse_linear(torch.randn(0, 22), *matrix, None, 37).shape == (0, 37)
+    for remaining in (0.0, 1.0):  # nothing left, and nothing left out
+        matrix, dense = random_matrix(37, 22, layout, remaining=remaining)
+        for rows in (x, vector):
+            got = sparse.sparse_linear(rows, *matrix, None, 37)
+            torch.testing.assert_close(got, F.linear(rows, dense), rtol=1e-5, atol=1e-5)
+
+
+@built
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_linear_keeps_nan_and_infinity_where_they_are(layout):
+    """An input that no kept block reads may be anything; in many columns, neither may other columns suffer."""
+    weight = torch.zeros(16, 64)
+    weight[:, 3] = 1.0
+    matrix = sparse.pack(weight, weight.bool(), layout)
+    x = torch.ones(40, 64)
+    x[:, 20:] = float("nan")
+    x[7, 3] = float("inf")
+    for columns in (x, x[:1]):
+        got = sparse.sparse_linear(columns, *matrix, None, 16)
+        assert got[0].tolist() == [1.0] * 16
+    assert sparse.sparse_linear(x, *matrix, None, 16).isinf().sum() == 16
+
+
+@built
+def test_linear_refuses():
+    matrix = sparse.pack(torch.ones(32, 20), torch.ones(32, 20, dtype=torch.bool), "8x1")
+    x = torch.randn(2, 20)
+
+    def call(x=x, bias=None, outputs=32, **changes):
+        return sparse.sparse_linear(x, *matrix._replace(**changes), bias, outputs)
+
+    call()
+    wrong = [
+        (TypeError, "x must be float32, got Double", dict(x=x.double())),
+        (ValueError, "columns must be below 19 for 19 inputs in blocks of 1, got 19", dict(x=torch.randn(2, 19))),
+        (TypeError, "values must be float32, bfloat16 or int8, got Half", dict(values=matrix.values.half())),
+        (ValueError, "blocks must be 1x1, 1x4, 4x1, 8x1 or 16x1, got 7x1", dict(values=matrix.values[:, :7])),
+        (ValueError, r"values must be \(blocks, r, c\)", dict(values=matrix.values.flatten())),
+        (TypeError, "columns must be uint16, got Int", dict(columns=matrix.columns.int())),
+        (ValueError, "one a block of values", dict(columns=matrix.columns[1:])),
+        (TypeError, "offsets must be int32, got Long", dict(offsets=matrix.offsets.long())),
+        (ValueError, r"offsets must be \(6\) for 33 outputs in blocks of 8", dict(outputs=33)),
+        (ValueError, "offsets must run from 0 to the", dict(offsets=matrix.offsets + 1)),
+        (ValueError, "offsets must not decrease", dict(offsets=matrix.offsets[[0, 3, 2, 3, 4]].contiguous())),
+        (ValueError, "scales must be given with int8 values, and only then", dict(scales=torch.ones(32))),
+        (ValueError, "scales must be given", dict(values=matrix.values.to(torch.int8))),
+        (ValueError, r"scales must be \(32\)", dict(values=matrix.values.to(torch.int8), scales=torch.ones(31))),
+        (ValueError, r"bias must be \[32\], got \[31\]", dict(bias=torch.zeros(31))),
+    ]
+    for error, message, changes in wrong:
+        with pytest.raises(error, match=message):
+            call(**changes)
+
+
+# ---------------------------------------------------------------------------- sparse_lstm
+
+
+def check_lstm(hidden, batch, frames, layout, dtype="float32", remaining=0.1):
+    matrix, _ = random_matrix(4 * hidden, hidden, layout, dtype, remaining)
+    projections, (h0, c0) = torch.randn(batch, frames, 4 * hidden), torch.randn(2, batch, hidden)
+    for ends in (None, torch.arange(batch).clamp(max=frames)):
+        for reverse in (False, True):
+            arguments = projections, *matrix, h0, c0, ends, reverse
+            got, want = sparse.sparse_lstm(*arguments), sparse.reference_sparse_lstm(*arguments)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@built
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_lstm_equals_reference(layout, instructions):
+    for dtype in DTYPES:
+        for hidden, batch, frames in ((1, 1, 1), (5, 3, 4), (16, 1, 3), (37, 2, 6)):
+            check_lstm(hidden, batch, frames, layout, dtype)
+
+
+@built
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_lstm_on_two_threads(layout, two_threads):
+    check_lstm(301, 2, 4, layout, remaining=0.3)
+
+
+@built
+def test_lstm_gates_far_out():
+    """Saturated gates, and NaN stays NaN."""
+    matrix = sparse.pack(torch.zeros(20, 5), torch.zeros(20, 5, dtype=torch.bool), "unstructured")
+    zeros = torch.zeros(1, 5)
+    gates = torch.tensor([-1e30, -100.0, 0.0, 100.0, float("nan")]).expand(1, 1, 4, 5).reshape(1, 1, 20)
+    out, h, c = sparse.sparse_lstm(gates, *matrix, zeros, zeros, None, False)
+    torch.testing.assert_close(out[0, 0], torch.tensor([0, 0, 0, 0.76159416, float("nan")]), equal_nan=True)
+    torch.testing.assert_close(c[0], torch.tensor([0, 0, 0, 1, float("nan")]), equal_nan=True)
+
+
+@built
+def test_lstm_refuses():
+    matrix, _ = random_matrix(32, 8, "8x1")
+    projections, state = torch.randn(2, 3, 32), torch.zeros(2, 8)
+
+    def call(projections=projections, h0=state, c0=state, lengths=None, matrix=matrix):
+        return sparse.sparse_lstm(projections, *matrix, h0, c0, lengths, False)
+
+    call()
+    wrong = [
+        (ValueError, r"projections must be \(batch, time, 4 \* hidden\)", dict(projections=torch.randn(2, 3, 30))),
+        (TypeError, "projections must be float32", dict(projections=projections.double())),
+        (ValueError, r"h0 must be \[2, 8\], got \[1, 8\]", dict(h0=state[:1])),
+        (TypeError, "c0 must be float32", dict(c0=state.double())),
+        (ValueError, r"lengths must be \(2\)", dict(lengths=torch.tensor([3]))),
+        (ValueError, "lengths must be between 0 and the 3 frames, got 4", dict(lengths=torch.tensor([3, 4]))),
+        (TypeError, "lengths must be int64", dict(lengths=torch.tensor([3, 3], dtype=torch.int32))),
+        (ValueError, "offsets must be", dict(matrix=random_matrix(40, 8, "8x1")[0])),
+    ]
+    for error, message, changes in wrong:
+        with pytest.raises(error, match=message):
+            call(**changes)
+
+
+def transducer_arguments(layout, dtype, hidden=21, joiner=19, tokens=37):
+    """Small products of one layout; the blank wins now and then."""
+    sizes = (4 * hidden, hidden), (joiner, hidden), (tokens, joiner)
+    matrices = [random_matrix(*size, layout, dtype, 0.3)[0] for size in sizes]
+    bias = torch.zeros(tokens)
+    bias[0] = 3.0
+    recurrent, projection, output = ([t for t in matrix if t is not None] for matrix in matrices)
+    return torch.randn(12, joiner), torch.randn(tokens, 4 * hidden), recurrent, projection, output, bias, 3
+
+
+@built
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_transducer_equals_reference(layout, instructions):
+    for dtype in DTYPES:
+        arguments = transducer_arguments(layout, dtype)
+        got = sparse.sparse_transducer(*arguments)
+        assert torch.equal(got, sparse.reference_sparse_transducer(*arguments)) and 0 < len(got) < 36
+
+
+@built
+def test_transducer_refuses():
+    encoder_out, inputs, recurrent, projection, output, bias, most = transducer_arguments("4x1", "float32")
+    wrong = [
+        (TypeError, "encoder_out must be float32", (encoder_out.double(), inputs, recurrent, projection, output, bias)),
+        (ValueError, "inputs must have two dimensions", (encoder_out, inputs[0], recurrent, projection, output, bias)),
+        (ValueError, r"inputs must be \(tokens, 4 \* hidden\)",
+         (encoder_out, inputs[:, 1:], recurrent, projection, output, bias)),
+        (ValueError, "recurrent must be values, columns, offsets and scales if any, got 2 tensors",
+         (encoder_out, inputs, recurrent[:2], projection, output, bias)),
+        (ValueError, "offsets must be", (encoder_out, inputs, recurrent, recurrent, output, bias)),
+        (ValueError, r"bias must be \[37\], got \[36\]",
+         (encoder_out, inputs, recurrent, projection, output, bias[1:])),
+    ]  # fmt: skip
+    for error, message, arguments in wrong:
+        with pytest.raises(error, match=message):
+            sparse.sparse_transducer(*arguments, most)
+
+
+@built
+def test_opcheck():
+    matrix, _ = random_matrix(32, 8, "8x1", "int8")
+    torch.library.opcheck(torch.ops.audio_lottery.sparse_linear, (torch.randn(5, 8), *matrix, torch.randn(32), 32))
+    arguments = torch.randn(2, 3, 32), *matrix, torch.zeros(2, 8), torch.zeros(2, 8), torch.tensor([3, 2]), True
+    torch.library.opcheck(torch.ops.audio_lottery.sparse_lstm, arguments)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = transducer_arguments("1x4", "float32")
+    torch.library.opcheck(torch.ops.audio_lottery.sparse_transducer, arguments, test_utils=tests)
+
+
+@built
+def test_instructions_refuse():
+    import _lottery
+
+    with pytest.raises(ValueError, match=r"instructions must be DEFAULT, AVX2 or AVX512 .* got SSE9"):
+        _lottery.sparse_instructions("SSE9")
+
+
+# ---------------------------------------------------------------------------- compress
+
+
+def masked_model(backbone, layout, remaining=0.1):
+    """A backbone of demo size under random masks, and the masks."""
+    torch.manual_seed(0)
+    model = models.build(backbone, "demo", 29).eval()
+    masks = {}
+    with torch.no_grad():
+        for seed, (name, weight) in enumerate(lottery.prunable(model).items()):
+            flat = weight.flatten(1)
+            masks[name] = random_mask(*flat.shape, layout, remaining, seed).view(weight.shape)
+            weight.mul_(8).masked_fill_(~masks[name], 0)  # louder, so that something is heard behind all layers
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.running_mean.uniform_(-0.5, 0.5)
+                module.running_var.uniform_(0.5, 2)
+    return model, masks
+
+
+def outputs(model, features, lengths):
+    """All log-probs or encoder outputs before each end."""
+    with torch.inference_mode():
+        out, lengths = model.encode(features, lengths) if hasattr(model, "encode") else model(features, lengths)
+        return torch.cat([o[:length] for o, length in zip(out, lengths.tolist())])
+
+
+def always_sparse(monkeypatch):
+    """Take the last layout there is, however long it takes."""
+    order = {
+        name: -i
+        for i, name in enumerate(["nn.LSTM", "dense", "dense prepacked", "copying its windows alone", *LAYOUTS, "ours"])
+    }
+    monkeypatch.setattr(sparse, "time_calls", lambda candidates, calls: {name: order[name] for name in candidates})
+
+
+@pytest.mark.parametrize("backbone", list(models.BACKBONES))
+def test_compressed_models_say_the_same(backbone, monkeypatch):
+    always_sparse(monkeypatch)
+    features, lengths = torch.randn(2, 66, 80), torch.tensor([66, 41])
+    for layout, dtype, tolerance in (*((layout, "float32", 1e-4) for layout in LAYOUTS), ("1x4", "bfloat16", 0.05),
+                                     ("8x1", "int8", 0.05)):  # fmt: skip
+        model, masks = masked_model(backbone, layout)
+        want, texts = outputs(model, features, lengths), model.transcribe(features, lengths)
+        compressed, rows = lottery.compress(
+            model, masks, lambda m: m.transcribe(features, lengths), layout=layout, dtype=dtype
+        )
+        assert [row.name for row in rows] == list(masks)
+        dense = {row.name: row.why for row in rows if row.layout != layout}
+        if backbone == "conformer":
+            assert dense == {f"blocks.{i}.depthwise.weight": "no sparse form of this Conv1d" for i in range(4)}
+        else:
+            assert dense == ({"ctc_output.weight": "run does not reach it"} if backbone == "rnnt" else {})
+        got = outputs(compressed, features, lengths)
+        assert (got - want).abs().max() <= tolerance * max(1, want.abs().max()), (layout, dtype)
+        if dtype == "float32":
+            assert compressed.transcribe(features, lengths) == texts
+        assert torch.equal(outputs(model, features, lengths), want)  # the model itself is untouched
+        kept = {name for name, _ in compressed.named_buffers()}
+        tensors = [*compressed.parameters(), *compressed.buffers()]
+        assert sparse.resident_bytes(compressed) == sum(t.numel() * t.element_size() for t in tensors) and kept
+        assert sum(row.bytes for row in rows) < sparse.resident_bytes(compressed) < sparse.resident_bytes(model) / 3
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_any_lstm(batch_first, monkeypatch):
+    """Layers, two directions, no bias, with a state or without."""
+    always_sparse(monkeypatch)
+    for options in (dict(num_layers=2, bidirectional=True), dict(num_layers=3, bias=False), dict(bidirectional=True)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.LSTM(11, 13, batch_first=batch_first, **options)).eval()
+        masks = {name: torch.rand_like(w) < 0.3 for name, w in lottery.prunable(model).items()}
+        with torch.no_grad():
+            for name, w in lottery.prunable(model).items():
+                w.masked_fill_(~masks[name], 0)
+            compressed, rows = sparse.compress(model, masks, lambda m: m(torch.randn(4, 6, 11)), layout="unstructured")
+            assert isinstance(compressed[0], sparse.Lstm) and len(rows) == len(masks)
+            x = torch.randn(3, 5, 11)
+            batch = 3 if batch_first else 5
+            state = torch.randn(2, options.get("num_layers", 1) * (1 + ("bidirectional" in options)), batch, 13)
+            for given in (None, tuple(state)):
+                (got, got_state), (want, want_state) = compressed[0](x, given), model[0](x, given)
+                torch.testing.assert_close((got, *got_state), (want, *want_state), rtol=1e-4, atol=1e-5)
+
+
+def test_streaming_in_chunks_equals_all_at_once(monkeypatch):
+    always_sparse(monkeypatch)
+    model = nn.Sequential(nn.LSTM(10, 24, batch_first=True)).eval()
+    masks = {name: torch.rand_like(w) < 0.2 for name, w in lottery.prunable(model).items()}
+    x, state, chunks = torch.randn(1, 12, 10), None, []
+    with torch.inference_mode():
+        compressed, _ = sparse.compress(model, masks, lambda m: m(x))
+        whole, (h, c) = compressed[0](x)
+        for chunk in x.split([1, 1, 4, 6], 1):
+            out, state = compressed[0](chunk, state)
+            chunks.append(out)
+    torch.testing.assert_close(torch.cat(chunks, 1), whole, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(state, (h, c), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(3, 17, (5, 3), (2, 1), (2, 1)),
+        nn.Conv2d(3, 8, 3, 2, 1, dilation=2, bias=False),
+        nn.Conv1d(6, 9, 4, stride=3),
+        nn.Conv1d(6, 9, 1),
+        nn.Conv2d(2, 5, 1, stride=2),
+    ],
+)
+def test_any_convolution(conv, monkeypatch):
+    always_sparse(monkeypatch)
+    model = nn.Sequential(conv).eval()
+    x = torch.randn(2, conv.in_channels, *([19, 23] if isinstance(conv, nn.Conv2d) else [23]))
+    masks = {"0.weight": torch.rand_like(conv.weight) < 0.3}
+    with torch.inference_mode():
+        conv.weight.masked_fill_(~masks["0.weight"], 0)
+        compressed, _ = sparse.compress(model, masks, lambda m: m(x), layout="unstructured")
+        assert isinstance(compressed[0], sparse.Conv)
+        torch.testing.assert_close(compressed(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_compress_measures_and_says_why():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 2048), nn.Linear(2048, 16), nn.GRU(16, 16)).eval()
+    masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in lottery.prunable(model).items()}
+    masks["0.weight"] = random_mask(2048, 512, "16x1", 0.05)
+    compressed, rows = sparse.compress(model, masks, lambda m: [m(torch.randn(3, 40, 512)) for _ in range(2)])
+    assert [(row.name, row.shape, row.columns) for row in rows[:2]] == [
+        ("0.weight", (2048, 512), 120), ("1.weight", (16, 2048), 120)
+    ]  # fmt: skip
+    assert rows[1].layout.startswith("dense") and rows[1].remaining == 1  # nothing to leave out
+    assert rows[2].why == rows[3].why == "no sparse form of this GRU"
+    if "pure" not in lottery.ops.path:
+        assert isinstance(compressed[0], sparse.Product) and rows[0].bytes < 4 * 2048 * 512 / 8
+
+
+def test_compress_without_run():
+    """Layers are measured on an utterance of their own; the convolution in two dimensions would need its height."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv1d(3, 8, 5, 2), nn.LSTM(8, 8), nn.Linear(8, 640)).eval()
+    masks = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in lottery.prunable(model).items()}
+    state = torch.get_rng_state()
+    compressed, rows = sparse.compress(model, masks)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [row.columns for row in rows] == [0, 50, 100, 1, 100]
+    assert rows[0].why == "a Conv2d is measured where `run` is given"
+    assert all(row.layout in row.why for row in rows[1:])  # the times of what was tried
+    torch.testing.assert_close(compressed[3](torch.ones(8)), model[3].bias)
+
+
+def test_what_stays_dense():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(5, 8, batch_first=True)
+
+        def forward(self, x):
+            return self.lstm(nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 2]), batch_first=True))[0].data
+
+    model = Packed().eval()
+    masks = {name: torch.rand_like(w) < 0.1 for name, w in lottery.prunable(model).items()}
+    compressed, rows = sparse.compress(model, masks, lambda m: m(torch.randn(2, 4, 5)))
+    assert type(compressed.lstm) is nn.LSTM and {row.why for row in rows} == {"no sparse form of this LSTM"}
+    model = nn.Linear(4, 4)
+    compressed, rows = sparse.compress(model, {"weight": torch.zeros(4, 4).bool()}, lambda m: m(torch.randn(1, 4)))
+    assert rows[0].why == "it is the whole model" and torch.equal(compressed(torch.randn(1, 4))[0], model.bias)
+
+
+def test_compress_refuses():
+    model = nn.Sequential(nn.Linear(4, 4))
+    masks = {"0.weight": torch.ones(4, 4, dtype=torch.bool)}
+    run = lambda m: m(torch.zeros(1, 4))  # noqa: E731
+    for message, changes in (
+        ("dtype must be one of float32, bfloat16, int8, got int4", dict(dtype="int4")),
+        ("layout must be one of unstructured, 1x4, 4x1, 8x1, 16x1, got 2x2", dict(layout="2x2")),
+    ):
+        with pytest.raises(lottery.LotteryError, match=message):
+            sparse.compress(model, masks, run, **changes)
+    with pytest.raises(lottery.LotteryError, match=r"0.weight: a mask of shape \[4, 4\] is needed, got none"):
+        sparse.compress(model, {}, run)
