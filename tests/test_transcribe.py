@@ -352,8 +352,6 @@ def test_raw_audio_on_stdin(tickets, speech, capsys, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("backbone", list(SIZES))
 def test_sparse_products_give_the_text_of_dense_ones(backbone, tickets, speech, capsys):
-    if not hasattr(lottery, "compress"):
-        pytest.skip("lottery.compress is not there yet")
     _, dense, _ = said(capsys, tickets[backbone], *speech, "--dense")
     code, lines, err = said(capsys, tickets[backbone], *speech)
     assert code == 0 and lines == dense and "sparse products for " in err
