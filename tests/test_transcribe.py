@@ -134,7 +134,8 @@ def hears_tones(recogniser):
                     row.insert(row.index(now), Emission(1, now.start - 1, now.start, 1.0))
         return found
 
-    recogniser.features, recogniser.emissions, recogniser.ready = lambda w, _: data.log_mel(w), emissions, True
+    recogniser.features, recogniser.ready = lambda w, _: data.log_mel(w), True
+    recogniser.emissions = recogniser.untimed = emissions
 
 
 @pytest.mark.parametrize("piece, overlap", [(4, 1.6), (5.3, 2), (7, 3.1), (100, 4)])
@@ -355,6 +356,8 @@ def test_sparse_products_give_the_text_of_dense_ones(backbone, tickets, speech, 
     _, dense, _ = said(capsys, tickets[backbone], *speech, "--dense")
     code, lines, err = said(capsys, tickets[backbone], *speech)
     assert code == 0 and lines == dense and "sparse products for " in err
+    _, timed, _ = said(capsys, tickets[backbone], *speech, "--json")
+    assert [json.loads(line)["text"] for line in timed] == dense
 
 
 # ---------------------------------------------------------------------------- export and size
