@@ -96,9 +96,9 @@ def read_source(path: Path) -> Source:
         if lottery.sha256(file.trained) != rows[-1]["trained_sha256"]:
             raise lottery.LotteryError(f"{path}: ticket.safetensors is not of the ledger's last round")
         rewind = lottery.read_sealed(path / "rewind.safetensors", "rewind state")[0]
-        paths = {key: config["machine"].get(key) for key in ("data", "noise", "lm")}
+        paths = {key: path and str(path) for key, path in config["machine"].items() if key in ("data", "noise", "lm")}
         return Source(path, lottery.settings_of(config), tokens, masks, rewind, file.trained, paths, rows[0])
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         if isinstance(error, lottery.LotteryError):
             raise
         why = f"{type(error).__name__}: {error}"

@@ -352,7 +352,7 @@ NONE = Path("none")  # as --lm and --noise: without, where --ticket's run has it
 CHOICES = ("backbone", "sparsity", "size", "prune_rate", "rewind_step", "seed", "margin", "corpus")
 CHOICES += ("train_sets", "valid_sets", "test_sets", "tokens")
 SEARCH = ("beam", "lm_weight", "word_score")
-# Where they are not named in a configuration, they have these values.
+# Where they are not named in a configuration, they have these values (the flags' defaults may be others).
 PRUNING = {"block": (1, 1), "scope": "global", "min_remaining": 0.0}
 NOISE = {"snr": None, "test_snr": None}
 PRUNED_BY = ("sparsity", "prune_rate", "rewind_step", *PRUNING)
@@ -381,10 +381,7 @@ def command_line(config: dict) -> list[str]:
     """The flags that give this configuration again."""
     argv = []
     for name in FLAGS:
-        flag, value = (
-            f"--{name.replace('_', '-')}",
-            config.get(name, PRUNING.get(name)),
-        )  # --block changes their defaults
+        flag, value = f"--{name.replace('_', '-')}", config.get(name, PRUNING.get(name))
         if name == "batch_size" and config["batch_seconds"]:
             continue
         if name in BETWEEN and value:
@@ -638,6 +635,8 @@ def prepare(args: argparse.Namespace) -> Setting:
     model = models.build(args.backbone, args.size, len(tokens)).to(args.device)
     if args.init:
         start_from(args.init, model, tokens)
+    if args.source:  # of another network: refused before anything is trained
+        controls.adopt(model, args.source.state(args.ticket_weights), args.source.tokens == tokens, args.ticket)
     files = data.audio_files(utterances)
     cached = isinstance(cache, data.Cache)
     size = sum(path.stat().st_size for path in set(files))
