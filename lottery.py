@@ -334,7 +334,7 @@ class Pruning(NamedTuple):
 
     def least(self, units: Tensor) -> int:
         """Units that a layer keeps at least."""
-        return math.ceil(self.min_remaining * units.numel())
+        return math.ceil(round(self.min_remaining * units.numel(), 6))  # 0.07 * 100 is 7, not 7.000000000000001
 
 
 BY_MAGNITUDE = Pruning()  # Algorithm 1
@@ -408,6 +408,7 @@ class Ticket:
     """
 
     def __init__(self, model: nn.Module, rewind_step: int = 0, pruning: Pruning = BY_MAGNITUDE):
+        pruning.check()
         self.model, self.rewind_step, self.steps, self.round = model, rewind_step, 0, 0
         self.pruning = pruning
         self.weights = prunable(model)
