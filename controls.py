@@ -23,6 +23,7 @@ import models
 
 CONTROLS = ("random-mask", "random-mask-matched", "random-init", "dense-small")
 RANDOM = ("random-mask", "random-mask-matched")  # which keep weights that the ticket does not
+PATHS = ("data", "noise", "lm", "init")  # flags of a run that name files
 WIDTHS = {  # the sizes that dense-small scales
     "cnn-lstm": ("channels", "hidden"),
     "rnnt": ("channels", "hidden", "predictor", "joiner"),
@@ -40,7 +41,7 @@ class Source:
     masks: dict[int, lottery.Masks]  # by round
     rewind: lottery.State | None  # whole in a run folder; 0 where pruned in a file
     trained: lottery.State  # of the last round
-    paths: dict[str, str | None]  # of the run's data, noise and language model, by flag; a file does not say them
+    paths: dict[str, str | None]  # of PATHS; a file does not say them
     dense: dict | None = None  # the run's round 0 in its ledger
 
     def state(self, weights: str) -> lottery.State:
@@ -96,7 +97,7 @@ def read_source(path: Path) -> Source:
         if lottery.sha256(file.trained) != rows[-1]["trained_sha256"]:
             raise lottery.LotteryError(f"{path}: ticket.safetensors is not of the ledger's last round")
         rewind = lottery.read_sealed(path / "rewind.safetensors", "rewind state")[0]
-        paths = {key: path and str(path) for key, path in config["machine"].items() if key in ("data", "noise", "lm")}
+        paths = {key: path and str(path) for key, path in config["machine"].items() if key in PATHS}
         return Source(path, lottery.settings_of(config), tokens, masks, rewind, file.trained, paths, rows[0])
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         if isinstance(error, lottery.LotteryError):

@@ -224,7 +224,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             args.train_sets, args.valid_sets, args.test_sets = given.train_sets, given.valid_sets, given.test_sets
         if (args.backbone, args.size) not in RECIPES:
             p.error(f"--ticket {args.ticket}: there is no backbone {args.backbone} of {args.size} size")
-    args.lm, args.noise = (None if path == NONE else path for path in (args.lm, args.noise))
+    args.lm, args.noise, args.init = (None if path == NONE else path for path in (args.lm, args.noise, args.init))
     args.recipe = RECIPES[args.backbone, "paper" if args.plan else args.size]
     names = ("epochs", "batch_size", "batch_seconds", "accumulate", "lr", "seconds", "amp")
     chosen = {k: getattr(args, k) for k in names if getattr(args, k) is not None}
@@ -287,7 +287,7 @@ def check_given(p: Parser, args: argparse.Namespace) -> None:
         if args.control or args.rounds or args.dense or args.ticket_weights != "rewind":
             p.error("--control, --rounds, --dense and --ticket-weights go with --ticket")
         return
-    if args.init:
+    if args.init and str(args.init.resolve()) != args.source.paths.get("init"):  # which round 0 starts from
         p.error("--init and --ticket: only one of them can say what is trained from")
     for key in PRUNED_BY:
         if getattr(args, key) != p.get_default(key):
@@ -348,7 +348,7 @@ def defaults_of(source: controls.Source, given: argparse.Namespace) -> dict:
 
 
 SCOPE_OF_BLOCKS = "layer"
-NONE = Path("none")  # as --lm and --noise: without, where --ticket's run has it
+NONE = Path("none")  # as --lm, --noise and --init: without, where --ticket's run has it
 CHOICES = ("backbone", "sparsity", "size", "prune_rate", "rewind_step", "seed", "margin", "corpus")
 CHOICES += ("train_sets", "valid_sets", "test_sets", "tokens")
 SEARCH = ("beam", "lm_weight", "word_score")
@@ -903,7 +903,7 @@ def retrain(run: Path, number: int) -> None:
             raise IndexError(f"the ledger has rounds {', '.join(str(row['round']) for row in rows)}")
         argv = command_line(config)
         paths = {key: config["machine"].get(key) for key in ("lm", "noise", "ticket", "dense", "init")}
-        paths |= {key: paths[key] or str(NONE) for key in ("lm", "noise")}
+        paths |= {key: paths[key] or str(NONE) for key in ("lm", "noise", "init")}
         argv += [f"--{key}={path}" for key, path in paths.items() if path]
         row = next(row for row in rows if row["round"] == number)
         where = ["--data", config["machine"]["data"], "--device", row["device"], "--cache", config["machine"]["cache"]]

@@ -10,6 +10,7 @@ import soak
 import torch
 from test_train import refused
 
+import compare
 import controls
 import lottery
 import models
@@ -182,7 +183,13 @@ def test_ticket_files_and_trained_starts(source, corpus, tmp_path, capsys):
     run("--init", file, *flags, "--out", tmp_path / "init")
     assert "theta_0: the trained weights of" in capsys.readouterr().out
     assert lottery.read_ledger(tmp_path / "init" / "ledger.jsonl")[0]["rewind_sha256"] == row["start_sha256"]
-    assert verified(tmp_path / "init") and verified(tmp_path / "trained")
+    run("--ticket", tmp_path / "init", "--control", "random-mask", "--out", tmp_path / "control")
+    dense = [lottery.read_ledger(tmp_path / name / "ledger.jsonl")[0] for name in ("init", "control")]
+    assert dense[0]["trained_sha256"] == dense[1]["trained_sha256"]  # it starts from the ticket too
+    assert all(verified(tmp_path / name) for name in ("init", "trained", "control"))
+    train.retrain(tmp_path / "control", 0)
+    methods = next(iter(compare.merge([compare.load(tmp_path / name) for name in ("init", "control")]).values()))
+    assert len(compare.rivals(methods)) == 1
     lottery.save_ticket(tmp_path / "no.safetensors", there.masks, None, there.trained, there.info)
     assert "it has no rewind state" in refused(capsys, "--ticket", tmp_path / "no.safetensors", *data)
 
