@@ -31,6 +31,8 @@ def load(path: Path) -> Run:
     """The finished rounds of a run folder. Raises LotteryError unless they are one chain from the settings on."""
     config, rows = controls.read_run(path)
     missing = (CONFIG - config.keys()).union(*(ROW - row.keys() for row in rows))
+    if not isinstance(config.get("machine"), dict) or not isinstance(config["machine"].get("data"), str):
+        missing |= {"data"}
     if missing:
         raise lottery.LotteryError(f"{path}: not a run of train.py: it has no {', '.join(sorted(missing))}")
     return Run(config, rows)

@@ -1,6 +1,7 @@
 """Tickets of another run, and the controls that they are compared with.
 
-A source is a finished search, or one ticket file. Of it are trained, with one recipe and one data order:
+A source is a search, of which the finished rounds count, or one ticket file. Of it are trained, with one recipe and one
+data order:
 
     (no control)           its masks with its rewind state, or with its trained weights
     random-mask            as many weights, anywhere
@@ -21,6 +22,8 @@ import lottery
 import models
 
 CONTROLS = ("random-mask", "random-mask-matched", "random-init", "dense-small")
+RANDOM = ("random-mask", "random-mask-matched")  # which keep weights that the ticket does not
+PATHS = ("data", "noise", "lm", "init")  # flags of a run that name files
 WIDTHS = {  # the sizes that dense-small scales
     "cnn-lstm": ("channels", "hidden"),
     "rnnt": ("channels", "hidden", "predictor", "joiner"),
@@ -38,7 +41,7 @@ class Source:
     masks: dict[int, lottery.Masks]  # by round
     rewind: lottery.State | None  # whole in a run folder; 0 where pruned in a file
     trained: lottery.State  # of the last round
-    paths: dict[str, str | None]  # of the run's data and noise, by flag; a file does not say them
+    paths: dict[str, str | None]  # of PATHS; a file does not say them
     dense: dict | None = None  # the run's round 0 in its ledger
 
     def state(self, weights: str) -> lottery.State:
@@ -78,19 +81,25 @@ def read_source(path: Path) -> Source:
         for key in ("tokens", "sizes", "features"):
             del settings[key]
         if not path.is_dir():
-            counts = lottery.kept_counts(sum(m.numel() for m in file.masks.values()), settings["sparsity"])
-            kept = sum(int(mask.sum()) for mask in file.masks.values())
+            pruning = lottery.Pruning(tuple(settings.get("block", (1, 1))))
+            units = [pruning.units(mask) for mask in file.masks.values()]
+            total, kept = sum(unit.numel() for unit in units), sum(int(unit.sum()) for unit in units)
+            counts = lottery.kept_counts(total, settings["sparsity"], settings["prune_rate"])
             number = counts.index(kept) if kept in counts[1:] else 1
             return Source(path, settings, tokens, {number: file.masks}, file.rewind, file.trained, {})
         (config, rows), masks = read_run(path), {}
+        if "rounds" in config:
+            raise lottery.LotteryError(f"{path}: it searched for no ticket, but trained another run's: name that run")
         for row in rows[1:]:
             masks[row["round"]] = lottery.load_masks(path / "masks" / f"{row['round']:02d}.safetensors")
             if lottery.sha256(masks[row["round"]]) != row["mask_sha256"]:
                 raise lottery.LotteryError(f"{path}: the masks of round {row['round']} are not the ledger's")
+        if lottery.sha256(file.trained) != rows[-1]["trained_sha256"]:
+            raise lottery.LotteryError(f"{path}: ticket.safetensors is not of the ledger's last round")
         rewind = lottery.read_sealed(path / "rewind.safetensors", "rewind state")[0]
-        settings, paths = lottery.settings_of(config), {key: config["machine"].get(key) for key in ("data", "noise")}
-        return Source(path, settings, tokens, masks, rewind, file.trained, paths, rows[0])
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        paths = {key: path and str(path) for key, path in config["machine"].items() if key in PATHS}
+        return Source(path, lottery.settings_of(config), tokens, masks, rewind, file.trained, paths, rows[0])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         if isinstance(error, lottery.LotteryError):
             raise
         why = f"{type(error).__name__}: {error}"
@@ -104,6 +113,8 @@ def adopt(model: nn.Module, state: lottery.State, same_tokens: bool, path: Path)
     """
     own, renewed = lottery.copy_state(model), []
     found = {}
+    if more := sorted(state.keys() - own.keys()):
+        raise lottery.LotteryError(f"{path}: it is of another network: {more[0]} is not in this one")
     for name, value in own.items():
         if not same_tokens and name.split(".")[0] in model.TOKEN_LAYERS:
             renewed.append(name)
@@ -192,7 +203,7 @@ def given(
         about |= {"sizes": sizes, "total": total, "remaining": ticket.kept / total}
         about["remaining_all"] = sum(p.numel() for p in ticket.model.parameters()) / everything
         return ticket, about, []
-    if control in ("random-mask", "random-mask-matched"):
+    if control in RANDOM:
         masks = random_masks(masks, renewed, pruning, seed, control == "random-mask-matched")
     if control == "random-init":
         sizes = models.BACKBONES[backbone].SIZES[size]

@@ -353,7 +353,7 @@ class Pruning(NamedTuple):
 
     def least(self, units: Tensor) -> int:
         """Units that a layer keeps at least."""
-        return math.ceil(self.min_remaining * units.numel())
+        return math.ceil(round(self.min_remaining * units.numel(), 6))  # 0.07 * 100 is 7, not 7.000000000000001
 
 
 BY_MAGNITUDE = Pruning()  # Algorithm 1
@@ -427,6 +427,7 @@ class Ticket:
     """
 
     def __init__(self, model: nn.Module, rewind_step: int = 0, pruning: Pruning = BY_MAGNITUDE):
+        pruning.check()
         self.model, self.rewind_step, self.steps, self.round = model, rewind_step, 0, 0
         self.pruning = pruning
         self.weights = prunable(model)
@@ -945,6 +946,7 @@ def _verify_rows(found: dict) -> None:
     settings, dense = found["settings"], found["rows"][0]
     for row in found["rows"]:
         where = f"round {row['round']}: "
+        _expect(row["total"] == dense["total"], where + "another total than round 0's")
         _expect(row["remaining"] == row["kept"] / row["total"], where + "remaining is not kept / total")
         for key in ("seed", "data_sha256"):
             _expect(row[key] == settings[key], where + f"{key} is not the configuration's")
@@ -974,10 +976,11 @@ def _verify_masks(found: dict) -> None:
                 counts = {name: int(mask.sum()) for name, mask in masks.items()}
                 _expect(counts == row["kept_per_layer"], where + "other counts than the ledger's")
                 _expect(sha256(masks) == row["mask_sha256"], where + "other masks than the ledger's")
+                _verify_blocks(masks, row, found["settings"])
             _expect(sum(row["kept_per_layer"].values()) == row["kept"], where + "the layers' counts do not add up")
         return
     run, theta = found["run"], read_sealed(found["run"] / "rewind.safetensors", "rewind state")[0]
-    names, pruning = found["rows"][0]["kept_per_layer"], Pruning(tuple(found["settings"].get("block", (1, 1))))
+    names = found["rows"][0]["kept_per_layer"]
     parent = {name: torch.ones_like(theta[name], dtype=torch.bool) for name in names}
     for row in found["rows"]:
         where = f"round {row['round']}: "
@@ -987,8 +990,7 @@ def _verify_masks(found: dict) -> None:
         counts = {name: int(mask.sum()) for name, mask in masks.items()}
         _expect(counts == row["kept_per_layer"], where + "other counts than the ledger's")
         _expect(sum(counts.values()) == row["kept"], where + "the layers' counts do not add up")
-        blocks = {name: pruning.weights(pruning.units(mask), mask) for name, mask in masks.items()}
-        _expect(sha256(blocks) == sha256(masks), where + "a block is kept in part")
+        _verify_blocks(masks, row, found["settings"])
         grown = any((masks[name] & ~parent[name]).any() for name in names)
         _expect(not grown, where + "keeps a weight that was pruned before")
         hashes = sha256(masks), sha256(parent)
@@ -998,6 +1000,18 @@ def _verify_masks(found: dict) -> None:
         if row["round"] or found["settings"]["rewind_step"] == 0:  # else round 0 started before theta_k
             _expect(sha256(start) == row["start_sha256"], where + "does not start at theta_k * mask")
         parent = masks
+
+
+def _verify_blocks(masks: Masks, row: dict, settings: dict) -> None:
+    where, pruning = f"round {row['round']}: ", Pruning(tuple(settings.get("block", (1, 1))))
+    _expect(sum(mask.numel() for mask in masks.values()) == row["total"], where + "total is not the masks'")
+    units = {name: pruning.units(mask) for name, mask in masks.items()}
+    whole = {name: pruning.weights(unit, masks[name]) for name, unit in units.items()}
+    _expect(sha256(whole) == sha256(masks), where + "a block is kept in part")
+    if "block" in settings:
+        counts = [sum(int(unit.sum()) for unit in units.values()), sum(unit.numel() for unit in units.values())]
+        stated = [row["kept_blocks"], row["total_blocks"]]
+        _expect(stated == counts, where + f"its masks keep {counts[0]} of {counts[1]} blocks, not {stated}")
 
 
 def _verify_ticket(found: dict) -> None:

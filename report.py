@@ -329,13 +329,28 @@ def draw_layers(path: Path, title: str, methods: list[Method]) -> None:
 # ---------------------------------------------------------------------------- command line
 
 
+def read(path: Path) -> Run:
+    """A run that can be told of. Raises LotteryError for one with a value that no run of train.py has."""
+    run = load(path)
+    try:
+        if run.rows:
+            merged_report(merge([run]), pictures=False)
+    except lottery.LotteryError:
+        raise
+    except Exception as error:  # whatever a ledger that was chained again makes the tables trip over
+        raise lottery.LotteryError(
+            f"{path}: a value is missing or of the wrong kind ({type(error).__name__}: {error})"
+        ) from None
+    return run
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="report.py", description="Merge runs: tables, pictures, claims.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, finished or not")
     parser.add_argument("--out", type=Path, help="folder for report.md and the pictures (default: only print)")
     args = parser.parse_args(argv)
     try:
-        runs = {path: load(path) for path in args.runs}
+        runs = {path: read(path) for path in args.runs}
         for path in [path for path, run in runs.items() if not run.rows]:
             print(f"report.py: {path}: no round is finished yet: left out", file=sys.stderr)
             del runs[path]

@@ -192,7 +192,7 @@ def flags() -> Parser:
     add("--seed", type=int, default=0, help="of initialisation, order, dropout, masking (default: 0)")
     add("--margin", type=float, default=0.01, help="WER that a matching ticket may lose (default: 0.01)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)")
-    add("--amp", action="store_true", help="bfloat16 autocast, on CUDA")
+    add("--amp", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 autocast, on CUDA")
     add("--cache", default="memory", metavar="memory|none|DIR", help="where features are kept (default: memory)")
     add("--workers", type=int, default=0, metavar="N", help="processes that prepare features and batches (default: 0)")
     add("--tensorboard", action="store_true", help="write scalars for TensorBoard to the run folder")
@@ -213,12 +213,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     args.source = None
     if args.ticket:
+        given = args
         try:
             args.source = controls.read_source(args.ticket)
         except lottery.LotteryError as error:
             p.error(f"--ticket {error}")
-        p.set_defaults(**defaults_of(args.source))
+        p.set_defaults(**defaults_of(args.source, given))
         args = p.parse_args(argv, argparse.Namespace(source=args.source))
+        if args.corpus != args.source.settings.get("corpus"):  # whose sets are no other's
+            args.train_sets, args.valid_sets, args.test_sets = given.train_sets, given.valid_sets, given.test_sets
+        if (args.backbone, args.size) not in RECIPES:
+            p.error(f"--ticket {args.ticket}: there is no backbone {args.backbone} of {args.size} size")
+    args.lm, args.noise, args.init = (None if path == NONE else path for path in (args.lm, args.noise, args.init))
     args.recipe = RECIPES[args.backbone, "paper" if args.plan else args.size]
     names = ("epochs", "batch_size", "batch_seconds", "accumulate", "lr", "seconds", "amp")
     chosen = {k: getattr(args, k) for k in names if getattr(args, k) is not None}
@@ -248,7 +254,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.noise and args.snr is None and args.test_snr is None:
         p.error("--noise needs --snr LO:HI (training), --test-snr A,B,... (test) or both")
     if not args.noise and not (args.snr is None and args.test_snr is None):
-        p.error("--snr and --test-snr need --noise DIR")
+        there = f" (those of {args.ticket}: give that or --noise none)" if args.source else ""
+        p.error(f"--snr and --test-snr need --noise DIR{there}")
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: torch finds no CUDA device here")
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
@@ -261,7 +268,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.block != (1, 1):
         parts.append(f"block{args.block[0]}x{args.block[1]}")
     if args.source:
-        parts.append(args.control or f"ticket-of-{args.ticket.resolve().stem}")
+        ticket = args.ticket.resolve()
+        parts.append(args.control or f"ticket-of-{ticket.name if ticket.is_dir() else ticket.stem}")
     args.out = args.out or Path("runs") / "-".join(parts)
     return args
 
@@ -279,16 +287,28 @@ def check_given(p: Parser, args: argparse.Namespace) -> None:
         if args.control or args.rounds or args.dense or args.ticket_weights != "rewind":
             p.error("--control, --rounds, --dense and --ticket-weights go with --ticket")
         return
-    if args.init:
+    if args.init and str(args.init.resolve()) != args.source.paths.get("init"):  # which round 0 starts from
         p.error("--init and --ticket: only one of them can say what is trained from")
+    for key in PRUNED_BY:
+        if getattr(args, key) != p.get_default(key):
+            there = p.get_default(key)
+            there = BETWEEN[key].join(map(str, there)) if key in BETWEEN else there
+            p.error(f"--{key.replace('_', '-')} is {there} in {args.ticket}, whose masks were made so: leave it out")
     there = args.source.masks
+    if not there:
+        p.error(f"--ticket {args.ticket}: it has no ticket: only its dense round is finished")
     last = {max(there)} if args.ticket_weights == "trained" else set(there)  # trained weights are kept of one round
     args.rounds = sorted({0, *(args.rounds or last)})
     missing = set(args.rounds) - last - {0}
+    if args.rounds == [0]:
+        p.error("--rounds 0: round 0 is the dense network, which is there with any other round: name one")
     if missing:
         p.error(f"--rounds {min(missing)}: {args.ticket} has {', '.join(map(str, sorted(last))) or 'none'}")
     if args.control and args.ticket_weights != "rewind":
         p.error(f"--control {args.control} and --ticket-weights trained: controls start from initial weights")
+    if args.control in controls.RANDOM and not args.ticket.is_dir():
+        why = "a ticket file has 0 where it is pruned: name the run folder"
+        p.error(f"--control {args.control} keeps weights that the ticket does not, and {why}")
 
 
 def check_search(p: Parser, args: argparse.Namespace) -> None:
@@ -296,8 +316,9 @@ def check_search(p: Parser, args: argparse.Namespace) -> None:
     if not re.fullmatch("chars|bpe:[1-9][0-9]{0,8}", args.tokens):
         p.error(f"--tokens must be chars or bpe:N, N a number of tokens, got {args.tokens!r}")
     scores = {"lm_weight": decode.LM_WEIGHT, "word_score": decode.WORD_SCORE}
+    there = f" (those of {args.ticket}: give --lm FILE or --lm none)" if args.source else ""
     if args.lm is None and any(getattr(args, key) is not None for key in scores):
-        p.error("--lm-weight and --word-score need --lm")
+        p.error(f"--lm-weight and --word-score need --lm{there}")
     if args.lm is not None and args.backbone == "rnnt":
         p.error("--lm goes with CTC (--backbone cnn-lstm or conformer); rnnt has --beam alone")
     if args.lm is not None and not args.lm.is_file():
@@ -313,23 +334,28 @@ def check_search(p: Parser, args: argparse.Namespace) -> None:
             p.error(f"--{key.replace('_', '-')} must be a finite number, got {getattr(args, key)}")
 
 
-def defaults_of(source: controls.Source) -> dict:
-    """Every setting of a source's run, as defaults of the flags."""
+def defaults_of(source: controls.Source, given: argparse.Namespace) -> dict:
+    """Every setting of a source's run, as defaults of the flags; less what those that are given stand in place of."""
     there = {"scope": "global"} | source.settings
     settings = {key: there[key] for key in FLAGS if key not in GIVEN and there.get(key) is not None}
-    if "batch_seconds" in settings:
-        del settings["batch_size"]
+    seconds = given.batch_seconds or (given.batch_size is None and "batch_seconds" in settings)
+    instead = ["batch_size" if seconds else "batch_seconds"]
+    instead += SEARCH if given.lm == NONE else []
+    instead += NOISE if given.noise == NONE else []
+    settings = {key: value for key, value in settings.items() if key not in instead}
     settings |= {key: tuple(settings[key]) for key in BETWEEN if key in settings}
     return settings | {key: path for key, path in source.paths.items() if path}
 
 
 SCOPE_OF_BLOCKS = "layer"
+NONE = Path("none")  # as --lm, --noise and --init: without, where --ticket's run has it
 CHOICES = ("backbone", "sparsity", "size", "prune_rate", "rewind_step", "seed", "margin", "corpus")
 CHOICES += ("train_sets", "valid_sets", "test_sets", "tokens")
 SEARCH = ("beam", "lm_weight", "word_score")
-# Where they are not named in a configuration, they have these values.
+# Where they are not named in a configuration, they have these values (the flags' defaults may be others).
 PRUNING = {"block": (1, 1), "scope": "global", "min_remaining": 0.0}
 NOISE = {"snr": None, "test_snr": None}
+PRUNED_BY = ("sparsity", "prune_rate", "rewind_step", *PRUNING)
 GIVEN = {"control": None, "ticket_weights": "rewind", "rounds": None}
 BETWEEN = {"seconds": ":", "snr": ":", "test_snr": ",", "block": "x"}  # the numbers of a flag's value
 RECIPE = ("epochs", "batch_size", "batch_seconds", "accumulate", "lr", "seconds", "amp")
@@ -355,16 +381,16 @@ def command_line(config: dict) -> list[str]:
     """The flags that give this configuration again."""
     argv = []
     for name in FLAGS:
-        flag, value = f"--{name.replace('_', '-')}", config.get(name)
+        flag, value = f"--{name.replace('_', '-')}", config.get(name, PRUNING.get(name))
         if name == "batch_size" and config["batch_seconds"]:
             continue
         if name in BETWEEN and value:
             value = BETWEEN[name].join(map(str, value))
-        if value is True:
-            argv.append(flag)
+        if isinstance(value, bool):
+            argv.append(flag if value else flag.replace("--", "--no-", 1))
         elif isinstance(value, list):
             argv += [flag, *map(str, value)]
-        elif value is not None and value is not False:
+        elif value is not None:
             argv.append(f"{flag}={value}")
     return argv
 
@@ -609,6 +635,8 @@ def prepare(args: argparse.Namespace) -> Setting:
     model = models.build(args.backbone, args.size, len(tokens)).to(args.device)
     if args.init:
         start_from(args.init, model, tokens)
+    if args.source:  # of another network: refused before anything is trained
+        controls.adopt(model, args.source.state(args.ticket_weights), args.source.tokens == tokens, args.ticket)
     files = data.audio_files(utterances)
     cached = isinstance(cache, data.Cache)
     size = sum(path.stat().st_size for path in set(files))
@@ -658,9 +686,10 @@ def dense_of(args: argparse.Namespace, config: dict) -> dict | None:
     other = [key for key in keys if config.get(key) != settings.get(key)]
     if row and not other:
         config["machine"]["dense"] = str(run.resolve())
-        return row
+        return {**row, "previous": row["config_sha256"]}  # as where it was trained: that run may have taken it over too
     if args.dense:
-        raise lottery.LotteryError(f"--dense {run}: it has no round 0 of these settings ({', '.join(other)})")
+        why = f"other {', '.join(other)}" if row else "none is finished"
+        raise lottery.LotteryError(f"--dense {run}: it has no round 0 of these settings ({why})")
     return None
 
 
@@ -676,7 +705,7 @@ def run(args: argparse.Namespace, signals: Signals) -> None:
         print(f"model: {everything:,} parameters, {total:,} prunable; {rounds} rounds, the first one dense")
         corpus = setting.corpus()
         steps = setting.epoch_ends(corpus)[-1]
-        if args.rewind_step > steps:
+        if args.rewind_step > steps and not args.source:
             raise lottery.LotteryError(f"--rewind-step {args.rewind_step}: a round has only {steps} steps")
     parallel.gather(None)  # all have looked into the folder before the first process writes there
     if not parallel.index():
@@ -873,9 +902,9 @@ def retrain(run: Path, number: int) -> None:
         if number not in [row["round"] for row in rows]:
             raise IndexError(f"the ledger has rounds {', '.join(str(row['round']) for row in rows)}")
         argv = command_line(config)
-        for key in ("lm", "ticket", "dense", "init", "noise"):
-            if config["machine"].get(key):
-                argv += [f"--{key}", config["machine"][key]]
+        paths = {key: config["machine"].get(key) for key in ("lm", "noise", "ticket", "dense", "init")}
+        paths |= {key: paths[key] or str(NONE) for key in ("lm", "noise", "init")}
+        argv += [f"--{key}={path}" for key, path in paths.items() if path]
         row = next(row for row in rows if row["round"] == number)
         where = ["--data", config["machine"]["data"], "--device", row["device"], "--cache", config["machine"]["cache"]]
         args = parse([*argv, *where, "--out", str(run)])
@@ -911,9 +940,10 @@ def retrain(run: Path, number: int) -> None:
     if later:
         ticket.prune(later[0].get("kept_blocks", later[0]["kept"]))
         compared["mask_sha256"] = lottery.sha256(ticket.masks)
+    if args.source and not number:  # whoever trained it may have kept a later step
+        del compared["rewind_sha256"]
     setting.model.load_state_dict(at.best)
-    tested = evaluate_on_tests(setting, corpus, rows[0] if number else None)
-    compared |= {what: tested[what] for what in ("other_tests", "test_errors") if what in tested}
+    compared |= evaluate_on_tests(setting, corpus, rows[0] if number else None)
     for what, value in compared.items():
         if value != (later[0] if what == "mask_sha256" else row).get(what):
             raise lottery.LotteryError(f"round {number} trained again differs from the ledger in {what}")

@@ -29,6 +29,7 @@ import numpy as np  # noqa: E402
 import soundfile  # noqa: E402
 import torch  # noqa: E402
 
+import controls  # noqa: E402
 import data  # noqa: E402
 import lottery  # noqa: E402
 import models  # noqa: E402
@@ -134,16 +135,19 @@ def kills(number: int, seed: int) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         corpus = small_corpus(Path(folder))
         common = ["--data", str(corpus), "--epochs", "3", "--batch-size", "3", "--sparsity", "0.36"]
-        expected, seconds = {}, {}
+        expected, seconds, argvs = {}, {}, {}
         for backbone in models.BACKBONES:
             for rewind in ("0", "2"):
-                name = f"{backbone}-{rewind}"
-                argv = [*common, "--backbone", backbone, "--rewind-step", rewind]
-                start = time.monotonic()
-                _, status = os.waitpid(child([*argv, "--out", f"{folder}/{name}"]), 0)
-                if status:
-                    sys.exit(f"soak.py: the uninterrupted {name} run failed with status {status}")
-                expected[name], seconds[name] = (argv, result(Path(folder) / name)), time.monotonic() - start
+                argvs[f"{backbone}-{rewind}"] = [*common, "--backbone", backbone, "--rewind-step", rewind]
+            tickets_of = ["--ticket", f"{folder}/{backbone}-2"]
+            argvs[f"{backbone}-ticket"] = [*tickets_of, "--seed", "1"]  # round 0 is trained
+            argvs |= {f"{backbone}-{control}": [*tickets_of, "--control", control] for control in controls.CONTROLS}
+        for name, argv in argvs.items():
+            start = time.monotonic()
+            _, status = os.waitpid(child([*argv, "--out", f"{folder}/{name}"]), 0)
+            if status:
+                sys.exit(f"soak.py: the uninterrupted {name} run failed with status {status}")
+            expected[name], seconds[name] = (argv, result(Path(folder) / name)), time.monotonic() - start
         while killed < number:
             name = rng.choice(list(expected))
             argv, want = expected[name]

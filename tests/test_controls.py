@@ -1,5 +1,6 @@
 """Tickets of other runs, and their controls."""
 
+import dataclasses
 import json
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ import soak
 import torch
 from test_train import refused
 
+import compare
 import controls
 import lottery
 import models
@@ -181,7 +183,13 @@ def test_ticket_files_and_trained_starts(source, corpus, tmp_path, capsys):
     run("--init", file, *flags, "--out", tmp_path / "init")
     assert "theta_0: the trained weights of" in capsys.readouterr().out
     assert lottery.read_ledger(tmp_path / "init" / "ledger.jsonl")[0]["rewind_sha256"] == row["start_sha256"]
-    assert verified(tmp_path / "init") and verified(tmp_path / "trained")
+    run("--ticket", tmp_path / "init", "--control", "random-mask", "--out", tmp_path / "control")
+    dense = [lottery.read_ledger(tmp_path / name / "ledger.jsonl")[0] for name in ("init", "control")]
+    assert dense[0]["trained_sha256"] == dense[1]["trained_sha256"]  # it starts from the ticket too
+    assert all(verified(tmp_path / name) for name in ("init", "trained", "control"))
+    train.retrain(tmp_path / "control", 0)
+    methods = next(iter(compare.merge([compare.load(tmp_path / name) for name in ("init", "control")]).values()))
+    assert len(compare.rivals(methods)) == 1
     lottery.save_ticket(tmp_path / "no.safetensors", there.masks, None, there.trained, there.info)
     assert "it has no rewind state" in refused(capsys, "--ticket", tmp_path / "no.safetensors", *data)
 
@@ -192,6 +200,11 @@ def test_ticket_files_and_trained_starts(source, corpus, tmp_path, capsys):
         (["--ticket", "/nowhere"], "--ticket /nowhere: cannot read the ticket"),
         (["--control", "random-mask"], "--control, --rounds, --dense and --ticket-weights go with --ticket"),
         (["--ticket", "SOURCE", "--rounds", "7"], "--rounds 7: "),
+        (["--ticket", "SOURCE", "--rounds", "0"], "--rounds 0: round 0 is the dense network"),
+        (["--ticket", "SOURCE", "--sparsity", "0.9"], "--sparsity is 0.36 in "),
+        (["--ticket", "SOURCE", "--block", "1x2"], "--block is 1x1 in "),
+        (["--ticket", "SOURCE", "--rewind-step", "1"], "--rewind-step is 0 in "),
+        (["--ticket", "SOURCE/ticket.safetensors", "--control", "random-mask"], "name the run folder"),
         (["--ticket", "SOURCE", "--rounds", "1", "--ticket-weights", "trained"], "--rounds 1: "),
         (["--ticket", "SOURCE", "--control", "x"], "argument --control: invalid choice: 'x'"),
         (["--ticket", "SOURCE", "--control", "random-init", "--ticket-weights", "trained"], "controls start from"),
@@ -204,8 +217,9 @@ def test_ticket_files_and_trained_starts(source, corpus, tmp_path, capsys):
     ],
 )
 def test_unusable_flags(source, corpus, tmp_path, capsys, flags, message):
-    flags = [str(source) if flag == "SOURCE" else flag for flag in flags]
+    flags = [flag.replace("SOURCE", str(source)) for flag in flags]
     assert message in refused(capsys, "--data", corpus, "--out", tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()  # nothing was trained first
 
 
 def test_a_damaged_source_is_named(source, corpus, tmp_path, capsys):
@@ -213,6 +227,92 @@ def test_a_damaged_source_is_named(source, corpus, tmp_path, capsys):
     (tmp_path / "there" / "masks" / "01.safetensors").write_bytes(b"x")
     said = refused(capsys, "--data", corpus, "--out", tmp_path / "run", "--ticket", tmp_path / "there")
     assert "01.safetensors: not a whole masks" in said
+
+
+def test_a_source_whose_files_do_not_belong_together(source, corpus, tmp_path, capsys):
+    there, data = tmp_path / "there", ("--data", corpus, "--out", tmp_path / "run")
+    subprocess.run(["cp", "-r", source, there], check=True)
+    lines = (there / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (there / "ledger.jsonl").write_text("".join(lines[:2]))  # killed between ticket and ledger of round 2
+    assert "ticket.safetensors is not of the ledger's last round" in refused(capsys, "--ticket", there, *data)
+    run("--data", corpus, "--backbone", "cnn-lstm", "--epochs", 1, "--sparsity", 0, "--out", tmp_path / "dense")
+    for flags in ((), ("--ticket-weights", "trained")):
+        assert "only its dense round is finished" in refused(capsys, "--ticket", tmp_path / "dense", *flags, *data)
+    model = models.build("cnn-lstm", "demo", 5)
+    more = lottery.copy_state(model) | {"layer_7": torch.ones(1)}
+    with pytest.raises(lottery.LotteryError, match="layer_7 is not in this one"):
+        controls.adopt(model, more, True, source)
+
+
+@pytest.mark.parametrize("block, rate, kept, number", [(None, 0.5, 4, 1), (None, 0.5, 2, 2), ([1, 2], 0.5, 2, 2)])
+def test_a_ticket_file_knows_its_round(tmp_path, block, rate, kept, number):
+    """8 weights halved twice, and 4 blocks of two halved twice: 4, 2 and 2, 1."""
+    info = {"tokens": [], "sizes": {}, "features": "", "sparsity": 0.75, "prune_rate": rate}
+    masks = {"a": torch.arange(8).view(2, 4) < kept}
+    info |= {"block": block} if block else {}
+    lottery.save_ticket(tmp_path / "t", masks, None, {"a": torch.ones(2, 4)}, info)
+    assert list(controls.read_source(tmp_path / "t").masks) == [number]
+
+
+def test_given_flags_stand_in_place_of_the_source_s(source, monkeypatch):
+    there = controls.read_source(source)
+
+    def parsed(settings, *flags, **paths):
+        found = dataclasses.replace(there, settings=there.settings | settings, paths=there.paths | paths)
+        monkeypatch.setattr(controls, "read_source", lambda path: found)
+        return train.parse(["--ticket", str(source), *flags])
+
+    assert parsed({}, "--batch-seconds", "9").recipe.batch_seconds == 9
+    args = parsed({"batch_seconds": 9.0}, "--batch-size", "3")
+    assert (args.recipe.batch_seconds, args.recipe.batch_size) == (None, 3)
+    assert parsed({"batch_seconds": 9.0}).recipe.batch_seconds == 9
+    sets = {"corpus": "librispeech", "train_sets": ["dev-clean"]}
+    assert parsed(sets).train_sets == ["dev-clean"]
+    assert parsed(sets, "--corpus", "tedlium").train_sets is None
+    assert parsed(sets, "--corpus", "tedlium", "--train-sets", "train").train_sets == ["train"]
+    searched = {"beam": 7, "lm_weight": 2.0, "word_score": 1.0}
+    args = parsed(searched, lm=str(source / "config.json"))
+    assert (args.lm, args.lm_weight, args.beam) == (source / "config.json", 2.0, 7)
+    args = parsed(searched, "--lm", "none", lm=str(source / "config.json"))
+    assert (args.lm, args.lm_weight, args.beam) == (None, None, 1)
+    args = parsed({"snr": [0.0, 5.0]}, noise="noise")
+    assert (args.noise, args.snr) == (Path("noise"), (0.0, 5.0))
+    args = parsed({"snr": [0.0, 5.0]}, "--noise", "none", noise="noise")
+    assert (args.noise, args.snr) == (None, None)
+    assert not parsed({"amp": True}, "--no-amp").recipe.amp
+    assert parsed({}).out.name.endswith("ticket-of-run")
+
+
+def rechained(folder: Path, changes: dict) -> None:
+    """Rewrite a ledger, round by round, into a chain that holds."""
+    config = lottery.settings_of(json.loads((folder / "config.json").read_text()))
+    rows = []
+    for row in lottery.read_ledger(folder / "ledger.jsonl"):
+        lottery.append_row(None, rows, row | {key: values[row["round"]] for key, values in changes.items()}, config)
+    (folder / "ledger.jsonl").write_bytes(b"".join(map(lottery.ledger_line, rows)))
+
+
+def test_late_rewinding_and_global_blocks_are_checked_and_retrained(corpus, tmp_path):
+    search, control, again = (tmp_path / name for name in ("search", "control", "again"))
+    flags = ("--data", corpus, "--backbone", "cnn-lstm", "--epochs", 1, "--batch-size", 3, "--sparsity", 0.2)
+    run(*flags, "--block", "3x2", "--scope", "global", "--rewind-step", 2, "--out", search)
+    train.retrain(search, 1)
+    run("--ticket", search, "--control", "random-mask", "--out", control)
+    train.retrain(control, 0)
+    # the dense row is taken over twice
+    run("--ticket", search, "--dense", control, "--out", again)
+    assert json.loads((again / "config.json").read_text())["machine"]["dense"] == str(control)
+    assert verified(search) and verified(control) and verified(again)
+    run("--ticket", search, "--batch-size", 6, "--out", tmp_path / "short")  # fewer steps than to the rewind state
+    rows = lottery.read_ledger(search / "ledger.jsonl")
+    cer = [row["test_cer"] for row in rows]
+    rechained(search, {"test_cer": [0.0, 0.0]})
+    assert verified(search)
+    with pytest.raises(lottery.LotteryError, match="differs from the ledger in test_cer"):
+        train.retrain(search, 1)
+    rechained(search, {"test_cer": cer, "kept_blocks": [100, 80], "total_blocks": [100, 100]})
+    (wrong,) = [wrong for _, wrong in lottery.verify(search) if wrong]
+    assert wrong.endswith(" blocks, not [100, 100]")
 
 
 def test_floor_and_emptied_layers_are_told(corpus, tmp_path, capsys):
