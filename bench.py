@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import data
+import flags
 import lottery
 import models
 import runs
@@ -489,7 +490,7 @@ def cuda_step(backbone: str, amp: bool, repeats: int) -> str:
 def bench_data(args: argparse.Namespace) -> None:
     """Features an hour and core, and the share of training that waits for the cache."""
     torch.set_num_threads(1)
-    utterances = data.read_corpus(train.HERE / "demo")["train"]
+    utterances = data.read_corpus(flags.HERE / "demo")["train"]
     hours = sum(u.duration for u in utterances) / 3600
     with tempfile.TemporaryDirectory() as folder:
         flac = []
@@ -513,7 +514,7 @@ def bench_data(args: argparse.Namespace) -> None:
         for copies in (1, 16):
             child = f"import bench, pathlib; bench.memory_of_cached_training(pathlib.Path({folder!r}), {copies})"
             said = subprocess.run(
-                [sys.executable, "-c", child], capture_output=True, text=True, check=True, cwd=train.HERE
+                [sys.executable, "-c", child], capture_output=True, text=True, check=True, cwd=flags.HERE
             )
             bytes_of[copies] = int(said.stdout.split()[-1])
         told = ", ".join(f"{n * hours * 60:.0f} minutes {size / 1e6:.0f} MB" for n, size in bytes_of.items())
@@ -521,9 +522,9 @@ def bench_data(args: argparse.Namespace) -> None:
         few = Path(folder) / "few"
         few.mkdir()
         for split, count in (("train", 24), ("valid", 4), ("test", 4)):
-            rows = [json.loads(line) for line in (train.HERE / "demo" / f"{split}.jsonl").read_text().splitlines()]
+            rows = [json.loads(line) for line in (flags.HERE / "demo" / f"{split}.jsonl").read_text().splitlines()]
             for row in rows:
-                row["audio_filepath"] = str(train.HERE / "demo" / row["audio_filepath"])
+                row["audio_filepath"] = str(flags.HERE / "demo" / row["audio_filepath"])
             (few / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows[:count])))
         for size, corpus, batch in (("demo", "demo", "8"), ("paper", str(few), "4")):
             for backbone in models.BACKBONES:
@@ -558,10 +559,10 @@ def memory_of_cached_training(folder: Path, copies: int) -> None:
 
     Anonymous memory: pages of the mapped cache are the system's to take back.
     """
-    rows = [json.loads(line) for line in (train.HERE / "demo" / "train.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (flags.HERE / "demo" / "train.jsonl").read_text().splitlines()]
     for split in ("train", "valid", "test"):
         part = rows * copies if split == "train" else rows[:4]
-        there = [row | {"audio_filepath": str(train.HERE / "demo" / row["audio_filepath"])} for row in part]
+        there = [row | {"audio_filepath": str(flags.HERE / "demo" / row["audio_filepath"])} for row in part]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, there)))
     seen, stop = [], threading.Event()
 

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,15 +25,10 @@ import data
 import decode
 import lottery
 import models
+from flags import Parser
 from models import Emission
 
 BATCH = 8  # pieces
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, exit code 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def flags() -> Parser:

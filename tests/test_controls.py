@@ -260,7 +260,7 @@ def test_given_flags_stand_in_place_of_the_source_s(source, monkeypatch):
     def parsed(settings, *flags, **paths):
         found = dataclasses.replace(there, settings=there.settings | settings, paths=there.paths | paths)
         monkeypatch.setattr(controls, "read_source", lambda path: found)
-        return train.parse(["--ticket", str(source), *flags])
+        return train.flags.parse(["--ticket", str(source), *flags])
 
     assert parsed({}, "--batch-seconds", "9").recipe.batch_seconds == 9
     args = parsed({"batch_seconds": 9.0}, "--batch-size", "3")

@@ -13,6 +13,7 @@ import torch
 from test_train import refused
 
 import data
+import flags
 import lottery
 import models
 import noise
@@ -251,11 +252,11 @@ def test_unusable_recordings(capsys, folder, tmp_path):
 
 def test_the_configuration_gives_its_command_line():
     argv = ["--noise", "x", "--snr=-2.5:10", "--test-snr", "20,0,-5"]
-    args = train.parse(argv)
+    args = flags.parse(argv)
     assert args.snr == (-2.5, 10.0) and args.test_snr == (20.0, 0.0, -5.0)
-    line = train.command_line(train.configuration(args))
+    line = flags.command_line(flags.configuration(args))
     assert line[-2:] == ["--snr=-2.5:10.0", "--test-snr=20.0,0.0,-5.0"]
-    again = train.parse([*line, "--noise", "x"])
+    again = flags.parse([*line, "--noise", "x"])
     assert (again.snr, again.test_snr) == (args.snr, args.test_snr)
 
 

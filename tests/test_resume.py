@@ -236,7 +236,7 @@ def test_retraining_finds_a_consistent_forgery(copy_of_run):
     forge(copy_of_run, 2, **changes)
     assert not any(wrong for _, wrong in lottery.verify(copy_of_run))
     done = verified(copy_of_run, "--retrain", "2")
-    assert done.returncode == 1 and "differs from the ledger in test_errors" in done.stderr
+    assert done.returncode == 1 and "differs from the ledger in test_wer" in done.stderr
 
 
 def test_a_broken_ledger_is_refused_at_the_start(copy_of_run, corpus, capsys):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import data
+import flags
 import lottery
 import models
 import train
@@ -121,7 +122,7 @@ def test_help_fits_a_screen_and_shows_defaults():
 
 def test_paper_recipe():
     for backbone in models.BACKBONES:
-        recipe = train.parse(["--size", "paper", "--backbone", backbone]).recipe
+        recipe = flags.parse(["--size", "paper", "--backbone", backbone]).recipe
         assert (recipe.lr, recipe.betas, recipe.weight_decay, recipe.clip) == (3e-4, (0.9, 0.999), 1e-5, 400)
         assert (recipe.batch_size, recipe.epochs, recipe.schedule) == (32, 16, "anneal")
         assert recipe.seconds == (1, 15)
@@ -167,7 +168,7 @@ def trained(ticket, recipe):
 def test_best_epoch_is_chosen_on_valid_and_the_model_keeps_the_last():
     a_b, a, nothing = [[1, 2, 3]], [[1]], [[]]
     model = Counter([nothing, a_b, a_b, a])
-    recipe = train.Recipe(4, 2, 1e-2, "anneal", 400.0, (0, 9), data.SpecAugment(0, 0, 0, 0))
+    recipe = flags.Recipe(4, 2, 1e-2, "anneal", 400.0, (0, 9), data.SpecAugment(0, 0, 0, 0))
     ticket = lottery.Ticket(model)
     at = trained(ticket, recipe)
     assert (at.best_wer, at.best_epoch) == (0.0, 3)  # of two equal epochs the later
@@ -179,7 +180,7 @@ def test_every_round_trains_alike():
     """After a rewind with full masks the same numbers come again: optimizer, schedule, order, dropout start afresh."""
     torch.manual_seed(0)
     model = models.build("rnnt", "demo", 4)
-    recipe = train.Recipe(2, 2, 1e-2, "one-cycle", 5.0, (0, 9), data.SpecAugment(1, 9, 1, 3))
+    recipe = flags.Recipe(2, 2, 1e-2, "one-cycle", 5.0, (0, 9), data.SpecAugment(1, 9, 1, 3))
     ticket = lottery.Ticket(model)
     states = []
     for _ in range(2):
@@ -207,7 +208,7 @@ def test_accumulated_batches_step_like_one_batch():
         model = models.build("rnnt", "demo", 4)
         model.dropout.p = 0.0
         augment = data.SpecAugment(0, 0, 0, 0)
-        recipe = train.Recipe(2, batch_size, 1e-3, "anneal", 5.0, (0, 9), augment, accumulate=accumulate)
+        recipe = flags.Recipe(2, batch_size, 1e-3, "anneal", 5.0, (0, 9), augment, accumulate=accumulate)
         ticket = lottery.Ticket(model)
         trained(ticket, recipe)
         assert ticket.steps == 2  # one an epoch
@@ -218,7 +219,7 @@ def test_accumulated_batches_step_like_one_batch():
 
 
 def test_a_diverging_loss_is_named():
-    recipe = train.Recipe(3, 2, 1e30, "anneal", 1e30, (0, 9), data.SpecAugment(0, 0, 0, 0))
+    recipe = flags.Recipe(3, 2, 1e30, "anneal", 1e30, (0, 9), data.SpecAugment(0, 0, 0, 0))
     with pytest.raises(lottery.LotteryError, match=r"round 0, epoch \d: the loss is (nan|inf): try a lower --lr"):
         trained(lottery.Ticket(Counter([[[]]] * 9)), recipe)
 
