@@ -142,15 +142,21 @@ def kills(number: int, seed: int) -> bool:
             tickets_of = ["--ticket", f"{folder}/{backbone}-2"]
             argvs[f"{backbone}-ticket"] = [*tickets_of, "--seed", "1"]  # round 0 is trained
             argvs |= {f"{backbone}-{control}": [*tickets_of, "--control", control] for control in controls.CONTROLS}
-        for name, argv in argvs.items():
+
+        def train_whole(name: str) -> None:
             start = time.monotonic()
-            _, status = os.waitpid(child([*argv, "--out", f"{folder}/{name}"]), 0)
+            _, status = os.waitpid(child([*argvs[name], "--out", f"{folder}/{name}"]), 0)
             if status:
                 sys.exit(f"soak.py: the uninterrupted {name} run failed with status {status}")
-            expected[name], seconds[name] = (argv, result(Path(folder) / name)), time.monotonic() - start
+            expected[name], seconds[name] = result(Path(folder) / name), time.monotonic() - start
+
         while killed < number:
-            name = rng.choice(list(expected))
-            argv, want = expected[name]
+            name = rng.choice(list(argvs))
+            argv = argvs[name]
+            for needed in ([Path(argv[1]).name] if argv[0] == "--ticket" else []) + [name]:
+                if needed not in expected:
+                    train_whole(needed)
+            want = expected[name]
             out, runs, tries = Path(folder) / f"run{runs}", runs + 1, 0
             while True:
                 tries += 1
