@@ -149,13 +149,7 @@ def parser() -> Parser:
     add("--lm", type=Path, metavar="FILE.arpa", help="n-gram model of words, for the test of a CTC network")
     add("--lm-weight", type=float, help=f"of its ln p (default: {decode.LM_WEIGHT}, the paper's for LibriSpeech)")
     add("--word-score", type=float, help=f"added a word, with --lm (default: {decode.WORD_SCORE}, the paper's)")
-    add(
-        "--block",
-        type=rows_by_columns,
-        default=(1, 1),
-        metavar="RxC",
-        help="prune blocks, e.g. 1x4, 8x1 (default: 1x1)",
-    )
+    add("--block", type=rows_by_columns, default=(1, 1), metavar="RxC", help="prune blocks, e.g. 8x1 (default: 1x1)")
     add("--scope", choices=lottery.SCOPES, help="how weights are ranked (default: global, with --block layer)")
     add("--min-remaining", type=float, default=0.0, metavar="SHARE", help="that each layer keeps (default: 0)")
     add("--ticket", type=Path, metavar="RUN|FILE", help="train another run's tickets instead of searching")
@@ -288,15 +282,19 @@ def check_given(p: Parser, args: argparse.Namespace) -> None:
 
 
 def check_search(p: Parser, args: argparse.Namespace) -> None:
-    """--tokens, --beam and the flags of --lm: their rules and, with --lm, their defaults."""
+    """--tokens, and the flags of the search in the test."""
     if not re.fullmatch("chars|bpe:[1-9][0-9]{0,8}", args.tokens):
         p.error(f"--tokens must be chars or bpe:N, N a number of tokens, got {args.tokens!r}")
-    scores = {"lm_weight": decode.LM_WEIGHT, "word_score": decode.WORD_SCORE}
-    there = f" (those of {args.ticket}: give --lm FILE or --lm none)" if args.source else ""
-    if args.lm is None and any(getattr(args, key) is not None for key in scores):
-        p.error(f"--lm-weight and --word-score need --lm{there}")
     if args.lm is not None and args.backbone == "rnnt":
         p.error("--lm goes with CTC (--backbone cnn-lstm or conformer); rnnt has --beam alone")
+    check_beam(p, args, f" (those of {args.ticket}: give --lm FILE or --lm none)" if args.source else "")
+
+
+def check_beam(p: Parser, args: argparse.Namespace, hint: str = "") -> None:
+    """--beam, --lm and its scores, of train.py and transcribe.py: their rules and, with --lm, their defaults."""
+    scores = {"lm_weight": decode.LM_WEIGHT, "word_score": decode.WORD_SCORE}
+    if args.lm is None and any(getattr(args, key) is not None for key in scores):
+        p.error(f"--lm-weight and --word-score need --lm{hint}")
     if args.lm is not None and not args.lm.is_file():
         p.error(f"--lm {args.lm}: no such file")
     if args.beam is None:

@@ -265,7 +265,7 @@ def cer_band(point: Point) -> tuple[float, float] | None:
 
 def save(path: Path, figure) -> None:
     content = io.BytesIO()
-    figure.savefig(content, dpi=120, format="png")
+    figure.savefig(content, dpi=120, format="png", metadata={"Software": None})
     lottery.write_atomically(path, content.getvalue())
 
 

@@ -25,7 +25,7 @@ import data
 import decode
 import lottery
 import models
-from flags import Parser
+from flags import Parser, check_beam
 from models import Emission
 
 BATCH = 8  # pieces
@@ -71,17 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error(f"--chunk must be at least 0.01 seconds, got {args.chunk:g}")
     if args.calibrate and not (args.stream or args.normalize == "running"):
         p.error("--calibrate goes with --stream or --normalize running")
-    if args.lm is None and (args.lm_weight, args.word_score) != (None, None):
-        p.error("--lm-weight and --word-score need --lm")
-    if args.beam is None:
-        args.beam = decode.BEAM if args.lm else 1
-    if not 1 <= args.beam < 2**31:
-        p.error(f"--beam must be at least 1 and below 2^31, got {args.beam}")
-    for flag in ("lm_weight", "word_score"):
-        if getattr(args, flag) is None:
-            setattr(args, flag, getattr(decode, flag.upper()))
-        if not math.isfinite(getattr(args, flag)):
-            p.error(f"--{flag.replace('_', '-')} must be a finite number, got {getattr(args, flag)}")
+    check_beam(p, args)
     if args.stream and (args.normalize == "utterance" or args.beam > 1 or args.lm):
         p.error("--stream normalises with running statistics and is greedy: no --normalize utterance, --beam, --lm")
     return args
