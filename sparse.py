@@ -82,6 +82,19 @@ def reference_sparse_linear(x, values, columns, offsets, scales, bias, outputs: 
     return F.linear(x, unpack(values, columns, offsets, scales, outputs, x.shape[-1]), bias)
 
 
+def conv_size(size, kernel, stride, padding, dilation) -> list[int]:
+    """(H, W) of a convolution's output."""
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(size, kernel, stride, padding, dilation)]
+
+
+def reference_sparse_conv2d(
+    x, values, columns, offsets, scales, bias, outputs: int, kernel, stride, padding, dilation
+) -> Tensor:
+    """x (B, C, H, W), W (outputs, C * kernel[0] * kernel[1]) -> (B, outputs, H', W')."""
+    weight = unpack(values, columns, offsets, scales, outputs, x.shape[1] * math.prod(kernel))
+    return F.conv2d(x, weight.view(outputs, x.shape[1], *kernel), bias, stride, padding, dilation)
+
+
 def reference_sparse_lstm(projections, values, columns, offsets, scales, h0, c0, lengths, reverse: bool):
     """The LSTM's recurrence over projections (B, T, 4 H), which hold W_ih x and both biases.
 
@@ -102,40 +115,48 @@ def reference_sparse_lstm(projections, values, columns, offsets, scales, h0, c0,
     return outputs, h_last, c_last
 
 
-def reference_sparse_transducer(encoder_out, inputs, recurrent, projection, output, bias, max_symbols: int) -> Tensor:
-    """Greedy decoding of one utterance, models.Transducer.transcribe: tokens (n,) int64; token 0 is the blank.
+def reference_sparse_transducer(
+    encoder_out, inputs, recurrent, projection, output, bias, max_symbols: int, state: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Greedy decoding of one utterance, models.Transducer.search; token 0 is the blank.
 
     encoder_out: (T, joiner), what the joiner adds to the predictor.  inputs: (tokens, 4 H), the embeddings through W_ih
     with both biases.  recurrent (W_hh), projection (joiner, H), output (tokens, joiner): the tensors of a Matrix.
+    state: [predictor_out (joiner,), h (H,), c (H,)] of the frames before, or [].
+    Returns tokens (n,) int64, their frames (n,) int64 and probabilities (n,), and the state after the last frame.
     """
     hidden, joiner = inputs.shape[1] // 4, encoder_out.shape[1]
     projection = unpack(*projection, *[None] * (4 - len(projection)), joiner, hidden)
     output = unpack(*output, *[None] * (4 - len(output)), len(inputs), joiner)
     scales = recurrent[3] if len(recurrent) == 4 else None
 
-    def predict(token: int, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out, h, c = reference_sparse_lstm(inputs[token].view(1, 1, -1), *recurrent[:3], scales, h, c, None, False)
-        return projection @ out[0, 0], h, c
+    def predict(token: int, h: Tensor, c: Tensor) -> list[Tensor]:
+        projections = inputs[token].view(1, 1, -1)
+        out, h, c = reference_sparse_lstm(projections, *recurrent[:3], scales, h[None], c[None], None, False)
+        return [projection @ out[0, 0], h[0], c[0]]
 
-    tokens: list[int] = []
-    zeros = inputs.new_zeros(1, hidden)
-    predicted, h, c = predict(0, zeros, zeros)
-    for frame in encoder_out:
+    tokens, frames, probabilities = [], [], []
+    predicted, h, c = state or predict(0, inputs.new_zeros(hidden), inputs.new_zeros(hidden))
+    for t, frame in enumerate(encoder_out):
         for _ in range(max_symbols):
-            best = int(F.linear(torch.tanh(frame + predicted), output, bias).argmax())
+            logits = F.linear(torch.tanh(frame + predicted), output, bias)
+            best = int(logits.argmax())
             if best == 0:
                 break
             tokens.append(best)
+            frames.append(t)
+            probabilities.append(float(logits.softmax(0)[best]))
             predicted, h, c = predict(best, h, c)
-    return torch.tensor(tokens, dtype=torch.int64)
+    ids = (torch.tensor(numbers, dtype=torch.int64) for numbers in (tokens, frames))
+    return *ids, inputs.new_tensor(probabilities), [x.clone() for x in (predicted, h, c)]
 
 
 if "pure" in lottery.ops.path:
-    sparse_linear, sparse_lstm = reference_sparse_linear, reference_sparse_lstm
-    sparse_transducer = reference_sparse_transducer
+    sparse_linear, sparse_conv2d = reference_sparse_linear, reference_sparse_conv2d
+    sparse_lstm, sparse_transducer = reference_sparse_lstm, reference_sparse_transducer
 else:
-    sparse_linear, sparse_lstm = torch.ops.audio_lottery.sparse_linear, torch.ops.audio_lottery.sparse_lstm
-    sparse_transducer = torch.ops.audio_lottery.sparse_transducer
+    sparse_linear, sparse_conv2d = torch.ops.audio_lottery.sparse_linear, torch.ops.audio_lottery.sparse_conv2d
+    sparse_lstm, sparse_transducer = torch.ops.audio_lottery.sparse_lstm, torch.ops.audio_lottery.sparse_transducer
     torch.library.register_fake(
         "audio_lottery::sparse_linear",
         lambda x, values, columns, offsets, scales, bias, outputs: x.new_empty(*x.shape[:-1], outputs),
@@ -147,9 +168,16 @@ else:
         ),
     )  # fmt: skip
 
+    @torch.library.register_fake("audio_lottery::sparse_conv2d")
+    def fake_conv2d(x, values, columns, offsets, scales, bias, outputs, kernel, stride, padding, dilation):
+        return x.new_empty(len(x), outputs, *conv_size(x.shape[2:], kernel, stride, padding, dilation))
+
     @torch.library.register_fake("audio_lottery::sparse_transducer")
-    def fake_transducer(encoder_out, inputs, recurrent, projection, output, bias, max_symbols):
-        return encoder_out.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+    def fake_transducer(encoder_out, inputs, recurrent, projection, output, bias, max_symbols, state):
+        emitted, hidden = torch.library.get_ctx().new_dynamic_size(), inputs.shape[1] // 4
+        ids = [encoder_out.new_empty(emitted, dtype=torch.int64) for _ in range(2)]
+        after = [encoder_out.new_empty(size) for size in (encoder_out.shape[1], hidden, hidden)]
+        return *ids, encoder_out.new_empty(emitted), after
 
 
 # ---------------------------------------------------------------------------- layers
@@ -190,32 +218,22 @@ class DenseProduct(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-class Conv(nn.Module):
-    """A convolution as a product: Conv1d or Conv2d with one group and zeros for padding."""
+class Conv(Product):
+    """Conv1d or Conv2d with one group and zeros for padding, its weights (outputs, inputs * kernel) in one layout."""
 
-    def __init__(self, conv: nn.Conv1d | nn.Conv2d, product: nn.Module):
-        super().__init__()
-        self.product, self.one_d = product, isinstance(conv, nn.Conv1d)
+    def __init__(self, conv: nn.Conv1d | nn.Conv2d, matrix: Matrix, bias: Tensor | None):
+        super().__init__(matrix, bias, conv.out_channels)
+        self.one_d = isinstance(conv, nn.Conv1d)
         wide = lambda pair, fill: (fill, *pair) if self.one_d else pair  # noqa: E731
-        self.window = dict(
-            kernel_size=wide(conv.kernel_size, 1), dilation=wide(conv.dilation, 1), padding=wide(conv.padding, 0),
-            stride=wide(conv.stride, 1),
+        self.window = (
+            wide(conv.kernel_size, 1), wide(conv.stride, 1), wide(conv.padding, 0), wide(conv.dilation, 1),
         )  # fmt: skip
-        self.pointwise = set(conv.kernel_size) | set(conv.stride) == {1} and set(conv.padding) == {0}
-
-    def windows(self, x: Tensor) -> Tensor:
-        """(B, C, F, T) -> (B, positions, C * kernel): a copy, unless the kernel is a point."""
-        return (x.flatten(2) if self.pointwise else F.unfold(x, **self.window)).transpose(1, 2).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, [F,] T) -> (B, C', [F',] T')."""
         if self.one_d:
             x = x[:, :, None]
-        size = [
-            (n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for n, kernel, dilation, padding, stride in zip(x.shape[2:], *self.window.values())
-        ]
-        y = self.product(self.windows(x)).transpose(1, 2).unflatten(2, size)
+        y = sparse_conv2d(x, *self.matrix(), self.bias, self.outputs, *self.window)
         return y[:, :, 0] if self.one_d else y
 
 
@@ -272,16 +290,26 @@ class Greedy(nn.Module):
             for part, tensor in tensors.items():
                 self.register_buffer(part, tensor)
 
-    def forward(self, encoder_out: Tensor) -> list[int]:
-        """(T, joiner) -> token ids."""
+    def forward(self, encoder_out: Tensor, state: list[Tensor]) -> tuple[list[tuple], list[Tensor]]:
+        """(T, joiner) -> token, frame and probability of what is emitted, and the state."""
         matrices = [[getattr(self, part) for part in parts] for parts in self.names.values()]
-        return sparse_transducer(encoder_out, self.inputs, *matrices, self.bias, self.max_symbols).tolist()
+        *found, state = sparse_transducer(encoder_out, self.inputs, *matrices, self.bias, self.max_symbols, state)
+        return list(zip(*(tensor.tolist() for tensor in found))), state
 
 
-def transcribe_greedily(self: nn.Module, features: Tensor, input_lengths: Tensor) -> list[list[int]]:
-    """models.Transducer.transcribe; there, Python takes nine tenths of a small compressed model's time."""
-    encoder_out, lengths = self.every_second(*self.encode(features, input_lengths))
-    return [self.greedy(out[:length]) for out, length in zip(encoder_out, lengths.tolist())]
+def search(self: nn.Module, encoder_out: Tensor, lengths: Tensor, state=None) -> tuple[list[list], tuple]:
+    """models.Transducer.search; there, Python takes nine tenths of a small compressed model's time."""
+    from models import Emission  # here, so that other models need nothing of speech
+
+    predictor_out, (h, c) = state or (None, (None, None))
+    found, states = [], []
+    for b, length in enumerate(lengths.tolist()):
+        before = [] if state is None else [predictor_out[b], h[0, b], c[0, b]]
+        emitted, after = self.greedy(encoder_out[b, :length], before)
+        found.append([Emission(token, frame, frame + 1, p) for token, frame, p in emitted])
+        states.append(after)
+    predictor_out, h, c = (torch.stack(tensors) for tensors in zip(*states))
+    return found, (predictor_out, (h[None], c[None]))
 
 
 def whole(weight: Tensor) -> Matrix:
@@ -308,6 +336,9 @@ class Taken(NamedTuple):
     layout: str  # one of LAYOUTS, or dense
     bytes: int
     why: str  # milliseconds of everything tried, in all calls of `run` together; or why nothing was
+
+    def as_dense(self, why: str) -> "Taken":
+        return self._replace(layout="dense", bytes=4 * self.shape[0] * self.shape[1], why=why)
 
     def __str__(self) -> str:
         left = f"{self.name:40} {'x'.join(map(str, self.shape)):>10} {self.remaining:6.1%} {self.columns:6d}"
@@ -411,16 +442,10 @@ def compress_layer(name: str, layer: nn.Module, masks: lottery.Masks, calls: Cal
     bias = None if layer.bias is None else layer.bias.detach()
     matrices = smaller(weight, mask, layouts, dtype)
     columns = max(layer(*arguments).numel() for _, arguments in calls) // len(weight)
-    candidates = products(weight, bias, matrices, columns)
-    if not isinstance(layer, nn.Linear):
-        candidates = {way: Conv(layer, product) for way, product in candidates.items()} | {"dense": layer}
-        if weight.shape[1] > layer.in_channels:  # windows are copied; torch's own convolution need not
-            candidates.pop("dense prepacked", None)
-            copying = Conv(layer, nn.Identity())
-            copy_windows = lambda x: copying.windows(x[:, :, None] if copying.one_d else x)  # noqa: E731
-            times = time_calls({"dense": layer, "copying its windows alone": copy_windows}, calls)
-            if times["dense"] < times["copying its windows alone"]:
-                return layer, [row(f"{name}.weight", mask, columns, "dense", {}, said(times))]
+    if isinstance(layer, nn.Linear):
+        candidates = products(weight, bias, matrices, columns)
+    else:
+        candidates = {"dense": layer} | {layout: Conv(layer, matrix, bias) for layout, matrix in matrices.items()}
     times = time_calls(candidates, calls)
     taken = min(times, key=times.get)
     return candidates[taken], [row(f"{name}.weight", mask, columns, taken, matrices, said(times))]
@@ -462,7 +487,7 @@ def compress_lstm(name: str, lstm: nn.LSTM, masks: lottery.Masks, calls: Calls, 
     compressed = Lstm(lstm, inputs, recurrent)
     times = time_calls({"nn.LSTM": lstm, "ours": compressed}, calls)
     if times["nn.LSTM"] < times["ours"]:
-        return lstm, [r._replace(layout="dense", bytes=4 * r.shape[0] * r.shape[1], why=said(times)) for r in rows]
+        return lstm, [r.as_dense(said(times)) for r in rows]
     return compressed, [r._replace(why=f"{r.why}; {said(times)}") for r in rows]
 
 
@@ -481,7 +506,8 @@ def compress(
 
     The copy is called as the model is; its LSTMs take and return (h, c), so that a stream may come in chunks.
     run: uses the model as it will be used (`lambda model: model.transcribe(features, input_lengths)`): each layer is
-    measured on what reaches it there, with as many threads as torch has now; layers that are not reached stay dense.
+    measured on what reaches it there, with as many threads as torch has now; layers that are not reached stay dense, and
+    so does the whole if `run` is faster then.
     Without it a layer is measured on one utterance of FRAMES frames, and Conv2d stays dense.
     layout: one of LAYOUTS to measure against dense; all by default.
     dtype: "float32", "bfloat16", or "int8" with a scale an output; for sparse layers, dense ones stay float32.
@@ -499,7 +525,7 @@ def compress(
             shape = list(masks[name].shape) if name in masks else "none"
             raise lottery.LotteryError(f"{name}: a mask of shape {list(weight.shape)} is needed, got {shape}")
         weight.masked_fill_(~masks[name], 0)
-    rows = []
+    rows, dense = [], copy.deepcopy(compressed)
     with torch.no_grad():
         all_calls = record_calls(compressed, run) if run else {m: usual_calls(m) for m in compressed.modules()}
         for name, module in list(compressed.named_modules()):
@@ -530,5 +556,9 @@ def compress(
         models = sys.modules.get("models")  # not imported here: a model of it has done so
         if models and type(compressed) is models.Transducer:
             compressed.greedy = Greedy(compressed)
-            compressed.transcribe = types.MethodType(transcribe_greedily, compressed)
+            compressed.search = types.MethodType(search, compressed)
+        if run:  # what layers gain can be less than what surrounds them costs
+            times = time_calls({"dense": lambda: run(dense), "ours": lambda: run(compressed)}, [(1, ())])
+            if times["dense"] < times["ours"]:
+                return dense, [r.as_dense(f"the whole model: {said(times)}") for r in rows]
     return compressed, rows

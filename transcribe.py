@@ -202,10 +202,9 @@ class Recogniser:
             told = f"sparse products for {sparse} of {len(rows)} weights, the fastest here"
             print(f"{told}; measured in {time.monotonic() - started:.1f} s", file=sys.stderr)
         self.emissions = self.model.emissions
-        self.untimed = lambda *batch: [[Emission(k, 0, 0, 1.0) for k in ids] for ids in self.model.transcribe(*batch)]
         if args.beam > 1 or args.lm:
             search = (args.beam, args.lm, args.lm_weight, args.word_score)
-            self.emissions = self.untimed = decode.ctc_search(self.model, self.tokens, *search, words=())
+            self.emissions = decode.ctc_search(self.model, self.tokens, *search, words=())
 
     def features(self, waveform: Tensor, path: Path) -> Tensor:
         """(N,) -> (T, F). Raises DataError naming the file if they are not finite."""
@@ -215,8 +214,8 @@ class Recogniser:
             return finite(data.Running(self.moments).push(features, last=True), path)
         return finite(data.normalize(features), path)
 
-    def recognise(self, features: list[Tensor], timed: bool) -> list[list[Emission]]:
-        """What is in each of some (T, F). Not timed, a sparse transducer's greedy loop is one operator."""
+    def recognise(self, features: list[Tensor]) -> list[list[Emission]]:
+        """What is in each of some (T, F)."""
         found = []
         for i in range(0, len(features), BATCH):
             batch = features[i : i + BATCH]
@@ -225,7 +224,7 @@ class Recogniser:
                 if not self.ready:
                     self.prepare(lambda model: model.emissions(*padded))  # noqa: B023
                 started = time.monotonic()
-                found += (self.emissions if timed else self.untimed)(*padded)
+                found += self.emissions(*padded)
                 self.seconds += time.monotonic() - started
         return found
 
@@ -258,8 +257,7 @@ def transcripts(recogniser: Recogniser, recordings: Iterable[data.Utterance]) ->
     waiting = []  # (recording, seconds of audio, pieces [start, end] in samples, features of each, error)
 
     def flush() -> Iterator[Transcript]:
-        timed = recogniser.args.json or any(len(pieces) > 1 for _, _, pieces, _, _ in waiting)
-        found = iter(recogniser.recognise([f for *_, features, _ in waiting for f in features], timed))
+        found = iter(recogniser.recognise([f for *_, features, _ in waiting for f in features]))
         for recording, seconds, pieces, _, error in waiting:
             parts = []
             for start, end in pieces:

@@ -245,21 +245,31 @@ def transducer_arguments(layout, dtype, hidden=21, joiner=19, tokens=37):
     bias = torch.zeros(tokens)
     bias[0] = 3.0
     recurrent, projection, output = ([t for t in matrix if t is not None] for matrix in matrices)
-    return torch.randn(12, joiner), torch.randn(tokens, 4 * hidden), recurrent, projection, output, bias, 3
+    return torch.randn(12, joiner), torch.randn(tokens, 4 * hidden), recurrent, projection, output, bias, 3, []
 
 
 @built
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_transducer_equals_reference(layout, instructions):
     for dtype in DTYPES:
-        arguments = transducer_arguments(layout, dtype)
-        got = sparse.sparse_transducer(*arguments)
-        assert torch.equal(got, sparse.reference_sparse_transducer(*arguments)) and 0 < len(got) < 36
+        encoder_out, *others, _ = transducer_arguments(layout, dtype)
+        tokens, frames, probabilities, state = got = sparse.sparse_transducer(encoder_out, *others, [])
+        want = sparse.reference_sparse_transducer(encoder_out, *others, [])
+        assert torch.equal(tokens, want[0]) and torch.equal(frames, want[1]) and 0 < len(tokens) < 36
+        torch.testing.assert_close(got[2:], want[2:])
+        first = sparse.sparse_transducer(encoder_out[:5], *others, [])  # in two chunks
+        second = sparse.sparse_transducer(encoder_out[5:], *others, first[3])
+        assert torch.equal(torch.cat([first[0], second[0]]), tokens)
+        assert torch.equal(torch.cat([first[1], second[1] + 5]), frames)
+        assert torch.equal(torch.cat([first[2], second[2]]), probabilities)
+        assert all(map(torch.equal, second[3], state))
+        nothing = sparse.sparse_transducer(encoder_out[:0], *others, state)
+        assert not len(nothing[0]) and all(map(torch.equal, nothing[3], state))
 
 
 @built
 def test_transducer_refuses():
-    encoder_out, inputs, recurrent, projection, output, bias, most = transducer_arguments("4x1", "float32")
+    encoder_out, inputs, recurrent, projection, output, bias, most, _ = transducer_arguments("4x1", "float32")
     wrong = [
         (TypeError, "encoder_out must be float32", (encoder_out.double(), inputs, recurrent, projection, output, bias)),
         (ValueError, "inputs must have two dimensions", (encoder_out, inputs[0], recurrent, projection, output, bias)),
@@ -273,7 +283,75 @@ def test_transducer_refuses():
     ]  # fmt: skip
     for error, message, arguments in wrong:
         with pytest.raises(error, match=message):
-            sparse.sparse_transducer(*arguments, most)
+            sparse.sparse_transducer(*arguments, most, [])
+    arguments = encoder_out, inputs, recurrent, projection, output, bias, most
+    for message, state in (
+        ("state must be predictor_out, h and c, or nothing, got 1 tensors", [torch.zeros(19)]),
+        (r"h must be \[21\], got \[20\]", [torch.zeros(19), torch.zeros(20), torch.zeros(21)]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sparse.sparse_transducer(*arguments, state)
+
+
+# ---------------------------------------------------------------------------- sparse_conv2d
+
+
+WINDOWS = [  # channels, size, kernel, stride, padding, dilation
+    (1, (1, 1), (1, 1), (1, 1), (0, 0), (1, 1)),
+    (3, (9, 40), (5, 3), (2, 1), (2, 1), (1, 1)),
+    (2, (7, 70), (3, 11), (1, 2), (1, 5), (1, 1)),
+    (2, (11, 23), (3, 4), (2, 3), (4, 7), (2, 3)),  # more padding than the kernel is wide
+    (5, (1, 50), (1, 12), (1, 4), (0, 0), (1, 1)),
+    (7, (1, 33), (1, 1), (1, 1), (0, 0), (1, 1)),
+    (2, (4, 5), (2, 2), (3, 5), (0, 0), (1, 1)),  # a stride wider than the kernel
+]
+
+
+@built
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_conv2d_equals_torchs(layout, instructions):
+    for channels, size, kernel, *window in WINDOWS:
+        for dtype in DTYPES:
+            for outputs in (1, 18):
+                matrix, dense = random_matrix(outputs, channels * kernel[0] * kernel[1], layout, dtype, 0.4)
+                x, bias = torch.randn(2, channels, *size), torch.randn(outputs)
+                for b in (bias, None):
+                    got = sparse.sparse_conv2d(x, *matrix, b, outputs, kernel, *window)
+                    want = F.conv2d(x, dense.view(outputs, channels, *kernel), b, *window)
+                    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@built
+def test_conv2d_shapes(two_threads):
+    matrix, dense = random_matrix(40, 4 * 9, "8x1", remaining=0.5)
+    x = torch.randn(3, 70, 60, 4).permute(0, 3, 1, 2)  # not contiguous
+    arguments = (*matrix, None, 40, (3, 3), (1, 1), (1, 1), (1, 1))
+    want = F.conv2d(x, dense.view(40, 4, 3, 3), None, 1, 1)
+    torch.testing.assert_close(sparse.sparse_conv2d(x, *arguments), want, rtol=1e-4, atol=1e-4)
+    assert sparse.sparse_conv2d(x[:0], *arguments).shape == (0, 40, 70, 60)
+
+
+@built
+def test_conv2d_refuses():
+    matrix, _ = random_matrix(16, 2 * 6, "4x1")
+
+    def call(x=None, bias=None, kernel=(2, 3), stride=(1, 1), padding=(0, 0), dilation=(1, 1)):
+        x = torch.randn(1, 2, 4, 4) if x is None else x
+        return sparse.sparse_conv2d(x, *matrix, bias, 16, kernel, stride, padding, dilation)
+
+    call()
+    wrong = [
+        (TypeError, "x must be float32, got Double", dict(x=torch.zeros(1, 2, 4, 4).double())),
+        (ValueError, r"x must be \(batch, channels, height, width\), got \[2, 4, 4\]", dict(x=torch.zeros(2, 4, 4))),
+        (ValueError, "columns must be below 4 for 4 inputs", dict(kernel=(2, 1))),
+        (ValueError, r"stride must be two numbers of at least 1, got \[1, 0\]", dict(stride=(1, 0))),
+        (ValueError, r"padding must be two numbers of at least 0, got \[1\]", dict(padding=(1,))),
+        (ValueError, "x must be at least as large as the kernel", dict(x=torch.zeros(1, 2, 4, 2))),
+        (ValueError, r"bias must be \[16\], got \[15\]", dict(bias=torch.zeros(15))),
+    ]
+    for error, message, changes in wrong:
+        with pytest.raises(error, match=message):
+            call(**changes)
 
 
 @built
@@ -282,6 +360,8 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.audio_lottery.sparse_linear, (torch.randn(5, 8), *matrix, torch.randn(32), 32))
     arguments = torch.randn(2, 3, 32), *matrix, torch.zeros(2, 8), torch.zeros(2, 8), torch.tensor([3, 2]), True
     torch.library.opcheck(torch.ops.audio_lottery.sparse_lstm, arguments)
+    arguments = torch.randn(2, 2, 5, 9), *matrix, None, 32, (2, 2), (1, 2), (1, 0), (1, 1)
+    torch.library.opcheck(torch.ops.audio_lottery.sparse_conv2d, arguments)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = transducer_arguments("1x4", "float32")
     torch.library.opcheck(torch.ops.audio_lottery.sparse_transducer, arguments, test_utils=tests)
@@ -324,10 +404,7 @@ def outputs(model, features, lengths):
 
 def always_sparse(monkeypatch):
     """Take the last layout there is, however long it takes."""
-    order = {
-        name: -i
-        for i, name in enumerate(["nn.LSTM", "dense", "dense prepacked", "copying its windows alone", *LAYOUTS, "ours"])
-    }
+    order = {name: -i for i, name in enumerate(["nn.LSTM", "dense", "dense prepacked", *LAYOUTS, "ours"])}
     monkeypatch.setattr(sparse, "time_calls", lambda candidates, calls: {name: order[name] for name in candidates})
 
 
@@ -430,6 +507,22 @@ def test_compress_measures_and_says_why():
     assert rows[2].why == rows[3].why == "no sparse form of this GRU"
     if "pure" not in lottery.ops.path:
         assert isinstance(compressed[0], sparse.Product) and rows[0].bytes < 4 * 2048 * 512 / 8
+
+
+def test_compress_keeps_the_whole_dense_where_that_is_faster(monkeypatch):
+    """Each layer is faster sparse, and yet the whole is not."""
+    model = nn.Sequential(nn.Linear(512, 2048)).eval()
+    masks = {"0.weight": random_mask(2048, 512, "16x1", 0.05)}
+    x = torch.randn(1, 40, 512)
+
+    def times(candidates, calls):
+        return {name: float((name == "dense") != ("ours" in candidates)) for name in candidates}
+
+    monkeypatch.setattr(sparse, "time_calls", times)
+    compressed, rows = sparse.compress(model, masks, lambda m: m(x))
+    assert type(compressed[0]) is nn.Linear
+    assert torch.equal(compressed[0].weight, torch.where(masks["0.weight"], model[0].weight, 0.0))
+    assert (rows[0].layout, rows[0].bytes, rows[0].why) == ("dense", 4 * 2048 * 512, "the whole model: dense 0, ours 1")
 
 
 def test_compress_without_run():

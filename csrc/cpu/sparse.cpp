@@ -56,7 +56,10 @@ struct Kernels {
   const char* name;
   int64_t lanes;
   void (*one_column)(const Matrix&, const float*, float*, int64_t, int64_t);
-  void (*many_columns)(const Matrix&, const float*, int64_t, const float*, float*, int64_t, int64_t, int64_t);
+  void (*many_columns)(const Matrix&, const float*, const int64_t*, int64_t, const float*, float*, int64_t, int64_t,
+                       int64_t);
+  void (*convolution)(const Matrix&, const float*, const int64_t*, int64_t, int64_t, const float*, float*, int64_t,
+                      int64_t, int64_t, int64_t);
   void (*transpose)(const float*, int64_t, int64_t, int64_t, float*, int64_t);
   void (*lstm_cell)(const float*, float*, float*, int64_t, int64_t, int64_t);
   uint16_t (*largest)(const uint16_t*, int64_t);
@@ -184,6 +187,12 @@ Tensor padded(const Tensor& x, int64_t c) {
   return inputs % c == 0 ? x.contiguous() : at::constant_pad_nd(x, {0, round_up(inputs, c) - inputs});
 }
 
+std::vector<float> padded_bias(const std::optional<Tensor>& bias, int64_t size) {
+  std::vector<float> biases(size);
+  if (bias) std::memcpy(biases.data(), bias->contiguous().const_data_ptr<float>(), bias->numel() * sizeof(float));
+  return biases;
+}
+
 // Y += X W^T, a few rows of X one at a time; they are `stride` apart and readable up to a multiple of c.
 void few_columns(const Matrix& m, const float* x, int64_t stride, float* y, int64_t n) {
   const int64_t threads = threads_for(m, n);
@@ -221,8 +230,9 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& column
   const float* in = rows.const_data_ptr<float>();
   float* in_turned = turned.data_ptr<float>();
   const int64_t bands = (outputs + BAND - 1) / BAND;
-  std::vector<float> biases(bands * BAND);
-  if (bias) std::memcpy(biases.data(), bias->contiguous().const_data_ptr<float>(), outputs * sizeof(float));
+  const std::vector<float> biases = padded_bias(bias, bands * BAND);
+  std::vector<int64_t> places(padded_inputs);
+  for (int64_t i = 0; i < padded_inputs; ++i) places[i] = i * width;
   if (n < width) turned.narrow(1, n, width - n).zero_();
   if (m.inputs < padded_inputs) turned.narrow(0, m.inputs, padded_inputs - m.inputs).zero_();
   at::parallel_for(0, (m.inputs + BAND - 1) / BAND, threads > 1 ? 8 : m.inputs, [&](int64_t begin, int64_t end) {
@@ -232,7 +242,73 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& column
   auto begin = share(m, threads, BAND / m.r);
   for (auto& g : begin) g = (g * m.r + BAND - 1) / BAND;  // block rows to bands
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    kernels().many_columns(m, in_turned, width, biases.data(), out, n, begin[first], begin[last]);
+    kernels().many_columns(m, in_turned, places.data(), width, biases.data(), out, n, begin[first], begin[last]);
+  });
+  return y;
+}
+
+// The inputs of an output are rows of the padded image, each shifted: input (channel, i, j) of output (y, x) is at row
+// y * stride + i * dilation, column x * stride + j * dilation. So that columns are neighbours at any stride, those with
+// one remainder by the stride lie together; then every input has its place, and all outputs of a row are one product.
+Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const Tensor& columns, const Tensor& offsets,
+                     const std::optional<Tensor>& scales, const std::optional<Tensor>& bias, int64_t outputs,
+                     at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x must be float32, got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() == 4, "x must be (batch, channels, height, width), got ", x.sizes());
+  for (const auto& [pair, name, least] : {std::tuple(kernel, "kernel", 1), std::tuple(stride, "stride", 1),
+                                          std::tuple(padding, "padding", 0), std::tuple(dilation, "dilation", 1)}) {
+    TORCH_CHECK_VALUE(pair.size() == 2 && pair[0] >= least && pair[1] >= least, name, " must be two numbers of at least ",
+                      least, ", got ", pair);
+  }
+  const int64_t batch = x.size(0), channels = x.size(1);
+  const Matrix m = check_matrix(values, columns, offsets, scales, outputs, channels * kernel[0] * kernel[1]);
+  if (bias) check_floats(*bias, "bias", {outputs});
+  int64_t size[2];
+  for (int d = 0; d < 2; ++d) {
+    const int64_t room = x.size(2 + d) + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1;
+    TORCH_CHECK_VALUE(room >= 0, "x must be at least as large as the kernel, got ", x.sizes(), " for kernel ", kernel,
+                      ", padding ", padding, " and dilation ", dilation);
+    size[d] = room / stride[d] + 1;
+  }
+  Tensor y = at::empty({batch, outputs, size[0], size[1]}, x.options());
+  if (y.numel() == 0) return y;
+
+  const int64_t height = x.size(2) + 2 * padding[0], part = (kernel[1] - 1) * dilation[1] / stride[1] +
+                round_up(size[1], kernels().lanes), row = stride[1] * part;  // parts of a row: one for each remainder
+  const Tensor image = at::zeros({batch, channels, height, stride[1], part}, x.options());
+  const Tensor given = x.contiguous();
+  const auto* from = given.const_data_ptr<float>();
+  auto* to = image.data_ptr<float>();
+  const int64_t threads = threads_for(m, batch * size[0] * size[1]), wide = x.size(3);
+  at::parallel_for(0, batch * channels, threads > 1 ? 1 : batch * channels, [&](int64_t begin, int64_t end) {
+    for (int64_t plane = begin; plane < end; ++plane) {
+      for (int64_t h = 0; h < x.size(2); ++h) {
+        const float* in = from + (plane * x.size(2) + h) * wide;
+        float* out = to + (plane * height + h + padding[0]) * row;
+        for (int64_t remainder = 0; remainder < stride[1]; ++remainder) {
+          // Column q * stride + remainder of the padded row goes to q of its part.
+          const int64_t first = std::max<int64_t>(0, (padding[1] - remainder + stride[1] - 1) / stride[1]);
+          const int64_t last = std::min(part, (wide + padding[1] - remainder + stride[1] - 1) / stride[1]);
+          for (int64_t q = first; q < last; ++q) out[remainder * part + q] = in[q * stride[1] + remainder - padding[1]];
+        }
+      }
+    }
+  });
+  std::vector<int64_t> places;
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    for (int64_t i = 0; i < kernel[0]; ++i) {
+      for (int64_t j = 0; j < kernel[1]; ++j) {
+        const int64_t at = j * dilation[1];
+        places.push_back((channel * height + i * dilation[0]) * row + at % stride[1] * part + at / stride[1]);
+      }
+    }
+  }
+  places.resize(round_up(m.inputs, m.c));  // what fills the last blocks up is 0 times the first input
+  const std::vector<float> biases = padded_bias(bias, round_up(outputs, BAND));
+  const int64_t rows = batch * size[0];
+  at::parallel_for(0, rows, threads > 1 ? (rows + threads - 1) / threads : rows, [&](int64_t begin, int64_t end) {
+    kernels().convolution(m, to, places.data(), channels * height * row, stride[0] * row, biases.data(),
+                          y.data_ptr<float>(), size[0], size[1], begin, end);
   });
   return y;
 }
@@ -324,9 +400,9 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
 }
 
 // Greedy decoding of one utterance: at each frame tokens are emitted until the blank, token 0, wins.
-Tensor sparse_transducer(const Tensor& encoder_out, const Tensor& inputs, at::TensorList recurrent,
-                         at::TensorList projection, at::TensorList output, const std::optional<Tensor>& bias,
-                         int64_t max_symbols) {
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sparse_transducer(
+    const Tensor& encoder_out, const Tensor& inputs, at::TensorList recurrent, at::TensorList projection,
+    at::TensorList output, const std::optional<Tensor>& bias, int64_t max_symbols, at::TensorList state) {
   for (const auto& [x, name] : {std::pair(&encoder_out, "encoder_out"), std::pair(&inputs, "inputs")}) {
     TORCH_CHECK_TYPE(x->scalar_type() == at::kFloat, name, " must be float32, got ", x->scalar_type());
     TORCH_CHECK_VALUE(x->dim() == 2, name, " must have two dimensions, got ", x->sizes());
@@ -342,12 +418,15 @@ Tensor sparse_transducer(const Tensor& encoder_out, const Tensor& inputs, at::Te
   };
   const Matrix w_hh = matrix("recurrent", recurrent, 4 * hidden, hidden);
   const Matrix projects = matrix("projection", projection, joiner, hidden), out = matrix("output", output, tokens, joiner);
+  TORCH_CHECK_VALUE(state.empty() || state.size() == 3, "state must be predictor_out, h and c, or nothing, got ",
+                    state.size(), " tensors");
 
   const Tensor encoded = encoder_out.contiguous(), given = inputs.contiguous();
-  std::vector<float> biases(tokens), gates(4 * hidden + 16), h(round_up(hidden, 16)), c(h.size());
+  std::vector<float> gates(4 * hidden + 16), h(round_up(hidden, 16)), c(h.size());
   std::vector<float> predicted(joiner), joined(round_up(joiner, 4)), logits(tokens);
-  if (bias) std::memcpy(biases.data(), bias->contiguous().const_data_ptr<float>(), tokens * sizeof(float));
-  std::vector<int64_t> emitted;
+  const std::vector<float> biases = padded_bias(bias, tokens);
+  std::vector<int64_t> emitted, at_frame;
+  std::vector<float> probability;
   const auto predict = [&](int64_t token) {
     std::memcpy(gates.data(), given.const_data_ptr<float>() + token * 4 * hidden, 4 * hidden * sizeof(float));
     few_columns(w_hh, h.data(), 0, gates.data(), 1);
@@ -356,7 +435,17 @@ Tensor sparse_transducer(const Tensor& encoder_out, const Tensor& inputs, at::Te
     std::fill(predicted.begin(), predicted.end(), 0.0f);
     few_columns(projects, h.data(), 0, predicted.data(), 1);
   };
-  predict(0);
+  const std::tuple<const char*, std::vector<float>*, int64_t> parts[] = {
+      {"predictor_out", &predicted, joiner}, {"h", &h, hidden}, {"c", &c, hidden}};
+  if (state.empty()) {
+    predict(0);
+  } else {
+    for (int i = 0; i < 3; ++i) {
+      const auto& [name, to, size] = parts[i];
+      check_floats(state[i], name, {size});
+      std::memcpy(to->data(), state[i].contiguous().const_data_ptr<float>(), size * sizeof(float));
+    }
+  }
   for (int64_t t = 0; t < frames; ++t) {
     const float* frame = encoded.const_data_ptr<float>() + t * joiner;
     for (int64_t symbols = 0; symbols < max_symbols; ++symbols) {
@@ -366,12 +455,20 @@ Tensor sparse_transducer(const Tensor& encoder_out, const Tensor& inputs, at::Te
       const int64_t best = std::max_element(logits.begin(), logits.end()) - logits.begin();
       if (best == 0) break;
       emitted.push_back(best);
+      at_frame.push_back(t);
+      double sum = 0;
+      for (const float logit : logits) sum += std::exp(static_cast<double>(logit) - logits[best]);
+      probability.push_back(static_cast<float>(1 / sum));
       predict(best);
     }
   }
-  Tensor result = at::empty({static_cast<int64_t>(emitted.size())}, encoder_out.options().dtype(at::kLong));
-  std::copy(emitted.begin(), emitted.end(), result.data_ptr<int64_t>());
-  return result;
+  const auto longs = encoder_out.options().dtype(at::kLong);
+  std::vector<Tensor> after;
+  for (const auto& [name, from, size] : parts) {
+    after.push_back(at::empty({size}, encoder_out.options()));
+    std::memcpy(after.back().data_ptr<float>(), from->data(), size * sizeof(float));
+  }
+  return {at::tensor(emitted, longs), at::tensor(at_frame, longs), at::tensor(probability, encoder_out.options()), after};
 }
 
 }  // namespace
@@ -385,6 +482,7 @@ std::string sparse_instructions(const std::string& name) {
 
 TORCH_LIBRARY_IMPL(audio_lottery, CPU, m) {
   m.impl("sparse_linear", &sparse_linear);
+  m.impl("sparse_conv2d", &sparse_conv2d);
   m.impl("sparse_lstm", &sparse_lstm);
   m.impl("sparse_transducer", &sparse_transducer);
 }

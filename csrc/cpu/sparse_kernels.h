@@ -233,19 +233,20 @@ KERNEL void transpose(const float* from, int64_t from_stride, int64_t rows, int6
 }
 
 // R outputs by N vectors of columns stay in registers while the blocks of a row pass by; a block's values are `stride`
-// apart from the next one's, x is (inputs, width), y is (R, width).
+// apart from the next one's, input i is at x + places[i], y is (R, width).
 template <int R, int C, int N>
 KERNEL void tile(const float* values, int64_t stride, const uint16_t* columns, int64_t count, const float* x,
-                 const float* bias, float* y, int64_t width) {
+                 const int64_t* places, const float* bias, float* y, int64_t width) {
   Floats sums[R][N] = {};
   for (int64_t k = 0; k < count; ++k) {
-    const float* inputs = x + static_cast<int64_t>(columns[k]) * C * width;
+    const int64_t* own_places = places + columns[k] * C;
     const float* block = values + k * stride;
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
+      const float* input = x + own_places[c];
       Floats v[N];
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) read(v[n], inputs + c * width + n * LANES);
+      for (int n = 0; n < N; ++n) read(v[n], input + n * LANES);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -266,26 +267,34 @@ KERNEL void tile(const float* values, int64_t stride, const uint16_t* columns, i
 // tile<R, C, n> for n <= N known at run time.
 template <int R, int C, int N>
 KERNEL void tile_of(int64_t n, const float* values, int64_t stride, const uint16_t* columns, int64_t count,
-                    const float* x, const float* bias, float* y, int64_t width) {
+                    const float* x, const int64_t* places, const float* bias, float* y, int64_t width) {
   if constexpr (N > 1) {
-    if (n < N) return tile_of<R, C, N - 1>(n, values, stride, columns, count, x, bias, y, width);
+    if (n < N) return tile_of<R, C, N - 1>(n, values, stride, columns, count, x, places, bias, y, width);
   }
-  tile<R, C, N>(values, stride, columns, count, x, bias, y, width);
+  tile<R, C, N>(values, stride, columns, count, x, places, bias, y, width);
 }
 
-// Rows of the band `y` (BAND, width) that block row g makes; R outputs at a time.
+// Rows of y (r, width) that block row g makes, R outputs at a time.
 template <int R, int C>
-KERNEL void block_row(const Matrix& m, const float* values, int64_t g, const float* x, const float* bias, float* y,
-                      int64_t width) {
+KERNEL void block_row_of(const Matrix& m, const float* values, int64_t g, const float* x, const int64_t* places,
+                         const float* bias, float* y, int64_t width) {
   constexpr int N = std::min(8, (LANES == 16 ? 24 : 12) / R);  // of 32 registers, or of 16
   const int64_t count = m.offsets[g + 1] - m.offsets[g], vectors = width / LANES, tiles = (vectors + N - 1) / N;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t from = vectors * t / tiles, n = vectors * (t + 1) / tiles - from;
     for (int64_t r = 0; r < m.r; r += R) {
-      tile_of<R, C, N>(n, values + r * C, m.r * C, m.columns + m.offsets[g], count, x + from * LANES, bias + r,
+      tile_of<R, C, N>(n, values + r * C, m.r * C, m.columns + m.offsets[g], count, x + from * LANES, places, bias + r,
                        y + r * width + from * LANES, width);
     }
   }
+}
+
+KERNEL void block_row(const Matrix& m, const float* values, int64_t g, const float* x, const int64_t* places,
+                      const float* bias, float* y, int64_t width) {
+  if (m.r >= 8) return block_row_of<8, 1>(m, values, g, x, places, bias, y, width);
+  if (m.r == 4) return block_row_of<4, 1>(m, values, g, x, places, bias, y, width);
+  if (m.c == 4) return block_row_of<1, 4>(m, values, g, x, places, bias, y, width);
+  block_row_of<1, 1>(m, values, g, x, places, bias, y, width);
 }
 
 // The values of block row g as floats: where they are, or decoded into `buffer`.
@@ -314,9 +323,10 @@ KERNEL const float* as_floats(const Matrix& m, int64_t g, float* buffer) {
 }
 
 // Y = X W^T + bias for bands [begin, end) of BAND outputs. x is (inputs, width), zeros behind its `columns` columns and
-// behind its inputs, up to a multiple of c; y is (columns, outputs); bias holds zeros up to a whole band.
-KERNEL void many_columns(const Matrix& m, const float* x, int64_t width, const float* bias, float* y, int64_t columns,
-                         int64_t begin, int64_t end) {
+// behind its inputs, up to a multiple of c; places says where each input is; y is (columns, outputs); bias holds zeros up
+// to a whole band.
+KERNEL void many_columns(const Matrix& m, const float* x, const int64_t* places, int64_t width, const float* bias,
+                         float* y, int64_t columns, int64_t begin, int64_t end) {
   int64_t longest = 0;
   for (int64_t g = begin * BAND / m.r; g < std::min(end * BAND / m.r, m.groups); ++g) {
     longest = std::max<int64_t>(longest, m.offsets[g + 1] - m.offsets[g]);
@@ -325,20 +335,30 @@ KERNEL void many_columns(const Matrix& m, const float* x, int64_t width, const f
   for (int64_t b = begin; b < end; ++b) {
     for (int64_t g = b * BAND / m.r; g < std::min((b + 1) * BAND / m.r, m.groups); ++g) {
       const float* values = as_floats(m, g, buffer.data());
-      const float* own_bias = bias + g * m.r;
-      float* own = band.data() + (g * m.r - b * BAND) * width;
-      if (m.r >= 8) {
-        block_row<8, 1>(m, values, g, x, own_bias, own, width);
-      } else if (m.r == 4) {
-        block_row<4, 1>(m, values, g, x, own_bias, own, width);
-      } else if (m.c == 4) {
-        block_row<1, 4>(m, values, g, x, own_bias, own, width);
-      } else {
-        block_row<1, 1>(m, values, g, x, own_bias, own, width);
-      }
+      block_row(m, values, g, x, places, bias + g * m.r, band.data() + (g * m.r - b * BAND) * width, width);
     }
     const int64_t rows = std::min(BAND, m.outputs - b * BAND);
     transpose(band.data(), width, rows, columns, y + b * BAND, m.outputs);
+  }
+}
+
+// Rows [begin, end) of all images' rows of a convolution: row i of image b is W x + bias, where x begins at
+// b * image + i * step; y is (images, outputs, rows, columns).
+KERNEL void convolution(const Matrix& m, const float* x, const int64_t* places, int64_t image, int64_t step,
+                        const float* bias, float* y, int64_t rows, int64_t columns, int64_t begin, int64_t end) {
+  const int64_t width = (columns + LANES - 1) / LANES * LANES, size = m.r * m.c;
+  std::vector<float> made(m.r * width), decoded(m.type == at::kFloat ? 0 : m.offsets[m.groups] * size);
+  const auto* values = m.type == at::kFloat ? static_cast<const float*>(m.values) : decoded.data();
+  for (int64_t g = 0; g < m.groups && !decoded.empty(); ++g) as_floats(m, g, decoded.data() + m.offsets[g] * size);
+  for (int64_t at = begin; at < end; ++at) {  // what a row needs of x stays in the caches for all block rows
+    const int64_t b = at / rows, i = at % rows;
+    for (int64_t g = 0; g < m.groups; ++g) {
+      block_row(m, values + m.offsets[g] * size, g, x + b * image + i * step, places, bias + g * m.r, made.data(), width);
+      for (int64_t r = 0; r < std::min(m.r, m.outputs - g * m.r); ++r) {
+        float* to = y + ((b * m.outputs + g * m.r + r) * rows + i) * columns;
+        std::memcpy(to, made.data() + r * width, columns * sizeof(float));
+      }
+    }
   }
 }
 
@@ -390,7 +410,7 @@ KERNEL uint16_t largest(const uint16_t* columns, int64_t n) {
   return most;
 }
 
-constexpr Kernels KERNELS{NAME, LANES, one_column, many_columns, transpose, lstm_cell, largest};
+constexpr Kernels KERNELS{NAME, LANES, one_column, many_columns, convolution, transpose, lstm_cell, largest};
 
 }  // namespace SPARSE_ISA
 
