@@ -169,7 +169,7 @@ def bench_streaming(repeats: int, sparsities: tuple[float, ...], hidden: int = 1
                 compressed, _ = sparse.compress(model, masks, lambda m: m(x), layout=layout, dtype=dtype)
                 name = f"{sparsity:.1%} {layout} {dtype}"
                 functions[name], sizes[name] = stream(compressed[0], x), sparse.resident_bytes(compressed)
-    turns = {name: lambda function=function: [function() for _ in range(FRAMES)] for name, function in functions.items()}
+    turns = {name: lambda f=f: [f() for _ in range(FRAMES)] for name, f in functions.items()}
     t = {name: seconds / FRAMES for name, seconds in in_turns("cpu", repeats, **turns).items()}
     print(f"\n{layers} LSTM layers of {hidden}, frame by frame; times over nn.LSTMCell and over the dense steps;")
     print("real-time factor at 40 ms a frame; resident")

@@ -506,8 +506,8 @@ def compress(
 
     The copy is called as the model is; its LSTMs take and return (h, c), so that a stream may come in chunks.
     run: uses the model as it will be used (`lambda model: model.transcribe(features, input_lengths)`): each layer is
-    measured on what reaches it there, with as many threads as torch has now; layers that are not reached stay dense, and
-    so does the whole if `run` is faster then.
+    measured on what reaches it there, with as many threads as torch has now; layers that are not reached stay dense.
+    If `run` as a whole is no faster, all stays dense.
     Without it a layer is measured on one utterance of FRAMES frames, and Conv2d stays dense.
     layout: one of LAYOUTS to measure against dense; all by default.
     dtype: "float32", "bfloat16", or "int8" with a scale an output; for sparse layers, dense ones stay float32.
@@ -557,7 +557,7 @@ def compress(
         if models and type(compressed) is models.Transducer:
             compressed.greedy = Greedy(compressed)
             compressed.search = types.MethodType(search, compressed)
-        if run:  # what layers gain can be less than what surrounds them costs
+        if run and any(row.layout != "dense" for row in rows):  # layers may gain less than what surrounds them costs
             times = time_calls({"dense": lambda: run(dense), "ours": lambda: run(compressed)}, [(1, ())])
             if times["dense"] < times["ours"]:
                 return dense, [r.as_dense(f"the whole model: {said(times)}") for r in rows]

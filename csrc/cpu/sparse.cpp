@@ -8,7 +8,7 @@
 //
 // One column (streaming, recurrence) goes over the outputs and reads each value once. Many columns are transposed first,
 // so that vectors run over columns, a tile of outputs x columns stays in registers, and each value is used on all of
-// them; outputs are made in bands of 16, which go back through a transposition as whole cache lines.
+// them; outputs are made in bands, which go back through a transposition as whole cache lines.
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -35,7 +35,9 @@
 namespace audio_lottery {
 namespace {
 
-constexpr int64_t BAND = 16;             // outputs; a multiple of every r
+constexpr int64_t BAND = 64;             // outputs; a multiple of every r
+constexpr int64_t LINE = 16;             // floats of a cache line; a multiple of every vector
+constexpr int64_t PANEL = 1 << 17;       // floats that stay in the second cache
 constexpr int64_t FEW_COLUMNS = 4;       // below this, one at a time
 constexpr int64_t THREAD_VALUES = 1 << 15;  // multiplications that are worth a thread
 
@@ -56,8 +58,7 @@ struct Kernels {
   const char* name;
   int64_t lanes;
   void (*one_column)(const Matrix&, const float*, float*, int64_t, int64_t);
-  void (*many_columns)(const Matrix&, const float*, const int64_t*, int64_t, const float*, float*, int64_t, int64_t,
-                       int64_t);
+  void (*many_columns)(const Matrix&, const float*, const int64_t*, const float*, float*, int64_t, int64_t, int64_t);
   void (*convolution)(const Matrix&, const float*, const int64_t*, int64_t, int64_t, const float*, float*, int64_t,
                       int64_t, int64_t, int64_t);
   void (*transpose)(const float*, int64_t, int64_t, int64_t, float*, int64_t);
@@ -224,26 +225,30 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& column
     few_columns(m, rows.const_data_ptr<float>(), rows.size(-1), out, n);
     return y;
   }
-  const Tensor rows = x.contiguous();
-  const int64_t width = round_up(n, kernels().lanes), padded_inputs = round_up(m.inputs, m.c);
-  const Tensor turned = at::empty({padded_inputs, width}, x.options());  // (inputs, columns)
-  const float* in = rows.const_data_ptr<float>();
+  // Columns in panels whose inputs stay in the second cache while all outputs are made. From input to input there is an odd
+  // number of cache lines: at a power of two all would want the same places in the first.
+  const int64_t padded_inputs = round_up(m.inputs, m.c), most = std::max(PANEL / padded_inputs, 4 * LINE);
+  const int64_t panels = (n + most - 1) / most, panel = round_up((n + panels - 1) / panels, LINE);
+  const int64_t width = panel / LINE % 2 ? panel : panel + LINE;
+  const Tensor rows = x.contiguous(), turned = at::zeros({padded_inputs, width}, x.options());  // (inputs, columns)
   float* in_turned = turned.data_ptr<float>();
-  const int64_t bands = (outputs + BAND - 1) / BAND;
-  const std::vector<float> biases = padded_bias(bias, bands * BAND);
+  const std::vector<float> biases = padded_bias(bias, round_up(outputs, BAND));
   std::vector<int64_t> places(padded_inputs);
   for (int64_t i = 0; i < padded_inputs; ++i) places[i] = i * width;
-  if (n < width) turned.narrow(1, n, width - n).zero_();
-  if (m.inputs < padded_inputs) turned.narrow(0, m.inputs, padded_inputs - m.inputs).zero_();
-  at::parallel_for(0, (m.inputs + BAND - 1) / BAND, threads > 1 ? 8 : m.inputs, [&](int64_t begin, int64_t end) {
-    const int64_t from = begin * BAND, to = std::min(end * BAND, m.inputs);
-    kernels().transpose(in + from, m.inputs, n, to - from, in_turned + from * width, width);
-  });
   auto begin = share(m, threads, BAND / m.r);
   for (auto& g : begin) g = (g * m.r + BAND - 1) / BAND;  // block rows to bands
-  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    kernels().many_columns(m, in_turned, places.data(), width, biases.data(), out, n, begin[first], begin[last]);
-  });
+  for (int64_t from = 0; from < n; from += panel) {
+    const int64_t count = std::min(panel, n - from);
+    const float* in = rows.const_data_ptr<float>() + from * m.inputs;
+    at::parallel_for(0, (m.inputs + LINE - 1) / LINE, threads > 1 ? 8 : m.inputs, [&](int64_t first, int64_t last) {
+      const int64_t i = first * LINE, end = std::min(last * LINE, m.inputs);
+      kernels().transpose(in + i, m.inputs, count, end - i, in_turned + i * width, width);
+    });
+    at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+      kernels().many_columns(m, in_turned, places.data(), biases.data(), out + from * outputs, count, begin[first],
+                             begin[last]);
+    });
+  }
   return y;
 }
 

@@ -322,11 +322,11 @@ KERNEL const float* as_floats(const Matrix& m, int64_t g, float* buffer) {
   return decoded(m, static_cast<const int8_t*>(m.values), g, buffer);
 }
 
-// Y = X W^T + bias for bands [begin, end) of BAND outputs. x is (inputs, width), zeros behind its `columns` columns and
-// behind its inputs, up to a multiple of c; places says where each input is; y is (columns, outputs); bias holds zeros up
-// to a whole band.
-KERNEL void many_columns(const Matrix& m, const float* x, const int64_t* places, int64_t width, const float* bias,
-                         float* y, int64_t columns, int64_t begin, int64_t end) {
+// Y = X W^T + bias for bands [begin, end) of BAND outputs. Input i is at x + places[i], readable up to whole vectors of
+// columns, and 0 from the last input to a multiple of c; y is (columns, outputs); bias holds zeros up to a whole band.
+KERNEL void many_columns(const Matrix& m, const float* x, const int64_t* places, const float* bias, float* y,
+                         int64_t columns, int64_t begin, int64_t end) {
+  const int64_t width = (columns + LANES - 1) / LANES * LANES;
   int64_t longest = 0;
   for (int64_t g = begin * BAND / m.r; g < std::min(end * BAND / m.r, m.groups); ++g) {
     longest = std::max<int64_t>(longest, m.offsets[g + 1] - m.offsets[g]);
