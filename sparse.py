@@ -193,7 +193,8 @@ class Product(nn.Module):
             self.register_buffer(name, tensor)
 
     def matrix(self) -> Matrix:
-        return Matrix(self.values, self.columns, self.offsets, self.scales)
+        own = self._buffers  # nn.Module looks attributes up so slowly that a stream would feel it
+        return Matrix(own["values"], own["columns"], own["offsets"], own["scales"])
 
     def forward(self, x: Tensor) -> Tensor:
         return sparse_linear(x, *self.matrix(), self.bias, self.outputs)
