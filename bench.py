@@ -26,8 +26,10 @@ from torch.nn.utils import prune
 
 import data
 import flags
+import ledger
 import lottery
 import models
+import operators
 import runs
 import train
 
@@ -124,17 +126,20 @@ def validate_ops(device: str) -> None:
         masks = [torch.rand_like(w) < 0.9 for w in weights]
         keep = sum(int(m.sum()) for m in masks) // 2
         ours = lottery.ops.global_magnitude_masks(weights, masks, keep)
-        reference = lottery.reference_global_magnitude_masks(weights, masks, keep)
+        reference = operators.reference_global_magnitude_masks(weights, masks, keep)
         if not all(torch.equal(a, b) for a, b in zip(ours, reference)):
             sys.exit("bench.py: the compiled masks differ from the reference: nothing was timed")
         held, by_hand = [w.clone() for w in weights], [w.clone() for w in weights]
         lottery.ops.hold_ticket_(held, [], masks)
-        lottery.reference_hold_ticket_(by_hand, [], masks)
+        operators.reference_hold_ticket_(by_hand, [], masks)
         if not all(torch.equal(a, b) for a, b in zip(held, by_hand)):
             sys.exit("bench.py: the held weights differ from the reference: nothing was timed")
         matrices = [w[: len(w) // 101 * 101].view(-1, 101) for w in weights[1:]]
         for block in BLOCKS:
-            ours, reference = lottery.ops.block_norms(matrices, *block), lottery.reference_block_norms(matrices, *block)
+            ours, reference = (
+                lottery.ops.block_norms(matrices, *block),
+                operators.reference_block_norms(matrices, *block),
+            )
             if not all(torch.equal(a, b) for a, b in zip(ours, reference)):
                 sys.exit("bench.py: the block norms differ from the reference: nothing was timed")
     print(f"validated against the reference on {device}: masks, held weights and block norms equal, bit for bit")
@@ -546,7 +551,7 @@ def bench_data(args: argparse.Namespace) -> None:
                     with contextlib.redirect_stdout(io.StringIO()):
                         if train.main([*argv, "--cache", f"{folder}/cache"]):
                             sys.exit("bench.py: the run failed")
-                    (row,) = lottery.read_ledger(Path(out) / "ledger.jsonl")
+                    (row,) = ledger.read_ledger(Path(out) / "ledger.jsonl")
                     share = row["waited"] / row["seconds"]
                     print(
                         f"{backbone} {size} from the cache, {workers} workers: waits for data {share:.2%} of the time",

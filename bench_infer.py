@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
+import files
 import lottery
 import models
 import sparse
@@ -240,6 +241,7 @@ def in_onnxruntime(part: Callable, example: tuple) -> Callable:
         torch.onnx.export(Whole().eval(), example, file, input_names=names, opset_version=17, dynamo=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else its threads spin into others' turns
     session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
     takes = {value.name for value in session.get_inputs()}  # lengths that nothing depends on are no input
 
@@ -265,7 +267,7 @@ def saved_bytes(model: nn.Module) -> int:
 def ticket_bytes(model: nn.Module, masks: lottery.Masks) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ticket.safetensors"
-        lottery.save_ticket(path, masks, None, model.state_dict(), {})
+        files.save_ticket(path, masks, None, model.state_dict(), {})
         return path.stat().st_size
 
 
@@ -329,7 +331,7 @@ def bench_utterance(backbone: str, repeats: int, sparsities: tuple[float, ...]) 
 
 def bench_ticket(path: Path, corpus: Path) -> None:
     """A ticket on its test set, one utterance at a time: texts, WER and time of each dtype, and of dense torch."""
-    ticket = lottery.load_ticket(path)
+    ticket = files.load_ticket(path)
     tokens = ticket.info["tokens"]
     model = models.build(ticket.info["backbone"], ticket.info["size"], len(tokens)).eval()
     model.load_state_dict(ticket.trained)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import controls
+import ledger
 import lottery
 import models
 import plan
@@ -189,13 +190,13 @@ def merge(runs: list[Run]) -> dict[str, list[Method]]:
     groups: dict[tuple[str, str], dict[str, Method]] = {}
     for run in runs:
         config = run.config
-        settings = {key: value for key, value in lottery.settings_of(config).items() if key not in OPEN}
+        settings = {key: value for key, value in ledger.settings_of(config).items() if key not in OPEN}
         settings |= {what: origin(run, what, sources) for what in ("ticket", "init")}
         settings = {key: value for key, value in settings.items() if key not in PLAIN or value != PLAIN[key]}
         methods = groups.setdefault(
             (f"{config['backbone']} on {run.data}, {config['size']} size", config["data_sha256"]), {}
         )
-        method = methods.setdefault(lottery.hash_json(settings), Method(settings, run.data))
+        method = methods.setdefault(ledger.hash_json(settings), Method(settings, run.data))
         for row in run.rows:
             point = method.points.setdefault(step(row, config), Point(config["margin"]))
             if config["seed"] not in point.seeds:

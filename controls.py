@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
+import files
+import ledger
 import lottery
 import models
 
@@ -56,7 +58,7 @@ class Source:
     def identity(self, rounds: list[int], weights: str) -> str:
         """Hash of all that trainings take from it."""
         masks = [lottery.sha256(self.masks[number]) for number in rounds if number]
-        return lottery.hash_json([masks, lottery.sha256(self.state(weights)), self.tokens])
+        return ledger.hash_json([masks, lottery.sha256(self.state(weights)), self.tokens])
 
 
 def read_run(path: Path) -> tuple[dict, list[dict]]:
@@ -65,9 +67,9 @@ def read_run(path: Path) -> tuple[dict, list[dict]]:
         config = dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         raise lottery.LotteryError(f"{path}: not a run folder: no config.json that can be read") from None
-    rows = lottery.read_ledger(path / "ledger.jsonl")
+    rows = ledger.read_ledger(path / "ledger.jsonl")
     try:
-        lottery.check_chain(rows, lottery.settings_of(config))
+        ledger.check_chain(rows, ledger.settings_of(config))
     except lottery.LotteryError as error:
         raise lottery.LotteryError(f"{path / 'ledger.jsonl'}: {error} (see lottery.py verify)") from None
     return config, rows
@@ -75,7 +77,7 @@ def read_run(path: Path) -> tuple[dict, list[dict]]:
 
 def read_source(path: Path) -> Source:
     """A run folder, with the tickets of all of its rounds, or a ticket file, with one. Raises LotteryError."""
-    file = lottery.load_ticket(path / "ticket.safetensors" if path.is_dir() else path)
+    file = files.load_ticket(path / "ticket.safetensors" if path.is_dir() else path)
     try:
         settings, tokens = dict(file.info), file.info["tokens"]
         for key in ("tokens", "sizes", "features"):
@@ -91,14 +93,14 @@ def read_source(path: Path) -> Source:
         if "rounds" in config:
             raise lottery.LotteryError(f"{path}: it searched for no ticket, but trained another run's: name that run")
         for row in rows[1:]:
-            masks[row["round"]] = lottery.load_masks(path / "masks" / f"{row['round']:02d}.safetensors")
+            masks[row["round"]] = files.load_masks(path / "masks" / f"{row['round']:02d}.safetensors")
             if lottery.sha256(masks[row["round"]]) != row["mask_sha256"]:
                 raise lottery.LotteryError(f"{path}: the masks of round {row['round']} are not the ledger's")
         if lottery.sha256(file.trained) != rows[-1]["trained_sha256"]:
             raise lottery.LotteryError(f"{path}: ticket.safetensors is not of the ledger's last round")
-        rewind = lottery.read_sealed(path / "rewind.safetensors", "rewind state")[0]
+        rewind = files.read_sealed(path / "rewind.safetensors", "rewind state")[0]
         paths = {key: path and str(path) for key, path in config["machine"].items() if key in PATHS}
-        return Source(path, lottery.settings_of(config), tokens, masks, rewind, file.trained, paths, rows[0])
+        return Source(path, ledger.settings_of(config), tokens, masks, rewind, file.trained, paths, rows[0])
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         if isinstance(error, lottery.LotteryError):
             raise

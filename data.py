@@ -32,7 +32,7 @@ import torchaudio
 from torch import Tensor
 from tqdm import tqdm
 
-from lottery import write_atomically
+from files import write_atomically
 
 SAMPLE_RATE = 16_000
 FRAME_SECONDS = 0.01  # from one feature frame to the next

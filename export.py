@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import data
-import lottery
+import files
 import models
 
 
@@ -115,5 +115,5 @@ def export(model: nn.Module, tokens: list[str], path: Path) -> list[Path]:
                 input_names=list(inputs), output_names=outputs,
             )  # fmt: skip
         program.model.metadata_props.update(about)
-        lottery.write_atomically(paths[part], program.model_proto.SerializeToString())
+        files.write_atomically(paths[part], program.model_proto.SerializeToString())
     return list(paths.values())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+import files
 import lottery
 import plan
 from compare import Method, Point, Run, compared, load, merge, of_test, rivals
@@ -85,7 +86,7 @@ def write_report(out: Path, config: dict, ledger: list[dict]) -> None:
         lines += ["", f"{name}:", "", *markdown_table([row | row["other_tests"][name] for row in ledger])]
     lines += ["", "![WER and CER against remaining weights](report.png)", ""]
     lines += ["```json", json.dumps(config, indent=2), "```", ""]
-    lottery.write_atomically(out / "report.md", "\n".join(lines).encode())
+    files.write_atomically(out / "report.md", "\n".join(lines).encode())
     ((title, methods),) = merge([Run(config, ledger)]).items()
     draw(out / "report.png", f"{title}, seed {config['seed']}", methods)
 
@@ -266,7 +267,7 @@ def cer_band(point: Point) -> tuple[float, float] | None:
 def save(path: Path, figure) -> None:
     content = io.BytesIO()
     figure.savefig(content, dpi=120, format="png", metadata={"Software": None})
-    lottery.write_atomically(path, content.getvalue())
+    files.write_atomically(path, content.getvalue())
 
 
 def draw(path: Path, title: str, methods: list[Method]) -> None:
@@ -363,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
             for title, methods in groups.items():
                 draw(args.out / f"{file_name(title)}.png", title, methods)
                 draw_layers(args.out / f"{file_name(title)}-layers.png", title, methods)
-            lottery.write_atomically(args.out / "report.md", merged_report(groups, pictures=True).encode())
+            files.write_atomically(args.out / "report.md", merged_report(groups, pictures=True).encode())
     except (lottery.LotteryError, OSError) as error:
         print(f"report.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

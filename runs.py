@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+import files
+import ledger
 import lottery
 import parallel
 
@@ -105,7 +107,7 @@ class Keeper:
             tensors |= {f"generator/{process}/{name}": state for name, state in states.items()}
         tensors |= {f"model/{name}": value for name, value in model.state_dict().items()}
         tensors |= {f"best/{name}": value for name, value in at.best.items()}
-        tensors |= {f"mask/{name}": lottery.pack(mask) for name, mask in ticket.masks.items()}
+        tensors |= {f"mask/{name}": files.pack(mask) for name, mask in ticket.masks.items()}
         for name, parameter in model.named_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{name}/{key}"] = value
@@ -123,9 +125,9 @@ class Keeper:
             "progress": {f.name: getattr(at, f.name) for f in dataclasses.fields(at) if f.name != "best"},
         }
         if has_rewind_state and not self.rewind_saved:
-            lottery.write_sealed(self.out / "rewind.safetensors", "rewind state", ticket.rewind_state, self.run)
+            files.write_sealed(self.out / "rewind.safetensors", "rewind state", ticket.rewind_state, self.run)
             self.rewind_saved = True
-        lottery.write_sealed(self.out / "checkpoint.safetensors", "checkpoint", tensors, about)
+        files.write_sealed(self.out / "checkpoint.safetensors", "checkpoint", tensors, about)
         self.saved = time.monotonic()
         if self.adapts:
             self.seconds = max(300.0, (self.saved - started) / self.SHARE)
@@ -140,11 +142,11 @@ class Kept:
     """A checkpoint as read back."""
 
     def __init__(self, out: Path, run_sha256: str):
-        self.tensors, self.about = lottery.read_sealed(out / "checkpoint.safetensors", "checkpoint")
+        self.tensors, self.about = files.read_sealed(out / "checkpoint.safetensors", "checkpoint")
         self.has_rewind_state, self.rewind_state = self.about["has_rewind_state"], None
         belong = [("checkpoint", self.about)]
         if self.has_rewind_state:
-            self.rewind_state, about = lottery.read_sealed(out / "rewind.safetensors", "rewind state")
+            self.rewind_state, about = files.read_sealed(out / "rewind.safetensors", "rewind state")
             belong.append(("rewind state", about))
         for kind, about in belong:
             if about["run"] != run_sha256:
@@ -158,7 +160,7 @@ class Kept:
         device = next(iter(ticket.weights.values())).device
         about, packed = self.about, self.part("mask")
         ticket.round, ticket.steps, ticket.threshold = about["round"], about["steps"], about["threshold"]
-        ticket.masks = {n: lottery.unpack(packed[n], list(w.shape)).to(device) for n, w in ticket.weights.items()}
+        ticket.masks = {n: files.unpack(packed[n], list(w.shape)).to(device) for n, w in ticket.weights.items()}
         ticket.start_sha256 = about["start"]
         if self.has_rewind_state:
             ticket.rewind_state = {name: value.to(device) for name, value in self.rewind_state.items()}
@@ -223,9 +225,9 @@ def read_run(out: Path, config: dict, flags: tuple[str, ...]) -> list[dict]:
             what = f"{name} {old.get(key)} there, {value} now"
             raise lottery.LotteryError(f"--out {out}: holds another run ({what}): choose another folder")
     path = out / "ledger.jsonl"
-    rows = lottery.read_ledger(path) if path.exists() else []
+    rows = ledger.read_ledger(path) if path.exists() else []
     try:
-        lottery.check_chain(rows, lottery.settings_of(config))
+        ledger.check_chain(rows, ledger.settings_of(config))
     except lottery.LotteryError as error:
         raise lottery.LotteryError(f"{path}: {error} (see lottery.py verify)") from None
     return rows

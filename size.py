@@ -4,12 +4,13 @@ from pathlib import Path
 
 import torch
 
+import files
 import lottery
 import models
 import plan
 
 
-def parts(path: Path, file: lottery.TicketFile) -> dict[str, int]:
+def parts(path: Path, file: files.TicketFile) -> dict[str, int]:
     """Bytes of each part of the ticket's file, in all as many as the file has."""
     found = {"masks, as bits": sum((mask.numel() + 7) // 8 for mask in file.masks.values())}
     for what, state in (("trained", file.trained), ("rewind", file.rewind or {})):
@@ -31,13 +32,13 @@ def report(path: Path) -> str:
 
     Raises LotteryError, naming the file, for anything that is not a whole ticket of a backbone of models.py.
     """
-    file = lottery.load_ticket(path)
+    file = files.load_ticket(path)
     try:
         with torch.device("meta"):
             model = models.of(file.info)
     except ValueError as error:
         raise lottery.LotteryError(f"{path}: {error}") from None
-    lottery.check_fit(path, file, model)
+    files.check_fit(path, file, model)
     dense, found = dense_bytes(file.trained), parts(path, file)
     whole = sum(found.values())
     rewind = sum(size for what, size in found.items() if what.startswith("rewind"))

@@ -32,7 +32,9 @@ import controls
 import corpora
 import data
 import decode
+import files
 import flags
+import ledger
 import lottery
 import models
 import parallel
@@ -221,18 +223,9 @@ def add_gradients(setting: "Setting", epoch: data.Epoch, parts: range, batches: 
 def code_sha256() -> str:
     """Hash of the sources that decide a result."""
     names = (
-        "train",
-        "flags",
-        "runs",
-        "parallel",
-        "controls",
-        "lottery",
-        "models",
-        "data",
-        "corpora",
-        "decode",
-        "noise",
-    )
+        "train", "flags", "runs", "parallel", "controls", "lottery", "operators", "files", "ledger", "models", "data",
+        "corpora", "decode", "noise",
+    )  # fmt: skip
     sources = [flags.HERE / f"{name}.py" for name in names] + sorted((flags.HERE / "csrc").rglob("*.*"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
@@ -311,7 +304,7 @@ def prepare(args: argparse.Namespace) -> Setting:
     noise = Noise(args.noise, args.snr, args.test_snr or ()) if args.noise else None
     config |= {"noise_sha256": noise.sha256} if noise else {}
     dense = dense_of(args, config)
-    config |= {"dense": lottery.row_hash(dense)} if dense else {}
+    config |= {"dense": ledger.row_hash(dense)} if dense else {}
     ticket = lottery.Ticket(model, pruning=args.pruning)
     counts = lottery.kept_counts(ticket.kept_units, args.sparsity, args.prune_rate)
     options = {key: getattr(args, key) for key in flags.SEARCH} if args.lm else {"beam": args.beam}
@@ -323,7 +316,7 @@ def prepare(args: argparse.Namespace) -> Setting:
 
 def start_from(path: Path, model: torch.nn.Module, tokens: list[str]) -> None:
     """Put a ticket's trained weights into the model, as theta_0."""
-    file = lottery.load_ticket(path)
+    file = files.load_ticket(path)
     state, renewed = controls.adopt(model, file.trained, file.info.get("tokens") == tokens, path)
     model.load_state_dict(state)
     said = f"; made new, for other tokens: {', '.join(renewed)}" if renewed else ""
@@ -339,7 +332,7 @@ def dense_of(args: argparse.Namespace, config: dict) -> dict | None:
     if args.dense:
         run = args.dense
         there, rows = controls.read_run(run)
-        settings, row = lottery.settings_of(there), rows[0] if rows else None
+        settings, row = ledger.settings_of(there), rows[0] if rows else None
     ignored = {
         "machine",
         "sparsity",
@@ -388,7 +381,7 @@ def run(args: argparse.Namespace, signals: Signals) -> None:
         else:
             if not parallel.index():
                 if not (args.out / "config.json").exists():
-                    lottery.write_atomically(args.out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+                    files.write_atomically(args.out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
                 (args.out / "ledger.jsonl").touch()
                 (args.out / "masks").mkdir(exist_ok=True)
             train_all(setting, corpus, rows, signals)
@@ -403,7 +396,7 @@ def run(args: argparse.Namespace, signals: Signals) -> None:
 def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signals) -> None:
     """All rounds that are missing; `rows` grows with the ledger."""
     args, out = setting.args, setting.args.out
-    run_sha256 = lottery.hash_json(lottery.settings_of(setting.config))
+    run_sha256 = ledger.hash_json(ledger.settings_of(setting.config))
     kept = Kept(out, run_sha256) if (out / "checkpoint.safetensors").exists() else None
     if len(rows) > bool(setting.dense) and not kept:
         raise lottery.LotteryError(f"--out {out}: {len(rows)} rounds in the ledger and no checkpoint to go on from")
@@ -414,7 +407,7 @@ def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signa
         at = kept.about["progress"]
         print(f"going on in round {kept.about['round']}, after {at['epoch']} epochs and {at['batch']} steps")
     print("\n".join(map(report.text_line, [report.COLUMNS, *map(report.cells, rows)])), flush=True)
-    config = lottery.settings_of(setting.config)
+    config = ledger.settings_of(setting.config)
     versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
     facts = {
         "seed": args.seed,
@@ -432,21 +425,21 @@ def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signa
     keeper = Keeper(out, run_sha256, args.save_every, signals, kept, keeps_rewind_state=not args.source)
     board = scalars_to(out / "tensorboard") if args.tensorboard and not parallel.index() else None
     if setting.dense and not rows:
-        lottery.append_row(None if parallel.index() else out / "ledger.jsonl", rows, setting.dense, config)
+        ledger.append_row(None if parallel.index() else out / "ledger.jsonl", rows, setting.dense, config)
         print(
             f"{report.text_line(report.cells(rows[0]))}  (the row of {setting.config['machine']['dense']})", flush=True
         )
     for found in (given if args.source else search)(setting, corpus, rows, keeper, kept, board):
         ticket, row = found.ticket, facts | found.row
         told = json.loads(json.dumps(info | {k: row[k] for k in ("sizes",) if k in row}))  # as it is read back
-        row["info_sha256"] = lottery.hash_json(told)
+        row["info_sha256"] = ledger.hash_json(told)
         new = row["round"] not in [earlier["round"] for earlier in rows]
         if not parallel.index():
             if row["round"] and args.control != "dense-small":
-                lottery.save_masks(out / "masks" / f"{row['round']:02d}.safetensors", ticket.masks)
+                files.save_masks(out / "masks" / f"{row['round']:02d}.safetensors", ticket.masks)
             state = ticket.model.state_dict()
-            lottery.save_ticket(out / "ticket.safetensors", ticket.masks, ticket.rewind_state, state, told)
-        lottery.append_row(None if parallel.index() else out / "ledger.jsonl", rows, row, config)
+            files.save_ticket(out / "ticket.safetensors", ticket.masks, ticket.rewind_state, state, told)
+        ledger.append_row(None if parallel.index() else out / "ledger.jsonl", rows, row, config)
         if new:
             print(report.text_line(report.cells(row)), flush=True)
             if board:
@@ -567,7 +560,7 @@ def retrain(run: Path, number: int) -> None:
     """Train round `number` of a finished run again and compare bit for bit. Raises LotteryError if anything differs."""
     try:
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        rows = lottery.read_ledger(run / "ledger.jsonl")
+        rows = ledger.read_ledger(run / "ledger.jsonl")
         if number not in [row["round"] for row in rows]:
             raise IndexError(f"the ledger has rounds {', '.join(str(row['round']) for row in rows)}")
         argv = flags.command_line(config)
@@ -592,9 +585,9 @@ def retrain(run: Path, number: int) -> None:
         setting, ticket, _ = of_round(setting, number)
     elif number:
         ticket.round = number
-        state, _ = lottery.read_sealed(run / "rewind.safetensors", "rewind state")
+        state, _ = files.read_sealed(run / "rewind.safetensors", "rewind state")
         ticket.rewind_state = {name: value.to(args.device) for name, value in state.items()}
-        masks = lottery.load_masks(run / "masks" / f"{number:02d}.safetensors")
+        masks = files.load_masks(run / "masks" / f"{number:02d}.safetensors")
         ticket.masks = {name: mask.to(args.device) for name, mask in masks.items()}
         ticket.rewind()
     at = train_round(ticket, corpus, setting)

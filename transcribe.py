@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import data
 import decode
+import files
 import lottery
 import models
 from flags import Parser, check_beam
@@ -80,14 +81,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------- what is asked for
 
 
-def load(path: Path) -> tuple[nn.Module, lottery.TicketFile]:
+def load(path: Path) -> tuple[nn.Module, files.TicketFile]:
     """The model of a ticket with its trained weights, for evaluation. Raises LotteryError naming the file."""
-    file = lottery.load_ticket(path)
+    file = files.load_ticket(path)
     try:
         model = models.of(file.info)
     except ValueError as error:
         raise lottery.LotteryError(f"{path}: {error}") from None
-    lottery.check_fit(path, file, model)
+    files.check_fit(path, file, model)
     model.load_state_dict(file.trained)
     return model.eval(), file
 

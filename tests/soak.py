@@ -31,6 +31,8 @@ import torch  # noqa: E402
 
 import controls  # noqa: E402
 import data  # noqa: E402
+import files  # noqa: E402
+import ledger  # noqa: E402
 import lottery  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
@@ -118,8 +120,8 @@ def child(argv: list[str], where: str = "", count: int = 0) -> int:
 
 def result(run: Path) -> dict[str, str]:
     """What a run leaves, without what may differ: times, the report that shows them, and the lock."""
-    rows = lottery.read_ledger(run / "ledger.jsonl")
-    kept = [{key: value for key, value in row.items() if key not in lottery.TIMING} for row in rows]
+    rows = ledger.read_ledger(run / "ledger.jsonl")
+    kept = [{key: value for key, value in row.items() if key not in ledger.TIMING} for row in rows]
     found = {"ledger.jsonl": json.dumps(kept)}
     for path in sorted(run.rglob("*")):
         if path.is_file() and path.name not in ("lock", "ledger.jsonl", "report.md", "report.png"):
@@ -174,7 +176,7 @@ def kills(number: int, seed: int) -> bool:
                     killed += 1
                     by_point[where] = by_point.get(where, 0) + 1
                     continue
-                if status or result(out) != want or any(check[1] for check in lottery.verify(out)):
+                if status or result(out) != want or any(check[1] for check in ledger.verify(out)):
                     wrong.append(f"{name} (status {status})")
                 break
             for path in sorted(out.rglob("*"), reverse=True):
@@ -221,11 +223,11 @@ def tickets(number: int, seed: int) -> bool:
     ticket.prune(9)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         path, other = Path(folder) / "t", Path(folder) / "c"
-        lottery.save_ticket(path, ticket.masks, ticket.rewind_state, model.state_dict(), {"tokens": ["a"]})
-        lottery.write_sealed(other, "checkpoint", lottery.copy_state(model), {"round": 1})
+        files.save_ticket(path, ticket.masks, ticket.rewind_state, model.state_dict(), {"tokens": ["a"]})
+        files.write_sealed(other, "checkpoint", lottery.copy_state(model), {"round": 1})
         readers = (
-            (path.read_bytes(), lottery.load_ticket),
-            (other.read_bytes(), lambda file: lottery.read_sealed(file, "checkpoint")),
+            (path.read_bytes(), files.load_ticket),
+            (other.read_bytes(), lambda file: files.read_sealed(file, "checkpoint")),
         )
 
         def attempt(content: bytes, read) -> None:
@@ -268,7 +270,7 @@ def ledgers(number: int, seed: int) -> bool:
         argv = ["--data", str(small_corpus(Path(folder))), "--epochs", "1", "--sparsity", "0.36", "--out", str(run)]
         with contextlib.redirect_stdout(io.StringIO()):
             train.main(argv)
-        if any(check[1] for check in lottery.verify(run)):
+        if any(check[1] for check in ledger.verify(run)):
             sys.exit("soak.py: the undamaged run does not verify")
         path = run / "ledger.jsonl"
         whole = path.read_bytes()
@@ -278,7 +280,7 @@ def ledgers(number: int, seed: int) -> bool:
                 continue
             path.write_bytes(content)
             try:
-                silent += not any(check[1] for check in lottery.verify(run))
+                silent += not any(check[1] for check in ledger.verify(run))
             except BaseException as error:
                 crashes.append(repr(error))
     print(f"ledgers: {number} damaged ledgers: not found by verify {silent}, exceptions {len(crashes)}")

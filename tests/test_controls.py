@@ -12,6 +12,8 @@ from test_train import refused
 
 import compare
 import controls
+import files
+import ledger
 import lottery
 import models
 import train
@@ -44,7 +46,7 @@ def source(corpus, tmp_path_factory, request):
 
 
 def masks_of(folder: Path, number: int) -> lottery.Masks:
-    return lottery.load_masks(folder / "masks" / f"{number:02d}.safetensors")
+    return files.load_masks(folder / "masks" / f"{number:02d}.safetensors")
 
 
 def kept(masks: lottery.Masks) -> dict[str, int]:
@@ -52,7 +54,7 @@ def kept(masks: lottery.Masks) -> dict[str, int]:
 
 
 def verified(folder: Path) -> bool:
-    return not any(wrong for _, wrong in lottery.verify(folder))
+    return not any(wrong for _, wrong in ledger.verify(folder))
 
 
 def test_random_masks_by_hand():
@@ -90,8 +92,8 @@ def test_small_networks_are_as_large_as_they_may_be(backbone, monkeypatch):
 
 
 def test_controls_train_what_they_say(source, tmp_path):
-    rows = lottery.read_ledger(source / "ledger.jsonl")
-    theta = lottery.read_sealed(source / "rewind.safetensors", "rewind state")[0]
+    rows = ledger.read_ledger(source / "ledger.jsonl")
+    theta = files.read_sealed(source / "rewind.safetensors", "rewind state")[0]
     found = {}
     for control in controls.CONTROLS:
         out = tmp_path / control
@@ -99,7 +101,7 @@ def test_controls_train_what_they_say(source, tmp_path):
         assert verified(out)
         config = json.loads((out / "config.json").read_text())
         assert (config["seed"], config["epochs"], config["backbone"]) == (5, 1, "cnn-lstm")  # the source's
-        dense, found[control] = lottery.read_ledger(out / "ledger.jsonl")
+        dense, found[control] = ledger.read_ledger(out / "ledger.jsonl")
         assert dense["trained_sha256"] == rows[0]["trained_sha256"] and found[control]["round"] == 2
         assert found[control]["source_mask_sha256"] == rows[2]["mask_sha256"]
     uniform, matched, init, small = (found[control] for control in controls.CONTROLS)
@@ -109,7 +111,7 @@ def test_controls_train_what_they_say(source, tmp_path):
     masked = {name: m for name, m in masks_of(tmp_path / "random-mask-matched", 2).items()}
     start = {n: v.masked_fill(~masked[n], 0) if n in masked else v for n, v in theta.items()}
     assert matched["start_sha256"] == lottery.sha256(start)  # the ticket's theta_0
-    started = lottery.load_ticket(tmp_path / "random-init" / "ticket.safetensors").rewind
+    started = files.load_ticket(tmp_path / "random-init" / "ticket.safetensors").rewind
     name, mask = next(iter(masks_of(source, 2).items()))
     assert not (started[name][mask] == theta[name][mask]).any()
     assert small["remaining_all"] <= rows[2]["remaining_all"] and small["sizes"]["hidden"] < 8
@@ -131,13 +133,13 @@ def test_a_control_is_resumed_and_retrained(source, corpus, tmp_path, monkeypatc
         assert train.main([str(a) for a in [*flags, "--out", tmp_path / "cut"]]) == 128 + 15
     assert steps[-1] == 2
     run(*flags, "--out", tmp_path / "cut")
-    results = [lottery.read_ledger(tmp_path / name / "ledger.jsonl") for name in ("whole", "cut")]
-    assert [lottery.row_hash(row) for row in results[0]] == [lottery.row_hash(row) for row in results[1]]
+    results = [ledger.read_ledger(tmp_path / name / "ledger.jsonl") for name in ("whole", "cut")]
+    assert [ledger.row_hash(row) for row in results[0]] == [ledger.row_hash(row) for row in results[1]]
     assert verified(tmp_path / "cut")
     train.retrain(tmp_path / "cut", 2)
     lines = (tmp_path / "cut" / "ledger.jsonl").read_text().splitlines()
     row = json.loads(lines[2]) | {"valid_wer": 0.125}
-    row["timing_sha256"] = lottery.timing_hash(row)
+    row["timing_sha256"] = ledger.timing_hash(row)
     (tmp_path / "cut" / "ledger.jsonl").write_text("\n".join([*lines[:2], json.dumps(row)]) + "\n")
     with pytest.raises(lottery.LotteryError, match="round 2 trained again differs from the ledger in valid_wer"):
         train.retrain(tmp_path / "cut", 2)
@@ -154,43 +156,43 @@ def test_transfer_makes_token_layers_new(source, corpus, tmp_path, capsys):
     run("--ticket", source, "--data", other, "--out", tmp_path / "run")
     assert "round 2: made new and not pruned, for other tokens: output.weight" in capsys.readouterr().out
     assert verified(tmp_path / "run")
-    dense, *rows = lottery.read_ledger(tmp_path / "run" / "ledger.jsonl")
-    there = lottery.read_ledger(source / "ledger.jsonl")
+    dense, *rows = ledger.read_ledger(tmp_path / "run" / "ledger.jsonl")
+    there = ledger.read_ledger(source / "ledger.jsonl")
     assert dense["data_sha256"] != there[0]["data_sha256"]  # trained here, for these data
     for row, old in zip(rows, there[1:]):
         layers = dict(row["kept_per_layer"])
         assert layers.pop("output.weight") == 4 * 8  # whole: blank and three characters
         assert layers == {name: n for name, n in old["kept_per_layer"].items() if name != "output.weight"}
-    file = lottery.load_ticket(tmp_path / "run" / "ticket.safetensors")
-    theta = lottery.read_sealed(source / "rewind.safetensors", "rewind state")[0]
+    file = files.load_ticket(tmp_path / "run" / "ticket.safetensors")
+    theta = files.read_sealed(source / "rewind.safetensors", "rewind state")[0]
     name, mask = next(iter(masks_of(source, 2).items()))
     assert torch.equal(file.rewind[name], theta[name].masked_fill(~mask, 0))
     # a control there, whose dense row comes from that run
     flags = ["--ticket", source, "--data", other, "--control", "random-mask-matched", "--rounds", 2]
     run(*flags, "--dense", tmp_path / "run", "--out", tmp_path / "control")
-    control = lottery.read_ledger(tmp_path / "control" / "ledger.jsonl")
+    control = ledger.read_ledger(tmp_path / "control" / "ledger.jsonl")
     assert control[0]["trained_sha256"] == dense["trained_sha256"] and verified(tmp_path / "control")
     assert "--dense" in refused(capsys, *flags, "--dense", source, "--out", tmp_path / "no")
 
 
 def test_ticket_files_and_trained_starts(source, corpus, tmp_path, capsys):
     file, data = source / "ticket.safetensors", ("--data", corpus)
-    there = lottery.load_ticket(file)
+    there = files.load_ticket(file)
     run("--ticket", file, *data, "--ticket-weights", "trained", "--out", tmp_path / "trained")
-    row = lottery.read_ledger(tmp_path / "trained" / "ledger.jsonl")[-1]
+    row = ledger.read_ledger(tmp_path / "trained" / "ledger.jsonl")[-1]
     assert row["round"] == 2 and row["start_sha256"] == lottery.sha256(there.trained)
     flags = ("--backbone", "cnn-lstm", "--epochs", 1, "--sparsity", 0.1, *data)
     run("--init", file, *flags, "--out", tmp_path / "init")
     assert "theta_0: the trained weights of" in capsys.readouterr().out
-    assert lottery.read_ledger(tmp_path / "init" / "ledger.jsonl")[0]["rewind_sha256"] == row["start_sha256"]
+    assert ledger.read_ledger(tmp_path / "init" / "ledger.jsonl")[0]["rewind_sha256"] == row["start_sha256"]
     run("--ticket", tmp_path / "init", "--control", "random-mask", "--out", tmp_path / "control")
-    dense = [lottery.read_ledger(tmp_path / name / "ledger.jsonl")[0] for name in ("init", "control")]
+    dense = [ledger.read_ledger(tmp_path / name / "ledger.jsonl")[0] for name in ("init", "control")]
     assert dense[0]["trained_sha256"] == dense[1]["trained_sha256"]  # it starts from the ticket too
     assert all(verified(tmp_path / name) for name in ("init", "trained", "control"))
     train.retrain(tmp_path / "control", 0)
     methods = next(iter(compare.merge([compare.load(tmp_path / name) for name in ("init", "control")]).values()))
     assert len(compare.rivals(methods)) == 1
-    lottery.save_ticket(tmp_path / "no.safetensors", there.masks, None, there.trained, there.info)
+    files.save_ticket(tmp_path / "no.safetensors", there.masks, None, there.trained, there.info)
     assert "it has no rewind state" in refused(capsys, "--ticket", tmp_path / "no.safetensors", *data)
 
 
@@ -250,7 +252,7 @@ def test_a_ticket_file_knows_its_round(tmp_path, block, rate, kept, number):
     info = {"tokens": [], "sizes": {}, "features": "", "sparsity": 0.75, "prune_rate": rate}
     masks = {"a": torch.arange(8).view(2, 4) < kept}
     info |= {"block": block} if block else {}
-    lottery.save_ticket(tmp_path / "t", masks, None, {"a": torch.ones(2, 4)}, info)
+    files.save_ticket(tmp_path / "t", masks, None, {"a": torch.ones(2, 4)}, info)
     assert list(controls.read_source(tmp_path / "t").masks) == [number]
 
 
@@ -285,11 +287,11 @@ def test_given_flags_stand_in_place_of_the_source_s(source, monkeypatch):
 
 def rechained(folder: Path, changes: dict) -> None:
     """Rewrite a ledger, round by round, into a chain that holds."""
-    config = lottery.settings_of(json.loads((folder / "config.json").read_text()))
+    config = ledger.settings_of(json.loads((folder / "config.json").read_text()))
     rows = []
-    for row in lottery.read_ledger(folder / "ledger.jsonl"):
-        lottery.append_row(None, rows, row | {key: values[row["round"]] for key, values in changes.items()}, config)
-    (folder / "ledger.jsonl").write_bytes(b"".join(map(lottery.ledger_line, rows)))
+    for row in ledger.read_ledger(folder / "ledger.jsonl"):
+        ledger.append_row(None, rows, row | {key: values[row["round"]] for key, values in changes.items()}, config)
+    (folder / "ledger.jsonl").write_bytes(b"".join(map(ledger.ledger_line, rows)))
 
 
 def test_late_rewinding_and_global_blocks_are_checked_and_retrained(corpus, tmp_path):
@@ -304,14 +306,14 @@ def test_late_rewinding_and_global_blocks_are_checked_and_retrained(corpus, tmp_
     assert json.loads((again / "config.json").read_text())["machine"]["dense"] == str(control)
     assert verified(search) and verified(control) and verified(again)
     run("--ticket", search, "--batch-size", 6, "--out", tmp_path / "short")  # fewer steps than to the rewind state
-    rows = lottery.read_ledger(search / "ledger.jsonl")
+    rows = ledger.read_ledger(search / "ledger.jsonl")
     cer = [row["test_cer"] for row in rows]
     rechained(search, {"test_cer": [0.0, 0.0]})
     assert verified(search)
     with pytest.raises(lottery.LotteryError, match="differs from the ledger in test_cer"):
         train.retrain(search, 1)
     rechained(search, {"test_cer": cer, "kept_blocks": [100, 80], "total_blocks": [100, 100]})
-    (wrong,) = [wrong for _, wrong in lottery.verify(search) if wrong]
+    (wrong,) = [wrong for _, wrong in ledger.verify(search) if wrong]
     assert wrong.endswith(" blocks, not [100, 100]")
 
 
@@ -319,7 +321,7 @@ def test_floor_and_emptied_layers_are_told(corpus, tmp_path, capsys):
     flags = ("--data", corpus, "--backbone", "cnn-lstm", "--epochs", 1, "--prune-rate", 0.9, "--sparsity", 0.99)
     run(*flags, "--out", tmp_path / "a")
     said = capsys.readouterr().out
-    rows = lottery.read_ledger(tmp_path / "a" / "ledger.jsonl")
+    rows = ledger.read_ledger(tmp_path / "a" / "ledger.jsonl")
     first_empty = {}
     for row in rows:
         for name, count in row["kept_per_layer"].items():
@@ -330,7 +332,7 @@ def test_floor_and_emptied_layers_are_told(corpus, tmp_path, capsys):
         assert said.count(f"{name}: no weight is left in this layer") == 1
         assert f"round {number}: {name}: no weight is left" in said
     run(*flags, "--out", tmp_path / "b", "--min-remaining", 0.005)
-    for row in lottery.read_ledger(tmp_path / "b" / "ledger.jsonl"):
+    for row in ledger.read_ledger(tmp_path / "b" / "ledger.jsonl"):
         assert min(row["kept_per_layer"].values()) >= 1
     assert "no weight is left" not in capsys.readouterr().out and verified(tmp_path / "b")
     assert "min_remaining 0.5 keeps" in refused(capsys, *flags, "--out", tmp_path / "c", "--min-remaining", 0.5)

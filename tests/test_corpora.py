@@ -14,6 +14,7 @@ from test_resume import forge
 
 import corpora
 import data
+import ledger
 import lottery
 import models
 import train
@@ -428,8 +429,8 @@ def test_a_ticket_of_each_corpus_stopped_and_taken_up_again(corpus, tmp_path, mo
         assert train.main([*command, "--save-every", "0"]) == 143
     assert train.main(command) == 0
     assert "going on in round 1" in capsys.readouterr().out
-    assert [wrong for _, wrong in lottery.verify(tmp_path / "run")] == [""] * 4
-    rows = lottery.read_ledger(tmp_path / "run" / "ledger.jsonl")
+    assert [wrong for _, wrong in ledger.verify(tmp_path / "run")] == [""] * 4
+    rows = ledger.read_ledger(tmp_path / "run" / "ledger.jsonl")
     assert [row["round"] for row in rows] == [0, 1] and sum(row["resumed"] for row in rows) == 1
     others = rows[1].get("other_tests", {})
     assert list(others) == (["test-other"] if corpus == "librispeech" else [])

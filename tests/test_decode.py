@@ -16,7 +16,7 @@ from torchaudio.models import RNNTBeamSearch
 
 import data
 import decode
-import lottery
+import files
 import models
 import train
 
@@ -336,7 +336,7 @@ def test_a_run_with_pieces_and_a_language_model(small_networks, arpa, tmp_path, 
     assert small_run(tmp_path, *flags) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert {"tokens": "bpe:25", "beam": 8, "lm_weight": 1.97, "word_score": 4.36}.items() <= config.items()
-    assert len(lottery.load_ticket(tmp_path / "run" / "ticket.safetensors").info["tokens"]) == 25
+    assert len(files.load_ticket(tmp_path / "run" / "ticket.safetensors").info["tokens"]) == 25
     assert train.main(["--retrain", str(tmp_path / "run"), "1"]) == 0
     assert "are the ledger's, bit for bit" in capsys.readouterr().out
     arpa.write_text(ARPA.replace("-0.1\tthe sea", "-0.2\tthe sea"))

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import data
+import files
+import ledger
 import lottery
 import models
 import train
@@ -41,23 +43,23 @@ def test_from_speech_to_a_ticket(backbone, corpus, tmp_path, capsys):
     assert names == {"config.json", "ledger.jsonl", "rewind.safetensors", "masks", "lock"} | {
         "ticket.safetensors", "report.md", "report.png",
     }  # fmt: skip
-    assert [wrong for _, wrong in lottery.verify(tmp_path / "run")] == ["", "", "", ""]
-    ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
-    total = ledger[0]["total"]
-    assert [row["kept"] for row in ledger] == [total, round(0.8 * total), round(0.64 * total), round(0.6 * total)]
-    assert [row["round"] for row in ledger] == [0, 1, 2, 3]
-    for parent, row in itertools.pairwise(ledger):
+    assert [wrong for _, wrong in ledger.verify(tmp_path / "run")] == ["", "", "", ""]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    total = rows[0]["total"]
+    assert [row["kept"] for row in rows] == [total, round(0.8 * total), round(0.64 * total), round(0.6 * total)]
+    assert [row["round"] for row in rows] == [0, 1, 2, 3]
+    for parent, row in itertools.pairwise(rows):
         assert row["parent_sha256"] == parent["mask_sha256"] and row["rewind_sha256"] == parent["rewind_sha256"]
         assert row["verdict"] in ("winning", "matching", "worse", "undecided")
-    for row in ledger:
+    for row in rows:
         assert sum(row["kept_per_layer"].values()) == row["kept"]
         assert row["test_wer"] == sum(row["test_errors"]) / sum(row["test_words"])
         assert {"remaining", "remaining_all", "valid_wer", "test_cer", "seconds", "seed"} <= set(row)
 
     # The ticket: theta_0 comes from the seed alone, the masks are the last row's, the weights are tested again.
-    masks, rewind, trained, info = lottery.load_ticket(tmp_path / "run" / "ticket.safetensors")
+    masks, rewind, trained, info = files.load_ticket(tmp_path / "run" / "ticket.safetensors")
     assert info["sizes"] == json.loads(json.dumps(models.BACKBONES[backbone].SIZES["demo"]))
-    assert lottery.sha256(masks) == ledger[-1]["mask_sha256"]
+    assert lottery.sha256(masks) == rows[-1]["mask_sha256"]
     torch.manual_seed(0)
     model = models.build(backbone, "demo", len(info["tokens"]))
     for name, value in model.state_dict().items():
@@ -67,11 +69,11 @@ def test_from_speech_to_a_ticket(backbone, corpus, tmp_path, capsys):
     utterances = data.read_corpus(corpus)["test"]
     examples = data.load_examples(utterances, info["tokens"], info["features"])
     hypotheses = train.recognise(model, examples, info["tokens"], 3, "cpu")
-    assert train.score([u.text for u in utterances], hypotheses)["errors"] == ledger[-1]["test_errors"]
+    assert train.score([u.text for u in utterances], hypotheses)["errors"] == rows[-1]["test_errors"]
 
     # transcribe.py on the ticket gives the texts of the test.
-    ticket, files = str(tmp_path / "run" / "ticket.safetensors"), [str(u.audio) for u in utterances]
-    assert transcribe.main([ticket, *files, "--dense"]) == 0
+    ticket, audio = str(tmp_path / "run" / "ticket.safetensors"), [str(u.audio) for u in utterances]
+    assert transcribe.main([ticket, *audio, "--dense"]) == 0
     assert capsys.readouterr().out.splitlines() == hypotheses
 
     # The same command on the finished run trains nothing and prints the table.
@@ -88,7 +90,7 @@ def test_two_runs_of_one_seed_give_one_ledger(corpus, tmp_path):
     for name, flags in (("a", []), ("b", []), ("cached", ["--cache", str(tmp_path / "cache"), "--workers", "2"])):
         assert run(corpus, tmp_path / name, "--backbone", "rnnt", "--rewind-step", "3", *flags) == 0
         rows = [json.loads(line) for line in (tmp_path / name / "ledger.jsonl").read_text().splitlines()]
-        ledgers.append([json.dumps({k: v for k, v in row.items() if k not in lottery.TIMING}) for row in rows])
+        ledgers.append([json.dumps({k: v for k, v in row.items() if k not in ledger.TIMING}) for row in rows])
     assert ledgers[0] == ledgers[1] == ledgers[2]
     tickets = [(tmp_path / name / "ticket.safetensors").read_bytes() for name in ("a", "b", "cached")]
     assert tickets[0] == tickets[1] == tickets[2]

@@ -14,7 +14,7 @@ from test_train import refused
 
 import data
 import flags
-import lottery
+import ledger
 import models
 import noise
 import train
@@ -273,7 +273,7 @@ def test_a_run_with_noise(folder, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "noise: training at 5 to 20 dB with 2 recordings, 0.1 min; test at 10, -5 dB with 1 recordings" in said
     assert "test at -5 dB: test WER by round 0: " in said
-    rows = lottery.read_ledger(tmp_path / "whole" / "ledger.jsonl")
+    rows = ledger.read_ledger(tmp_path / "whole" / "ledger.jsonl")
     assert list(rows[1]["other_tests"]) == ["test at 10 dB", "test at -5 dB"]
     assert all("verdict" in row for row in rows[1]["other_tests"].values())
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
@@ -291,11 +291,11 @@ def test_a_run_with_noise(folder, tmp_path, capsys, monkeypatch):
         assert train.main([*flags, "--out", str(tmp_path / "stopped")]) == 143
     assert train.main([*flags, "--out", str(tmp_path / "stopped"), "--workers", "1"]) == 0
     assert soak.result(tmp_path / "stopped") == soak.result(tmp_path / "whole")
-    again = lottery.read_ledger(tmp_path / "stopped" / "ledger.jsonl")
+    again = ledger.read_ledger(tmp_path / "stopped" / "ledger.jsonl")
     assert sum(row["resumed"] for row in again) == 1
     assert [row["other_tests"] for row in again] == [row["other_tests"] for row in rows]
 
-    assert [wrong for _, wrong in lottery.verify(tmp_path / "whole")] == ["", "", "", ""]
+    assert [wrong for _, wrong in ledger.verify(tmp_path / "whole")] == ["", "", "", ""]
     capsys.readouterr()
     assert train.main(["--retrain", str(tmp_path / "whole"), "1"]) == 0
     assert "other_tests" in capsys.readouterr().out

@@ -11,6 +11,8 @@ import pytest
 import soak
 import torch
 
+import files
+import ledger
 import lottery
 import train
 
@@ -60,11 +62,11 @@ def test_two_processes_come_to_the_masks_of_one_with_the_doubled_batch(backbone,
     finish(one)
     said = finish(start(script, corpus, tmp_path / "two", 2, "--backbone", backbone, "--batch-size", 2))
     assert said.count("round  remaining") == 1  # the first process speaks for all
-    rows, expected = (lottery.read_ledger(tmp_path / name / "ledger.jsonl") for name in ("two", "one"))
+    rows, expected = (ledger.read_ledger(tmp_path / name / "ledger.jsonl") for name in ("two", "one"))
     assert [row["mask_sha256"] for row in rows] == [row["mask_sha256"] for row in expected]
     assert len({row["mask_sha256"] for row in rows}) == 3
-    assert [wrong for _, wrong in lottery.verify(tmp_path / "two")] == [""] * 4
-    trained, other = (lottery.load_ticket(tmp_path / name / "ticket.safetensors").trained for name in ("two", "one"))
+    assert [wrong for _, wrong in ledger.verify(tmp_path / "two")] == [""] * 4
+    trained, other = (files.load_ticket(tmp_path / name / "ticket.safetensors").trained for name in ("two", "one"))
     for name, value in trained.items():
         # Batch norm takes the biases before it out again: their gradient is rounding, and so is what Adam makes of it.
         if not (name.endswith("bias") and ("convs" in name or "depthwise" in name)) and "running_mean" not in name:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import compare
+import ledger
 import lottery
 import models
 import plan
@@ -43,10 +44,10 @@ def write_run(
         }  # fmt: skip
         if told:
             new |= {"verdict": told.word, "interval": [told.low, told.high], **dict(row)}
-        lottery.append_row(None, rows, new, settings)
+        ledger.append_row(None, rows, new, settings)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "ledger.jsonl").write_bytes(b"".join(map(lottery.ledger_line, rows)))
+    (folder / "ledger.jsonl").write_bytes(b"".join(map(ledger.ledger_line, rows)))
     return folder
 
 

@@ -13,6 +13,8 @@ import pytest
 import soak
 import torch
 
+import files
+import ledger
 import lottery
 import runs
 import train
@@ -68,7 +70,7 @@ def test_signals_save_and_say_how_to_go_on(number, code, corpus, finished, tmp_p
     again = subprocess.run(command(corpus, out), cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and "going on in round" in again.stdout, again.stderr
     assert soak.result(out) == soak.result(finished)
-    assert sum(row["resumed"] for row in lottery.read_ledger(out / "ledger.jsonl")) == 1
+    assert sum(row["resumed"] for row in ledger.read_ledger(out / "ledger.jsonl")) == 1
 
 
 def test_a_finished_run_trains_nothing(copy_of_run, corpus, capsys):
@@ -145,13 +147,13 @@ def test_a_broken_checkpoint_is_named_and_nothing_is_lost(corpus, tmp_path, caps
 
 def test_no_more_than_one_checkpoint_and_the_rewind_state(corpus, tmp_path, monkeypatch):
     seen = set()
-    save = lottery.write_sealed
+    save = files.write_sealed
 
     def watch(path, kind, tensors, about):
         save(path, kind, tensors, about)
         seen.update(p.name for p in path.parent.iterdir() if p.is_file() and p.suffix == ".safetensors")
 
-    monkeypatch.setattr(lottery, "write_sealed", watch)
+    monkeypatch.setattr(files, "write_sealed", watch)
     assert train.main([*command(corpus, tmp_path / "run")[2:], "--save-every", "0"]) == 0
     assert {name for name in seen if not re.match(r"\d+\.", name)} == {
         "rewind.safetensors", "checkpoint.safetensors", "ticket.safetensors",
@@ -182,7 +184,7 @@ def test_copy_without_rewind(copy_of_run, tmp_path):
     ticket, new = copy_of_run / "ticket.safetensors", tmp_path / "small.safetensors"
     arguments = [sys.executable, "lottery.py", "copy", str(ticket), str(new), "--without-rewind"]
     assert subprocess.run(arguments, cwd=ROOT).returncode == 0
-    whole, small = lottery.load_ticket(ticket), lottery.load_ticket(new)
+    whole, small = files.load_ticket(ticket), files.load_ticket(new)
     assert small.rewind is None and lottery.sha256(small.trained) == lottery.sha256(whole.trained)
     assert small.info == whole.info and lottery.sha256(small.masks) == lottery.sha256(whole.masks)
     ticket.write_bytes(b"x")
@@ -191,20 +193,20 @@ def test_copy_without_rewind(copy_of_run, tmp_path):
 
 
 def rewrite(run, number, **changes):
-    rows = lottery.read_ledger(run / "ledger.jsonl")
+    rows = ledger.read_ledger(run / "ledger.jsonl")
     rows[number] |= changes
-    (run / "ledger.jsonl").write_bytes(b"".join(map(lottery.ledger_line, rows)))
+    (run / "ledger.jsonl").write_bytes(b"".join(map(ledger.ledger_line, rows)))
 
 
 def forge(run, number, **changes):
     """Change a row and compute every hash behind it anew, as somebody would who wants to be believed."""
-    rows = lottery.read_ledger(run / "ledger.jsonl")
+    rows = ledger.read_ledger(run / "ledger.jsonl")
     rows[number] |= changes
     for row, before in zip(rows[1:], rows):
-        row["previous"] = lottery.row_hash(before)
+        row["previous"] = ledger.row_hash(before)
     for row in rows:
-        row["timing_sha256"] = lottery.timing_hash(row)
-    (run / "ledger.jsonl").write_bytes(b"".join(map(lottery.ledger_line, rows)))
+        row["timing_sha256"] = ledger.timing_hash(row)
+    (run / "ledger.jsonl").write_bytes(b"".join(map(ledger.ledger_line, rows)))
 
 
 @pytest.mark.parametrize(
@@ -223,18 +225,18 @@ def forge(run, number, **changes):
 )
 def test_verify_finds_forged_rows(number, changes, message, copy_of_run):
     forge(copy_of_run, number, **changes)
-    wrong = [wrong for _, wrong in lottery.verify(copy_of_run) if wrong]
+    wrong = [wrong for _, wrong in ledger.verify(copy_of_run) if wrong]
     assert wrong and any(message in text for text in wrong), wrong
 
 
 def test_retraining_finds_a_consistent_forgery(copy_of_run):
     """Other errors with the rates and verdicts that follow from them: only training again can tell."""
-    rows = lottery.read_ledger(copy_of_run / "ledger.jsonl")
+    rows = ledger.read_ledger(copy_of_run / "ledger.jsonl")
     errors = [0] * len(rows[2]["test_errors"])
     found = lottery.verdict(errors, rows[0]["test_errors"], rows[2]["test_words"])
     changes = {"test_errors": errors, "test_wer": 0.0, "verdict": found.word, "interval": [found.low, found.high]}
     forge(copy_of_run, 2, **changes)
-    assert not any(wrong for _, wrong in lottery.verify(copy_of_run))
+    assert not any(wrong for _, wrong in ledger.verify(copy_of_run))
     done = verified(copy_of_run, "--retrain", "2")
     assert done.returncode == 1 and "differs from the ledger in test_wer" in done.stderr
 
@@ -306,7 +308,7 @@ def test_a_signal_during_an_evaluation_is_not_lost(when, corpus, finished, tmp_p
 def test_a_signal_while_a_checkpoint_is_read_is_no_damage(corpus, tmp_path, monkeypatch, capsys):
     stopped_run(corpus, tmp_path / "run", monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(lottery.safetensors.torch, "load", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(files.safetensors.torch, "load", lambda _: os.kill(os.getpid(), signal.SIGTERM))
         assert train.main(command(corpus, tmp_path / "run")[2:]) == 143
     assert train.main(command(corpus, tmp_path / "run")[2:]) == 0
 
@@ -341,20 +343,20 @@ def test_verify_finds_tampering(copy_of_run):
 
 def regrow(run):
     """Swap a kept for a pruned weight in round 2's masks: the counts stay right."""
-    path, first = run / "masks" / "02.safetensors", lottery.load_masks(run / "masks" / "01.safetensors")
-    masks = lottery.load_masks(path)
+    path, first = run / "masks" / "02.safetensors", files.load_masks(run / "masks" / "01.safetensors")
+    masks = files.load_masks(path)
     name = next(n for n in masks if not first[n].all() and masks[n].any())
     masks[name].view(-1)[(~first[name]).flatten().nonzero()[0]] = True
     masks[name].view(-1)[masks[name].flatten().nonzero()[-1]] = False
-    lottery.save_masks(path, masks)
+    files.save_masks(path, masks)
 
 
 def unmask(run):
     path = run / "ticket.safetensors"
-    file = lottery.load_ticket(path)
+    file = files.load_ticket(path)
     assert file.rewind is not None
     name = next(iter(file.masks))
-    lottery.save_ticket(path, file.masks, file.rewind, {**file.trained, name: file.trained[name] * 2}, file.info)
+    files.save_ticket(path, file.masks, file.rewind, {**file.trained, name: file.trained[name] * 2}, file.info)
 
 
 def reseed(run):
@@ -377,7 +379,7 @@ def test_checkpoints_that_are_slow_to_write_are_written_less_often(tmp_path, mon
     """At the default saving takes 1 % of the time at most; a stated --save-every is kept."""
     now = [0.0]
     monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(lottery, "write_sealed", lambda *_: now.__setitem__(0, now[0] + 20))
+    monkeypatch.setattr(files, "write_sealed", lambda *_: now.__setitem__(0, now[0] + 20))
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters())
     rest = lottery.Ticket(model), optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), train.Progress()

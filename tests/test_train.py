@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import data
+import files
 import flags
 import lottery
 import models
@@ -88,7 +89,7 @@ def test_no_disk(capsys, tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(lottery, "write_atomically", full)
+    monkeypatch.setattr(files, "write_atomically", full)
     assert "No space left on device" in refused(capsys, "--data", tiny_corpus(tmp_path), "--out", tmp_path / "run")
 
 

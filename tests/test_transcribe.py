@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import data
+import files
 import lottery
 import models
 import transcribe
@@ -47,7 +48,7 @@ def ticket(folder, backbone, **info) -> Path:
     with torch.no_grad():
         model.train().loss(features[None], torch.tensor([len(features)]), torch.tensor([[1]]), torch.tensor([1]))
     info = {"backbone": backbone, "sizes": SIZES[backbone], "tokens": TOKENS, "features": model.features} | info
-    lottery.save_ticket(folder / f"{backbone}.safetensors", masks, None, model.state_dict(), info)
+    files.save_ticket(folder / f"{backbone}.safetensors", masks, None, model.state_dict(), info)
     return folder / f"{backbone}.safetensors"
 
 
@@ -241,9 +242,9 @@ def test_a_manifest_on_stdin(tickets, speech, capsys, monkeypatch):
 def test_what_cannot_be_is_one_line(argv, message, tickets, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut").write_bytes(tickets["rnnt"].read_bytes()[:-1])
-    masks, _, trained, info = lottery.load_ticket(tickets["rnnt"])
-    lottery.save_ticket(tmp_path / "other", masks, None, trained, {})
-    lottery.save_ticket(tmp_path / "misfit", masks, None, trained, info | {"sizes": SIZES["rnnt"] | {"joiner": 8}})
+    masks, _, trained, info = files.load_ticket(tickets["rnnt"])
+    files.save_ticket(tmp_path / "other", masks, None, trained, {})
+    files.save_ticket(tmp_path / "misfit", masks, None, trained, info | {"sizes": SIZES["rnnt"] | {"joiner": 8}})
     places = {name: tmp_path / name for name in ("empty", "cut", "other", "misfit")} | tickets
     try:
         code = transcribe.main([a.format(**places) if "{" in a else a for a in argv])
@@ -266,7 +267,7 @@ def test_an_interrupt_and_a_reader_that_left_are_quiet(tickets, speech, capsys, 
     def interrupted(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lottery, "load_ticket", interrupted)
+    monkeypatch.setattr(files, "load_ticket", interrupted)
     assert said(capsys, tickets["rnnt"], speech[0]) == (130, [], "")
 
 
@@ -424,7 +425,7 @@ def test_size_by_hand(tmp_path, capsys):
     path = ticket(tmp_path, "conformer")
     command = [sys.executable, str(DEMO.parent / "lottery.py"), "size", str(path)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    masks, _, trained, _ = lottery.load_ticket(path)
+    masks, _, trained, _ = files.load_ticket(path)
     # Convolutions 18 + 36, input 640; a block: 4 feed-forward of 16 x 64, attention 16 x 48 + 16 x 16, pointwise
     # 16 x 32 + 16 x 16, depthwise 16 x 5; output 16 x 12.
     assert sum(m.numel() for m in masks.values()) == 18 + 36 + 640 + 4 * 1024 + 768 + 256 + 512 + 256 + 80 + 192 == 6854
@@ -437,6 +438,6 @@ def test_size_by_hand(tmp_path, capsys):
     assert f"remaining: {kept / 6854:.1%} of 6,854 prunable weights" in out
     assert "multiply-adds a second of audio: dense " in out
     for name, message in (("none", "none: cannot read the ticket"), ("other", "other: not a recogniser's ticket")):
-        lottery.save_ticket(tmp_path / "other", masks, None, trained, {})
+        files.save_ticket(tmp_path / "other", masks, None, trained, {})
         assert lottery.main(["size", str(tmp_path / name)]) == 2
         assert message in capsys.readouterr().err
