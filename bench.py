@@ -620,7 +620,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--short", action="store_true", help="infer: one thread and 90 %% sparsity only")
     parser.add_argument(
-        "--ticket", type=Path, help="infer: a ticket.safetensors on the test set of --data, and its WER"
+        "--ticket", type=Path, nargs="+", help="infer: files ticket.safetensors on the test set of --data, with WER"
     )
     parser.add_argument("--data", type=Path, default=Path("demo"), help="of --ticket (default: demo)")
     args = parser.parse_args(argv)

@@ -11,7 +11,6 @@ import io
 import math
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -326,38 +325,47 @@ def bench_utterance(backbone: str, repeats: int, sparsities: tuple[float, ...]) 
         print(f"  {name:32} {took * 1e3:8.1f} ms  {took / SECONDS:.4f}  {ratios}  {sizes}", flush=True)
 
 
-# ---------------------------------------------------------------------------- a real ticket
+# ---------------------------------------------------------------------------- real tickets
 
 
-def bench_ticket(path: Path, corpus: Path) -> None:
-    """A ticket on its test set, one utterance at a time: texts, WER and time of each dtype, and of dense torch."""
-    ticket = files.load_ticket(path)
-    tokens = ticket.info["tokens"]
-    model = models.build(ticket.info["backbone"], ticket.info["size"], len(tokens)).eval()
-    model.load_state_dict(ticket.trained)
-    examples = data.load_examples(data.read_corpus(corpus)["test"], tokens, model.features)
-    texts = [example.text for example in examples]
-    middle = sorted(examples, key=lambda e: e.frames)[len(examples) // 2].features[None]
-    run = functools.partial(transcribe, utterance=(middle, torch.tensor([middle.shape[1]])))
-    remaining = sum(int(m.sum()) for m in ticket.masks.values()) / sum(m.numel() for m in ticket.masks.values())
-    print(
-        f"\n{path}: {ticket.info['backbone']} {ticket.info['size']}, {remaining:.1%} remaining, {len(texts)} utterances"
-    )
-    wanted = None
-    for dtype in ("dense", *sparse.DTYPES):
-        user, rows = (model, []) if dtype == "dense" else sparse.compress(model, ticket.masks, run, dtype=dtype)
-        start = time.perf_counter()
-        said = train.recognise(user, examples, tokens, 1, "cpu")
-        took = time.perf_counter() - start
-        wanted = wanted or said
-        line = (
-            f"  {dtype:10} WER {train.score(texts, said)['wer']:.4f}  {sum(map(str.__eq__, said, wanted))} texts equal"
+def bench_tickets(paths: list[Path], corpus: Path, repeats: int) -> None:
+    """Tickets on their test set, one utterance at a time: texts, WER, bytes and time, dense and of each dtype."""
+    runs, cells = {}, {}
+    for path in paths:
+        ticket = files.load_ticket(path)
+        tokens = ticket.info["tokens"]
+        model = models.of(ticket.info).eval()
+        model.load_state_dict(ticket.trained)
+        examples = data.load_examples(data.read_corpus(corpus)["test"], tokens, model.features)
+        texts, seconds = [example.text for example in examples], sum(e.frames for e in examples) * data.FRAME_SECONDS
+        middle = sorted(examples, key=lambda e: e.frames)[len(examples) // 2].features[None]
+        run = functools.partial(transcribe, utterance=(middle, torch.tensor([middle.shape[1]])))
+        remaining = sum(int(m.sum()) for m in ticket.masks.values()) / sum(m.numel() for m in ticket.masks.values())
+        print(
+            f"\n{path}: {ticket.info['backbone']}, {remaining:.1%} remaining, {len(texts)} utterances, {seconds:.0f} s"
         )
-        print(f"{line}  {took:6.2f} s  {sparse.resident_bytes(user) / 1e6:6.2f} MB resident", flush=True)
-        if dtype == "float32":
-            print("\n".join(f"    {row}" for row in rows))
-            if said != wanted:
-                sys.exit("bench.py: the float32 texts are not those of the dense masked model")
+        wanted = None
+        for dtype in ("dense", *sparse.DTYPES):
+            user, rows = (model, []) if dtype == "dense" else sparse.compress(model, ticket.masks, run, dtype=dtype)
+            said = train.recognise(user, examples, tokens, 1, "cpu")
+            wanted = wanted or said
+            if dtype == "float32":
+                print("\n".join(f"    {row}" for row in rows))
+                if said != wanted:
+                    sys.exit("bench.py: the float32 texts are not those of the dense masked model")
+            disk = saved_bytes(model) if dtype == "dense" else ticket_bytes(model, ticket.masks)
+            cells[path, dtype] = (
+                f"WER {train.score(texts, said)['wer']:.3f}  {sum(map(str.__eq__, said, wanted)):3} texts equal  "
+                f"{disk / 1e3:7.0f} kB  {sparse.resident_bytes(user) / 1e3:7.0f} kB resident"
+            )
+            runs[f"{path} {dtype}"] = functools.partial(train.recognise, user, examples, tokens, 1, "cpu")
+    t = in_turns("cpu", repeats, **runs)
+    print(
+        "\nkB: the dense checkpoint or the ticket's file without its rewind state; real-time factor, times over dense"
+    )
+    for (path, dtype), cell in cells.items():
+        took, dense = t[f"{path} {dtype}"], t[f"{path} dense"]
+        print(f"  {path.parent.name:28} {dtype:9} {cell}  {took / seconds:.5f}  {dense / took:5.2f} x")
 
 
 def bench_infer(args: argparse.Namespace) -> None:
@@ -367,7 +375,7 @@ def bench_infer(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     validate()
     if args.ticket:
-        return bench_ticket(args.ticket, args.data)
+        return bench_tickets(args.ticket, args.data, max(3, args.repeats // 4))
     for threads in (1,) if args.short else (1, 2):
         sparsities = SPARSITIES if threads == 1 and not args.short else (0.9,)
         torch.set_num_threads(threads)
