@@ -166,8 +166,9 @@ def bench_streaming(repeats: int, sparsities: tuple[float, ...], hidden: int = 1
         for layout in sparse.LAYOUTS:
             masks = random_masks(model, sparsity, layout)
             for dtype in sparse.DTYPES if sparsity == 0.9 else ("float32",):
-                compressed, _ = sparse.compress(model, masks, lambda m: m(x), layout=layout, dtype=dtype)
-                name = f"{sparsity:.1%} {layout} {dtype}"
+                compressed, rows = sparse.compress(model, masks, lambda m: m(x), layout=layout, dtype=dtype)
+                stayed = " (dense)" if all(row.layout.startswith("dense") for row in rows) else ""
+                name = f"{sparsity:.1%} {layout} {dtype}{stayed}"
                 functions[name], sizes[name] = stream(compressed[0], x), sparse.resident_bytes(compressed)
     frames = {name: 3 if name == "nn.LSTM" else FRAMES for name in functions}
     turns = {name: lambda f=f, n=frames[name]: [f() for _ in range(n)] for name, f in functions.items()}
@@ -351,6 +352,9 @@ def bench_tickets(paths: list[Path], corpus: Path, repeats: int) -> None:
             wanted = wanted or said
             if dtype == "float32":
                 print("\n".join(f"    {row}" for row in rows))
+            if rows and all(row.layout.startswith("dense") for row in rows):
+                print(f"    {dtype}: all of it stays dense")
+            if dtype == "float32":
                 if said != wanted:
                     sys.exit("bench.py: the float32 texts are not those of the dense masked model")
             disk = saved_bytes(model) if dtype == "dense" else ticket_bytes(model, ticket.masks)

@@ -4,7 +4,8 @@
 
 A weight is seen as (outputs, inputs) and kept in blocks r x c, a layout: "unstructured" is 1x1; in 4x1, 8x1 and 16x1
 neighbouring outputs share an input. Blocks that a mask keeps in part are filled with zeros, so every layout is exact.
-Each layer takes what was measured fastest on this machine, dense included; a row says what and why.
+Each layer takes what was measured fastest on this machine, dense included; a row says what and why. Where the whole is
+faster dense, it stays dense.
 """
 
 import copy
@@ -300,8 +301,10 @@ class Greedy(nn.Module):
 
 def search(self: nn.Module, encoder_out: Tensor, lengths: Tensor, state=None) -> tuple[list[list], tuple]:
     """models.Transducer.search; there, Python takes nine tenths of a small compressed model's time."""
-    from models import Emission  # here, so that other models need nothing of speech
+    from models import Emission, Transducer  # here, so that other models need nothing of speech
 
+    if not len(lengths):
+        return Transducer.search(self, encoder_out, lengths, state)
     predictor_out, (h, c) = state or (None, (None, None))
     found, states = [], []
     for b, length in enumerate(lengths.tolist()):
@@ -339,7 +342,9 @@ class Taken(NamedTuple):
     why: str  # milliseconds of everything tried, in all calls of `run` together; or why nothing was
 
     def as_dense(self, why: str) -> "Taken":
-        return self._replace(layout="dense", bytes=4 * self.shape[0] * self.shape[1], why=why)
+        if self.layout == "dense":
+            return self
+        return self._replace(layout="dense", bytes=4 * self.shape[0] * self.shape[1], why=f"{self.why}; {why}")
 
     def __str__(self) -> str:
         left = f"{self.name:40} {'x'.join(map(str, self.shape)):>10} {self.remaining:6.1%} {self.columns:6d}"
@@ -508,7 +513,7 @@ def compress(
     The copy is called as the model is; its LSTMs take and return (h, c), so that a stream may come in chunks.
     run: uses the model as it will be used (`lambda model: model.transcribe(features, input_lengths)`): each layer is
     measured on what reaches it there, with as many threads as torch has now; layers that are not reached stay dense.
-    If `run` as a whole is no faster, all stays dense.
+    It is called up to 25 times, so it must not use anything up; if it is faster dense as a whole, all stays dense.
     Without it a layer is measured on one utterance of FRAMES frames, and Conv2d stays dense.
     layout: one of LAYOUTS to measure against dense; all by default.
     dtype: "float32", "bfloat16", or "int8" with a scale an output; for sparse layers, dense ones stay float32.
@@ -534,16 +539,21 @@ def compress(
             if not own:
                 continue
             calls = all_calls.get(module, [])
-            on_batches = all(isinstance(a[0], Tensor) and a[0].dim() == 3 for _, a in calls)  # neither packed nor alone
+            tensors = [a[0] for _, a in calls if isinstance(a[0], Tensor)]
+            floats = len(tensors) == len(calls) and {t.dtype for t in [*tensors, weights[own[0]]]} == {torch.float32}
+            dims = {t.dim() for t in tensors}  # of batches: 3, or 4 of images
             become, plain = None, type(module) in (nn.Conv1d, nn.Conv2d) and module.groups == 1
             plain = plain and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+            plain = plain and dims == {3 if type(module) is nn.Conv1d else 4}
             if not calls:
                 why = "run does not reach it" if run else f"a {type(module).__name__} is measured where `run` is given"
             elif not name:
                 why = "it is the whole model"
-            elif type(module) is nn.Linear or plain:
+            elif floats and (type(module) is nn.Linear or plain):
                 become = compress_layer
-            elif type(module) is nn.LSTM and not module.proj_size and on_batches:
+            elif (
+                floats and type(module) is nn.LSTM and not module.proj_size and dims == {3}
+            ):  # neither packed nor alone
                 become = compress_lstm
             else:
                 why = f"no sparse form of this {type(module).__name__}"
@@ -555,9 +565,9 @@ def compress(
             parent, _, child = name.rpartition(".")
             setattr(compressed.get_submodule(parent), child, module)
         models = sys.modules.get("models")  # not imported here: a model of it has done so
-        if models and type(compressed) is models.Transducer:
-            compressed.greedy = Greedy(compressed)
-            compressed.search = types.MethodType(search, compressed)
+        for transducer in (compressed, dense) if models and type(compressed) is models.Transducer else ():
+            transducer.greedy = Greedy(transducer)
+            transducer.search = types.MethodType(search, transducer)
         if run and any(row.layout != "dense" for row in rows):  # layers may gain less than what surrounds them costs
             times = time_calls({"dense": lambda: run(dense), "ours": lambda: run(compressed)}, [(1, ())])
             if times["dense"] < times["ours"]:

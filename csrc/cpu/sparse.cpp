@@ -1,5 +1,5 @@
-// sparse_linear, sparse_lstm and sparse_transducer on CPU: products with a matrix of kept blocks, an LSTM over time that
-// holds one, and the transducer's greedy loop, which holds three.
+// sparse_linear, sparse_conv2d, sparse_lstm and sparse_transducer on CPU: products with a matrix of kept blocks, of
+// vectors and of images, an LSTM over time that holds one, and the transducer's greedy loop, which holds three.
 //
 // A matrix of (outputs, inputs) is cut into blocks r x c. Block row g covers outputs g * r ... and lists its kept blocks
 // from left to right at offsets[g] ... offsets[g + 1] - 1: `columns` has the place of each (its first input / c) and
@@ -227,7 +227,7 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& column
   }
   // Columns in panels whose inputs stay in the second cache while all outputs are made. From input to input there is an odd
   // number of cache lines: at a power of two all would want the same places in the first.
-  const int64_t padded_inputs = round_up(m.inputs, m.c), most = std::max(PANEL / padded_inputs, 4 * LINE);
+  const int64_t padded_inputs = round_up(m.inputs, m.c), most = std::max(PANEL / std::max<int64_t>(padded_inputs, 1), 4 * LINE);
   const int64_t panels = (n + most - 1) / most, panel = round_up((n + panels - 1) / panels, LINE);
   const int64_t width = panel / LINE % 2 ? panel : panel + LINE;
   const Tensor rows = x.contiguous(), turned = at::zeros({padded_inputs, width}, x.options());  // (inputs, columns)
