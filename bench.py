@@ -627,7 +627,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.what == "infer":
         from bench_infer import bench_infer  # which imports this file
 
-        return bench_infer(args)
+        try:
+            return bench_infer(args)
+        except (lottery.LotteryError, data.DataError, OSError) as error:
+            print(f"bench.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2)
     {"ops": bench_ops, "train": bench_train, "data": bench_data, "save": bench_save}[args.what](args)
 
 
