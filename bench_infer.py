@@ -28,6 +28,7 @@ import models
 import sparse
 import train
 from bench import in_turns
+from transcribe import load
 
 SECONDS = 5  # of audio in an utterance
 FRAMES = 100  # that a stream is measured on at once
@@ -296,6 +297,8 @@ def bench_utterance(backbone: str, repeats: int, sparsities: tuple[float, ...]) 
             if said != wanted and "int8" not in name:
                 print(f"  {name}: says something else than dense torch")
             disk[name] = resident[name] = saved_bytes(candidates[name]) if "int8" in name else size
+            if "ours" in name:
+                resident[name] = sparse.resident_bytes(candidates[name])
             continue
         candidates.pop(name, None)
     for sparsity in sparsities:
@@ -333,18 +336,15 @@ def bench_tickets(paths: list[Path], corpus: Path, repeats: int) -> None:
     """Tickets on their test set, one utterance at a time: texts, WER, bytes and time, dense and of each dtype."""
     runs, cells = {}, {}
     for path in paths:
-        ticket = files.load_ticket(path)
+        model, ticket = load(path)
         tokens = ticket.info["tokens"]
-        model = models.of(ticket.info).eval()
-        model.load_state_dict(ticket.trained)
         examples = data.load_examples(data.read_corpus(corpus)["test"], tokens, model.features)
         texts, seconds = [example.text for example in examples], sum(e.frames for e in examples) * data.FRAME_SECONDS
         middle = sorted(examples, key=lambda e: e.frames)[len(examples) // 2].features[None]
         run = functools.partial(transcribe, utterance=(middle, torch.tensor([middle.shape[1]])))
         remaining = sum(int(m.sum()) for m in ticket.masks.values()) / sum(m.numel() for m in ticket.masks.values())
-        print(
-            f"\n{path}: {ticket.info['backbone']}, {remaining:.1%} remaining, {len(texts)} utterances, {seconds:.0f} s"
-        )
+        about = f"{ticket.info['backbone']}, {remaining:.1%} remaining"
+        print(f"\n{path}: {about}, {len(texts)} utterances, {seconds:.0f} s")
         wanted = None
         for dtype in ("dense", *sparse.DTYPES):
             user, rows = (model, []) if dtype == "dense" else sparse.compress(model, ticket.masks, run, dtype=dtype)
@@ -352,11 +352,10 @@ def bench_tickets(paths: list[Path], corpus: Path, repeats: int) -> None:
             wanted = wanted or said
             if dtype == "float32":
                 print("\n".join(f"    {row}" for row in rows))
-            if rows and all(row.layout.startswith("dense") for row in rows):
-                print(f"    {dtype}: all of it stays dense")
-            if dtype == "float32":
                 if said != wanted:
                     sys.exit("bench.py: the float32 texts are not those of the dense masked model")
+            if rows and all(row.layout.startswith("dense") for row in rows):
+                print(f"    {dtype}: all of it stays dense")
             disk = saved_bytes(model) if dtype == "dense" else ticket_bytes(model, ticket.masks)
             cells[path, dtype] = (
                 f"WER {train.score(texts, said)['wer']:.3f}  {sum(map(str.__eq__, said, wanted)):3} texts equal  "
@@ -364,9 +363,7 @@ def bench_tickets(paths: list[Path], corpus: Path, repeats: int) -> None:
             )
             runs[f"{path} {dtype}"] = functools.partial(train.recognise, user, examples, tokens, 1, "cpu")
     t = in_turns("cpu", repeats, **runs)
-    print(
-        "\nkB: the dense checkpoint or the ticket's file without its rewind state; real-time factor, times over dense"
-    )
+    print("\nkB: dense checkpoint, or ticket without its rewind state; real-time factor, times over dense")
     for (path, dtype), cell in cells.items():
         took, dense = t[f"{path} {dtype}"], t[f"{path} dense"]
         print(f"  {path.parent.name:28} {dtype:9} {cell}  {took / seconds:.5f}  {dense / took:5.2f} x")

@@ -497,6 +497,25 @@ def compress_lstm(name: str, lstm: nn.LSTM, masks: lottery.Masks, calls: Calls, 
     return compressed, [r._replace(why=f"{r.why}; {said(times)}") for r in rows]
 
 
+def form_of(name: str, module: nn.Module, weight: Tensor, calls: Calls, ran: bool) -> tuple[Callable | None, str]:
+    """What makes a pruned module sparse, compress_layer or compress_lstm; or None, and why it stays dense."""
+    kind, tensors = type(module), [a[0] for _, a in calls if isinstance(a[0], Tensor)]  # else packed sequences
+    dims, floats = {t.dim() for t in tensors}, {t.dtype for t in [*tensors, weight]} == {torch.float32}
+    if not calls:
+        return None, "run does not reach it" if ran else f"a {kind.__name__} is measured where `run` is given"
+    if not name:
+        return None, "it is the whole model"
+    if floats and len(tensors) == len(calls):
+        if kind is nn.Linear:
+            return compress_layer, ""
+        if kind is nn.LSTM and not module.proj_size and dims == {3}:  # on batches
+            return compress_lstm, ""
+        if kind in (nn.Conv1d, nn.Conv2d) and module.groups == 1 and dims == {3 if kind is nn.Conv1d else 4}:
+            if module.padding_mode == "zeros" and not isinstance(module.padding, str):
+                return compress_layer, ""
+    return None, f"no sparse form of this {kind.__name__}"
+
+
 def resident_bytes(model: nn.Module) -> int:
     """Bytes of the model's parameters and buffers, whatever form they are kept in."""
     packed = [4 * m.packed.numel() for m in model.modules() if isinstance(m, DenseProduct)]
@@ -539,24 +558,7 @@ def compress(
             if not own:
                 continue
             calls = all_calls.get(module, [])
-            tensors = [a[0] for _, a in calls if isinstance(a[0], Tensor)]
-            floats = len(tensors) == len(calls) and {t.dtype for t in [*tensors, weights[own[0]]]} == {torch.float32}
-            dims = {t.dim() for t in tensors}  # of batches: 3, or 4 of images
-            become, plain = None, type(module) in (nn.Conv1d, nn.Conv2d) and module.groups == 1
-            plain = plain and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-            plain = plain and dims == {3 if type(module) is nn.Conv1d else 4}
-            if not calls:
-                why = "run does not reach it" if run else f"a {type(module).__name__} is measured where `run` is given"
-            elif not name:
-                why = "it is the whole model"
-            elif floats and (type(module) is nn.Linear or plain):
-                become = compress_layer
-            elif (
-                floats and type(module) is nn.LSTM and not module.proj_size and dims == {3}
-            ):  # neither packed nor alone
-                become = compress_lstm
-            else:
-                why = f"no sparse form of this {type(module).__name__}"
+            become, why = form_of(name, module, weights[own[0]], calls, run is not None)
             if become is None:
                 rows += [row(n, masks[n].flatten(1), 0, "dense", {}, why) for n in own]
                 continue

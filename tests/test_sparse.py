@@ -431,6 +431,8 @@ def test_compressed_models_say_the_same(backbone, monkeypatch):
         assert (got - want).abs().max() <= tolerance * max(1, want.abs().max()), (layout, dtype)
         if dtype == "float32":
             assert compressed.transcribe(features, lengths) == texts
+        if backbone == "rnnt":
+            assert compressed.search(torch.zeros(0, 3, 128), torch.zeros(0, dtype=torch.int64))[0] == []
         assert torch.equal(outputs(model, features, lengths), want)  # the model itself is untouched
         kept = {name for name, _ in compressed.named_buffers()}
         tensors = [*compressed.parameters(), *compressed.buffers()]
