@@ -236,7 +236,8 @@ def give_names(methods: list[Method]) -> None:
 def rivals(methods: list[Method]) -> list[tuple[Method, Method]]:
     """Pairs, all else the same, of which the first is said to be better.
 
-    A ticket and its control; rewinding to a later step and to step 0; a start from trained weights and from new ones.
+    A ticket and its control; another corpus' ticket and the target's own; rewinding to a later step and to step 0; a
+    start from trained weights and from new ones; weights ranked by layer or LAMP and globally.
     """
     pairs = []
     for a, b in itertools.permutations(methods, 2):
@@ -245,10 +246,10 @@ def rivals(methods: list[Method]) -> list[tuple[Method, Method]]:
         fits = a.get("ticket") == b.get("ticket")
         if different == {"control"}:  # the control of a retrained ticket, or of a search's
             fits = fits or (a.get("ticket") is None and b.get("ticket") == a.data)
-        elif different in ({"rewind_step"}, {"init"}):
-            fits = fits and not b.get(*different)
+        elif different in ({"rewind_step"}, {"init"}, {"scope"}):
+            fits = fits and all(b.get(key) == PLAIN[key] for key in different)
         else:
-            fits = False
+            fits = not different and a.get("ticket") not in (None, a.data) and b.get("ticket") is None
         pairs += [(a, b)] if fits and not a.get("control") else []
     return pairs
 

@@ -106,6 +106,7 @@ def test_methods_are_named_by_what_differs(tmp_path):
         search,
         spanish,
         write_run(tmp_path / "late", errors, epochs=20, rewind_step=200),
+        write_run(tmp_path / "lamp", errors, epochs=20, scope="lamp"),
         write_run(tmp_path / "snr", errors, epochs=30, snr=[0, 20], noise_sha256="12"),
         write_run(tmp_path / "random", errors, epochs=20, control="random-mask", **of),
         write_run(tmp_path / "own", errors, epochs=20, **of),
@@ -117,13 +118,13 @@ def test_methods_are_named_by_what_differs(tmp_path):
     assert list(methods) == ["cnn-lstm on demo, demo size", "cnn-lstm on es, demo size"]
     names = [method.name for method in methods["cnn-lstm on demo, demo size"]]
     assert names == [
-        "imp", "rewind_step 200", "epochs 30, snr 0:20", "random-mask", "ticket", "ticket of es",
+        "imp", "rewind_step 200", "scope lamp", "epochs 30, snr 0:20", "random-mask", "ticket", "ticket of es",
         "random-init, ticket of es", "ticket of another run",
     ]  # fmt: skip
     pairs = [(a.name, b.name) for a, b in compare.rivals(methods["cnn-lstm on demo, demo size"])]
     assert pairs == [
-        ("imp", "random-mask"), ("rewind_step 200", "imp"), ("ticket", "random-mask"),
-        ("ticket of es", "random-init, ticket of es"),
+        ("imp", "random-mask"), ("rewind_step 200", "imp"), ("scope lamp", "imp"), ("ticket", "random-mask"),
+        ("ticket of es", "imp"), ("ticket of es", "random-init, ticket of es"), ("ticket of another run", "imp"),
     ]  # fmt: skip
 
 
