@@ -158,9 +158,10 @@ def small_corpus():
     return corpus
 
 
-def trained(ticket, recipe):
+def trained(ticket, recipe, examples=None):
     args = argparse.Namespace(recipe=recipe, device="cpu", seed=0, workers=0)
     corpus = small_corpus()
+    corpus.train = examples or corpus.train
     return train.train_round(
         ticket, corpus, train.Setting(args, {}, {}, corpus.tokens, ticket.model, lambda _: None, [], "memory")
     )
@@ -203,7 +204,9 @@ def test_long_utterances_leave_training_alone(capsys):
 
 def test_accumulated_batches_step_like_one_batch():
     """Without batch norm and dropout the mean over 2 + 1 utterances in two batches is that of 3 in one."""
-    states = []
+    states, generator = [], torch.Generator().manual_seed(0)
+    labels = ([1, 2, 1], [3, 2, 1], [3, 3])  # other speech and texts, as the mean of equal utterances has any weights
+    examples = [data.Example(torch.randn(40, 80, generator=generator), "", ids) for ids in labels]
     for batch_size, accumulate in ((3, 1), (2, 2), (1, 3)):
         torch.manual_seed(0)
         model = models.build("rnnt", "demo", 4)
@@ -211,12 +214,13 @@ def test_accumulated_batches_step_like_one_batch():
         augment = data.SpecAugment(0, 0, 0, 0)
         recipe = flags.Recipe(2, batch_size, 1e-3, "anneal", 5.0, (0, 9), augment, accumulate=accumulate)
         ticket = lottery.Ticket(model)
-        trained(ticket, recipe)
+        trained(ticket, recipe, examples)
         assert ticket.steps == 2  # one an epoch
         states.append(model.state_dict())
     for state in states[1:]:
-        for name, value in state.items():
-            torch.testing.assert_close(value, states[0][name], atol=3e-5, rtol=1e-4, msg=name)
+        # AdamW divides by the gradient's size, so that near 0 rounding, another on each processor, shows in the step
+        other = [~torch.isclose(value, states[0][name], atol=3e-5, rtol=1e-4) for name, value in state.items()]
+        assert sum(int(part.sum()) for part in other) < 1000  # of 1.4 million; the mean of the batches' means: 900,000
 
 
 def test_a_diverging_loss_is_named():
