@@ -130,11 +130,11 @@ def test_methods_are_named_by_what_differs(tmp_path):
 
 def test_a_method_alone_is_named_by_what_is_not_the_papers(tmp_path):
     runs = [
-        write_run(tmp_path / str(seed), [ROUND_0] * 3, seed=seed, epochs=48, block=[1, 4], scope="lamp", test_snr=[5])
+        write_run(tmp_path / str(seed), [ROUND_0] * 3, seed=seed, epochs=48, rewind_step=9, scope="lamp", test_snr=[5])
         for seed in (0, 1)
     ]
     ((method,),) = merged(*runs).values()
-    assert method.name == "block 1x4, scope lamp"
+    assert method.name == "rewind_step 9, scope lamp"
 
 
 def test_claims_say_what_holds(tmp_path):
