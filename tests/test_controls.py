@@ -224,6 +224,14 @@ def test_unusable_flags(source, corpus, tmp_path, capsys, flags, message):
     assert not (tmp_path / "run").exists()  # nothing was trained first
 
 
+def test_blocks_are_ranked_by_lamp_if_nothing_else_is_said():
+    def scope(*flags):
+        return train.flags.parse([*flags, "--backbone", "rnnt"]).pruning.scope
+
+    assert (scope(), scope("--block", "1x4")) == ("global", "lamp")
+    assert scope("--block", "1x4", "--scope", "layer") == "layer"
+
+
 def test_a_damaged_source_is_named(source, corpus, tmp_path, capsys):
     subprocess.run(["cp", "-r", source, tmp_path / "there"], check=True)
     (tmp_path / "there" / "masks" / "01.safetensors").write_bytes(b"x")
