@@ -211,7 +211,7 @@ def merge(runs: list[Run]) -> dict[str, list[Method]]:
 
 
 def give_names(methods: list[Method]) -> None:
-    """Name each by what differs among them or from PLAIN, in the words of the flags; hashes only where they must."""
+    """Name each by what differs among them or from PLAIN, in the words of the flags; by hashes if nothing else does."""
     keys = sorted({key for method in methods for key in method.settings} - {"control", "ticket"})
     shown = PLAIN.keys() - {"test_snr"}  # which says how a ticket is tested, not what it is
     keys = [key for key in keys if key in shown or any(m.get(key) != methods[0].get(key) for m in methods)]

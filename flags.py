@@ -321,7 +321,7 @@ def defaults_of(source: controls.Source, given: argparse.Namespace) -> dict:
     return settings | {key: path for key, path in source.paths.items() if path}
 
 
-SCOPE_OF_BLOCKS = "lamp"  # nowhere worse where measured: RESULTS.md, "Blocks"
+SCOPE_OF_BLOCKS = "lamp"  # measured: RESULTS.md, "Blocks"
 NONE = Path("none")  # as --lm, --noise and --init: without, where --ticket's run has it
 CHOICES = ("backbone", "sparsity", "size", "prune_rate", "rewind_step", "seed", "margin", "corpus")
 CHOICES += ("train_sets", "valid_sets", "test_sets", "tokens")
