@@ -54,6 +54,8 @@ RECIPES = {
     ("conformer", "demo"): Recipe(16, 8, 2e-3, "one-cycle", 5.0, (0.0, 10.0), LIGHT, betas=ONE_CYCLE),
     **{(backbone, "paper"): PAPER for backbone in models.BACKBONES},
 }
+# the demo's, for networks of four times its weights
+RECIPES |= {(backbone, "wide"): RECIPES[backbone, "demo"] for backbone in models.BACKBONES}
 
 
 # ---------------------------------------------------------------------------- command line
@@ -136,7 +138,8 @@ def parser() -> Parser:
     for part, default_set in (("train", "train-960"), ("valid", "dev-clean"), ("test", "test-clean test-other")):
         add(f"--{part}-sets", nargs="+", metavar="SET", help=f"parts of the corpus, e.g. {default_set}")
     add("--download", action="store_true", help="fetch what of LibriSpeech or TED-LIUM is not there")
-    add("--size", choices=["demo", "paper"], default="demo", help="size of network and recipe (default: demo)")
+    sizes = "of network and recipe; wide: the demo's recipe, twice its widths (default: demo)"
+    add("--size", choices=["demo", "wide", "paper"], default="demo", help=sizes)
     add("--prune-rate", type=float, default=0.2, help="share of survivors removed a round (default: 0.2)")
     add("--epochs", type=int, help=f"epochs a round (default: {default('epochs')})")
     add("--batch-size", type=int, help=f"utterances (default: {default('batch_size')})")

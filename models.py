@@ -149,6 +149,10 @@ class CnnLstm(nn.Module):
             features="log-mel", channels=16, kernels=((21, 11), (11, 7)), strides=((2, 2), (2, 2)),
             hidden=192, layers=2, dropout=0.2,
         ),
+        "wide": dict(
+            features="log-mel", channels=32, kernels=((21, 11), (11, 7)), strides=((2, 2), (2, 2)),
+            hidden=384, layers=2, dropout=0.2,
+        ),
         "paper": dict(
             features="log1p-stft", channels=32, kernels=((41, 11), (21, 11)), strides=((2, 2), (2, 1)),
             hidden=1024, layers=5, dropout=0.0,
@@ -219,6 +223,7 @@ class Transducer(nn.Module):
 
     SIZES = {
         "demo": dict(window=12, channels=192, hidden=256, layers=2, predictor=128, joiner=128, dropout=0.1),
+        "wide": dict(window=12, channels=384, hidden=512, layers=2, predictor=256, joiner=256, dropout=0.1),
         "paper": dict(window=12, channels=768, hidden=1664, layers=5, predictor=1664, joiner=1024, dropout=0.1),
     }
     MAX_SYMBOLS = 8  # tokens an 80 ms frame may emit in `transcribe`
@@ -443,6 +448,7 @@ class ConformerCtc(nn.Module):
 
     SIZES = {
         "demo": dict(channels=16, width=128, heads=4, blocks=4, kernel=15, dropout=0.1),
+        "wide": dict(channels=32, width=256, heads=8, blocks=4, kernel=15, dropout=0.1),
         "paper": dict(channels=256, width=416, heads=8, blocks=16, kernel=15, dropout=0.1),
     }
     features, stride = "log-mel", 4
