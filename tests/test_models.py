@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import flags
 import lottery
 import models
 
@@ -102,6 +103,14 @@ def test_paper_sizes():
     assert count(conformer) == pytest.approx(65.84e6, rel=0.02)
     for backbone in BACKBONES:
         assert 1e6 <= count(models.build(backbone, "demo", 29)) <= 2e6
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_wide_is_the_demo_with_twice_its_widths(backbone):
+    demo, wide = (models.BACKBONES[backbone].SIZES[size] for size in ("demo", "wide"))
+    doubled = {"channels", "hidden", "predictor", "joiner", "width", "heads"}
+    assert wide == {key: 2 * value if key in doubled else value for key, value in demo.items()}
+    assert flags.parse(["--backbone", backbone, "--size", "wide"]).recipe == flags.RECIPES[backbone, "demo"]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
