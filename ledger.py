@@ -172,6 +172,12 @@ def _verify_rows(found: dict) -> None:
             _expect(row_there == settings["dense"], where + "it is not the row that the configuration names")
         else:
             _expect(row["config_sha256"] == hash_json(settings), where + "config_sha256 is not the configuration's")
+        if "valid_wers" in row:  # ledgers of before do not have it
+            wers = row["valid_wers"]
+            _expect(len(wers) == len(row["losses"]) == settings["epochs"], where + "not as many epochs as configured")
+            best = (min(wers), len(wers) - wers[::-1].index(min(wers)))  # of equals the later
+            stated = (row["valid_wer"], row["best_epoch"])
+            _expect(stated == best, where + f"the best valid WER and its epoch are {best}, not {stated}")
         others, dense_others = row.get("other_tests", {}), dense.get("other_tests", {})
         _expect(list(others) == list(dense_others), where + "other test sets than round 0's")
         for test, dense_test in zip([row, *others.values()], [dense, *dense_others.values()]):

@@ -58,6 +58,8 @@ class Progress:
     epoch: int = 0
     batch: int = 0  # of the epoch, done
     loss: float = 0.0  # summed over the epoch's utterances so far, of all processes
+    losses: list[float] = dataclasses.field(default_factory=list)  # of each epoch: the mean over its utterances
+    valid_wers: list[float] = dataclasses.field(default_factory=list)  # behind each epoch
     best_wer: float = math.inf
     best_epoch: int = 0
     best: lottery.State = dataclasses.field(default_factory=dict)

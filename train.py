@@ -179,6 +179,7 @@ def train_round(
         if wer <= at.best_wer:
             at.best_wer, at.best_epoch, at.best = wer, number + 1, lottery.copy_state(model)
         loss = at.loss / len(corpus.train)
+        at.losses, at.valid_wers = [*at.losses, loss], [*at.valid_wers, wer]
         line = f"epoch {number + 1}/{recipe.epochs}, loss {loss:.2f}, valid WER {wer:.3f}"
         bar.set_postfix_str(line)
         if bar.disable and time.monotonic() - said > 30:  # in a log
@@ -517,7 +518,8 @@ def say_empty(ticket: lottery.Ticket, rows: list[dict]) -> None:
 def results(setting: Setting, corpus: Corpus, at: Progress, dense: dict | None) -> dict:
     """What a ledger row says of a training and its test."""
     started = time.monotonic()
-    row = {"valid_wer": at.best_wer, "best_epoch": at.best_epoch} | evaluate_on_tests(setting, corpus, dense)
+    row = {"valid_wer": at.best_wer, "best_epoch": at.best_epoch, "valid_wers": at.valid_wers, "losses": at.losses}
+    row |= evaluate_on_tests(setting, corpus, dense)
     seconds = round(at.seconds + time.monotonic() - started, 1)
     return row | {"seconds": seconds, "waited": round(at.waited, 3), "resumed": at.resumed}
 
