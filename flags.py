@@ -54,7 +54,7 @@ RECIPES = {
     ("conformer", "demo"): Recipe(16, 8, 2e-3, "one-cycle", 5.0, (0.0, 10.0), LIGHT, betas=ONE_CYCLE),
     **{(backbone, "paper"): PAPER for backbone in models.BACKBONES},
 }
-# the demo's, for networks of four times its weights
+# the demo's, for networks of nearly four times its weights
 RECIPES |= {(backbone, "wide"): RECIPES[backbone, "demo"] for backbone in models.BACKBONES}
 
 
