@@ -52,6 +52,12 @@ def read_ledger(path: Path) -> list[dict]:
     return rows
 
 
+def best_epoch(valid_wers: list[float]) -> tuple[float, int]:
+    """The best valid WER and its epoch, counted from 1; of equals the later."""
+    best = min(valid_wers)
+    return best, len(valid_wers) - valid_wers[::-1].index(best)
+
+
 def settings_of(config: dict) -> dict:
     """What decides a result: the configuration without the machine it runs on."""
     return {key: value for key, value in config.items() if key != "machine"}
@@ -173,10 +179,9 @@ def _verify_rows(found: dict) -> None:
         else:
             _expect(row["config_sha256"] == hash_json(settings), where + "config_sha256 is not the configuration's")
         if "valid_wers" in row:  # ledgers of before do not have it
-            wers = row["valid_wers"]
-            _expect(len(wers) == len(row["losses"]) == settings["epochs"], where + "not as many epochs as configured")
-            best = (min(wers), len(wers) - wers[::-1].index(min(wers)))  # of equals the later
-            stated = (row["valid_wer"], row["best_epoch"])
+            epochs = len(row["valid_wers"]), len(row["losses"])
+            _expect(epochs == (settings["epochs"],) * 2, where + "not as many epochs as configured")
+            best, stated = best_epoch(row["valid_wers"]), (row["valid_wer"], row["best_epoch"])
             _expect(stated == best, where + f"the best valid WER and its epoch are {best}, not {stated}")
         others, dense_others = row.get("other_tests", {}), dense.get("other_tests", {})
         _expect(list(others) == list(dense_others), where + "other test sets than round 0's")

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import math
 import os
 import signal
 import socket
@@ -60,9 +59,7 @@ class Progress:
     loss: float = 0.0  # summed over the epoch's utterances so far, of all processes
     losses: list[float] = dataclasses.field(default_factory=list)  # of each epoch: the mean over its utterances
     valid_wers: list[float] = dataclasses.field(default_factory=list)  # behind each epoch
-    best_wer: float = math.inf
-    best_epoch: int = 0
-    best: lottery.State = dataclasses.field(default_factory=dict)
+    best: lottery.State = dataclasses.field(default_factory=dict)  # of the epoch of the best valid WER
     seconds: float = 0.0
     waited: float = 0.0  # of these, for the next batch
     resumed: int = 0  # how often this round was taken up again
@@ -171,6 +168,10 @@ class Kept:
 
     def restore(self, model: torch.nn.Module, optimizer, schedule, device: str) -> Progress:
         """Put optimizer, schedule and generators where they were; the model is there already."""
+        try:
+            at = Progress(**self.about["progress"], best={n: v.to(device) for n, v in self.part("best").items()})
+        except TypeError:
+            raise lottery.LotteryError("the checkpoint is of another version: choose another --out") from None
         parameters = dict(model.named_parameters())
         for key, value in self.part("optimizer").items():
             name, entry = key.rsplit("/", 1)
@@ -182,7 +183,6 @@ class Kept:
         torch.set_rng_state(states["cpu"])
         if device == "cuda" and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"])
-        at = Progress(**self.about["progress"], best={n: v.to(device) for n, v in self.part("best").items()})
         at.resumed += 1
         return at
 

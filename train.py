@@ -176,10 +176,11 @@ def train_round(
         ticket.check()
         hypotheses = recognise(model, corpus.valid, corpus.tokens, recipe.batch_size, args.device)
         wer = score([e.text for e in corpus.valid], hypotheses)["wer"]
-        if wer <= at.best_wer:
-            at.best_wer, at.best_epoch, at.best = wer, number + 1, lottery.copy_state(model)
         loss = at.loss / len(corpus.train)
-        at.losses, at.valid_wers = [*at.losses, loss], [*at.valid_wers, wer]
+        at.losses.append(loss)
+        at.valid_wers.append(wer)
+        if ledger.best_epoch(at.valid_wers)[1] == number + 1:
+            at.best = lottery.copy_state(model)
         line = f"epoch {number + 1}/{recipe.epochs}, loss {loss:.2f}, valid WER {wer:.3f}"
         bar.set_postfix_str(line)
         if bar.disable and time.monotonic() - said > 30:  # in a log
@@ -518,7 +519,8 @@ def say_empty(ticket: lottery.Ticket, rows: list[dict]) -> None:
 def results(setting: Setting, corpus: Corpus, at: Progress, dense: dict | None) -> dict:
     """What a ledger row says of a training and its test."""
     started = time.monotonic()
-    row = {"valid_wer": at.best_wer, "best_epoch": at.best_epoch, "valid_wers": at.valid_wers, "losses": at.losses}
+    wer, epoch = ledger.best_epoch(at.valid_wers)
+    row = {"valid_wer": wer, "best_epoch": epoch, "valid_wers": at.valid_wers, "losses": at.losses}
     row |= evaluate_on_tests(setting, corpus, dense)
     seconds = round(at.seconds + time.monotonic() - started, 1)
     return row | {"seconds": seconds, "waited": round(at.waited, 3), "resumed": at.resumed}
@@ -599,7 +601,7 @@ def retrain(run: Path, number: int) -> None:
         "start_sha256": ticket.start_sha256,
         "last_sha256": lottery.sha256(setting.model.state_dict()),
         "trained_sha256": lottery.sha256(at.best),
-        "valid_wer": at.best_wer,
+        "valid_wer": ledger.best_epoch(at.valid_wers)[0],
     }
     if later:
         ticket.prune(later[0].get("kept_blocks", later[0]["kept"]))

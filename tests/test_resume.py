@@ -393,6 +393,18 @@ def test_checkpoints_that_are_slow_to_write_are_written_less_often(tmp_path, mon
         assert keeper.seconds == seconds
 
 
+def test_a_checkpoint_of_another_version_is_refused_in_a_line(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    rest = lottery.Ticket(model), optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), train.Progress(epoch=3)
+    train.Keeper(tmp_path, "", None, train.Signals(), None).save(*rest)
+    kept = runs.Kept(tmp_path, "")
+    assert kept.restore(model, *rest[1:3], "cpu").epoch == 3
+    kept.about["progress"]["best_wer"] = 0.5  # what it said before it kept the valid WER of every epoch
+    with pytest.raises(lottery.LotteryError, match="the checkpoint is of another version"):
+        kept.restore(model, *rest[1:3], "cpu")
+
+
 def test_only_the_process_that_writes_decides_when_to_save(tmp_path, monkeypatch):
     """The others do not know how long writing takes."""
     saved = []
