@@ -58,6 +58,12 @@ def best_epoch(valid_wers: list[float]) -> tuple[float, int]:
     return best, len(valid_wers) - valid_wers[::-1].index(best)
 
 
+def never_pruned(row: dict) -> int:
+    """Parameters that are not prunable, from a row's two shares: remaining_all = (kept + rest) / (total + rest)."""
+    share = row["remaining_all"]
+    return 0 if row["kept"] == row["total"] else round((share * row["total"] - row["kept"]) / (1 - share))
+
+
 def settings_of(config: dict) -> dict:
     """What decides a result: the configuration without the machine it runs on."""
     return {key: value for key, value in config.items() if key != "machine"}
@@ -167,10 +173,14 @@ def _verify_chain(found: dict) -> None:
 
 def _verify_rows(found: dict) -> None:
     settings, dense = found["settings"], found["rows"][0]
+    rest = never_pruned(found["rows"][-1])
     for row in found["rows"]:
         where = f"round {row['round']}: "
         _expect(row["total"] == dense["total"], where + "another total than round 0's")
         _expect(row["remaining"] == row["kept"] / row["total"], where + "remaining is not kept / total")
+        if "sizes" not in row:  # dense-small: another network, its parameters by the dense one's
+            share = (row["kept"] + rest) / (row["total"] + rest)
+            _expect(row["remaining_all"] == share, where + f"remaining_all is not {share}, as the last round's is")
         for key in ("seed", "data_sha256"):
             _expect(row[key] == settings[key], where + f"{key} is not the configuration's")
         if row is dense and "dense" in settings:  # of another run, where its settings were the line before

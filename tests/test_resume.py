@@ -215,6 +215,8 @@ def forge(run, number, **changes):
         (2, {"test_wer": 0.01}, "round 2: test_wer is not test_errors / test_words"),
         (2, {"verdict": "winning", "interval": [-0.5, -0.4]}, "round 2: the verdict is "),
         (1, {"remaining": 0.1}, "round 1: remaining is not kept / total"),
+        (1, {"remaining_all": 0.1}, "round 1: remaining_all is not "),
+        (2, {"remaining_all": 0.1}, "remaining_all is not "),
         (1, {"best_epoch": 99}, "round 1: the best valid WER and its epoch are "),
         (2, {"valid_wer": -0.5}, "round 2: the best valid WER and its epoch are "),
         (2, {"losses": [1.0] * 99}, "round 2: not as many epochs as configured"),
