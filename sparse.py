@@ -9,10 +9,10 @@ faster dense, it stays dense.
 """
 
 import copy
+import functools
 import math
 import sys
 import time
-import types
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -214,7 +214,14 @@ class DenseProduct(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, columns: int):
         super().__init__()
         self.register_buffer("bias", bias)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, columns)
+        self.columns, self.packed = columns, torch.ops.mkldnn._reorder_linear_weight(weight, columns)
+
+    def __getstate__(self) -> dict:  # for copy and pickle, which oneDNN's form of a tensor has none of
+        return self.__dict__ | {"packed": self.packed.to_dense()}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.packed, self.columns)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
@@ -569,7 +576,7 @@ def compress(
         models = sys.modules.get("models")  # not imported here: a model of it has done so
         for transducer in (compressed, dense) if models and type(compressed) is models.Transducer else ():
             transducer.greedy = Greedy(transducer)
-            transducer.search = types.MethodType(search, transducer)
+            transducer.search = functools.partial(search, transducer)
         if run and any(row.layout != "dense" for row in rows):  # layers may gain less than what surrounds them costs
             times = time_calls({"dense": lambda: run(dense), "ours": lambda: run(compressed)}, [(1, ())])
             if times["dense"] < times["ours"]:

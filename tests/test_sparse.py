@@ -1,5 +1,8 @@
 """Sparse products against dense masked ones, and compressed models against the dense masked model."""
 
+import copy
+import io
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -404,9 +407,9 @@ def outputs(model, features, lengths):
         return torch.cat([o[:length] for o, length in zip(out, lengths.tolist())])
 
 
-def always_sparse(monkeypatch):
-    """Take the last layout there is, however long it takes."""
-    order = {name: -i for i, name in enumerate(["nn.LSTM", "dense", "dense prepacked", *LAYOUTS, "ours"])}
+def always_sparse(monkeypatch, but=()):
+    """Take the last layout there is, however long it takes; `but`: what is taken before all others."""
+    order = {name: -i for i, name in enumerate(["nn.LSTM", "dense", "dense prepacked", *LAYOUTS, "ours", *but])}
     monkeypatch.setattr(sparse, "time_calls", lambda candidates, calls: {name: order[name] for name in candidates})
 
 
@@ -438,6 +441,22 @@ def test_compressed_models_say_the_same(backbone, monkeypatch):
         tensors = [*compressed.parameters(), *compressed.buffers()]
         assert sparse.resident_bytes(compressed) == sum(t.numel() * t.element_size() for t in tensors) and kept
         assert sum(row.bytes for row in rows) < sparse.resident_bytes(compressed) < sparse.resident_bytes(model) / 3
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_compressed_models_can_be_copied_and_saved(monkeypatch):
+    always_sparse(monkeypatch, but=["dense prepacked"])
+    features, lengths = torch.randn(2, 66, 80), torch.tensor([66, 41])
+    model, masks = masked_model("rnnt", "1x4")
+    compressed, _ = lottery.compress(model, masks, lambda m: m.transcribe(features, lengths))
+    assert {sparse.DenseProduct, sparse.Recurrent, sparse.Greedy} <= {type(module) for module in compressed.modules()}
+    torch.save(compressed, file := io.BytesIO())  # pickle alone does not know torch's uint16
+    file.seek(0)
+    for other in (copy.deepcopy(compressed), torch.load(file, weights_only=False)):
+        assert torch.equal(outputs(other, features, lengths), outputs(compressed, features, lengths))
+        assert other.search.func is sparse.search and other.search.args == (other,)
+        assert other.transcribe(features, lengths) == compressed.transcribe(features, lengths)
+        assert sparse.resident_bytes(other) == sparse.resident_bytes(compressed)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
