@@ -54,8 +54,8 @@ RECIPES = {
     ("conformer", "demo"): Recipe(16, 8, 2e-3, "one-cycle", 5.0, (0.0, 10.0), LIGHT, betas=ONE_CYCLE),
     **{(backbone, "paper"): PAPER for backbone in models.BACKBONES},
 }
-# the demo's, for networks of nearly four times its weights
-RECIPES |= {(backbone, "wide"): RECIPES[backbone, "demo"] for backbone in models.BACKBONES}
+# the demo's, for networks of nearly four and eight to nine times its weights
+RECIPES |= {(backbone, size): RECIPES[backbone, "demo"] for backbone in models.BACKBONES for size in ("wide", "wider")}
 
 
 # ---------------------------------------------------------------------------- command line
@@ -138,8 +138,8 @@ def parser() -> Parser:
     for part, default_set in (("train", "train-960"), ("valid", "dev-clean"), ("test", "test-clean test-other")):
         add(f"--{part}-sets", nargs="+", metavar="SET", help=f"parts of the corpus, e.g. {default_set}")
     add("--download", action="store_true", help="fetch what of LibriSpeech or TED-LIUM is not there")
-    sizes = "of network and recipe; wide: the demo's recipe, twice its widths (default: demo)"
-    add("--size", choices=["demo", "wide", "paper"], default="demo", help=sizes)
+    sizes = "of network and recipe; wide, wider: the demo's recipe, twice and three times its widths (default: demo)"
+    add("--size", choices=["demo", "wide", "wider", "paper"], default="demo", help=sizes)
     add("--prune-rate", type=float, default=0.2, help="share of survivors removed a round (default: 0.2)")
     add("--epochs", type=int, help=f"epochs a round (default: {default('epochs')})")
     add("--batch-size", type=int, help=f"utterances (default: {default('batch_size')})")

@@ -135,6 +135,12 @@ class BiLstm(nn.Module):
         return ahead + back.gather(1, flip.expand_as(back))
 
 
+def widened(shape: dict, factor: int) -> dict:
+    """`shape` with `factor` times its channels, widths and heads, as deep as before."""
+    widths = ("channels", "hidden", "predictor", "joiner", "width", "heads")
+    return {key: factor * value if key in widths else value for key, value in shape.items()}
+
+
 class CnnLstm(nn.Module):
     """The paper's CNN-LSTM (Deep Speech 2): two convolutions, BiLSTM layers, CTC.
 
@@ -144,15 +150,14 @@ class CnnLstm(nn.Module):
     norm takes its statistics over valid frames only. Convolution weights are (out, in, frequency, time).
     """
 
+    DEMO = dict(
+        features="log-mel", channels=16, kernels=((21, 11), (11, 7)), strides=((2, 2), (2, 2)),
+        hidden=192, layers=2, dropout=0.2,
+    )  # fmt: skip
     SIZES = {
-        "demo": dict(
-            features="log-mel", channels=16, kernels=((21, 11), (11, 7)), strides=((2, 2), (2, 2)),
-            hidden=192, layers=2, dropout=0.2,
-        ),
-        "wide": dict(
-            features="log-mel", channels=32, kernels=((21, 11), (11, 7)), strides=((2, 2), (2, 2)),
-            hidden=384, layers=2, dropout=0.2,
-        ),
+        "demo": DEMO,
+        "wide": widened(DEMO, 2),
+        "wider": widened(DEMO, 3),
         "paper": dict(
             features="log1p-stft", channels=32, kernels=((41, 11), (21, 11)), strides=((2, 2), (2, 1)),
             hidden=1024, layers=5, dropout=0.0,
@@ -221,9 +226,11 @@ class Transducer(nn.Module):
     The paper's 132 M shape was never published: size "paper" is ours, five encoder layers and one predictor layer.
     """
 
+    DEMO = dict(window=12, channels=192, hidden=256, layers=2, predictor=128, joiner=128, dropout=0.1)
     SIZES = {
-        "demo": dict(window=12, channels=192, hidden=256, layers=2, predictor=128, joiner=128, dropout=0.1),
-        "wide": dict(window=12, channels=384, hidden=512, layers=2, predictor=256, joiner=256, dropout=0.1),
+        "demo": DEMO,
+        "wide": widened(DEMO, 2),
+        "wider": widened(DEMO, 3),
         "paper": dict(window=12, channels=768, hidden=1664, layers=5, predictor=1664, joiner=1024, dropout=0.1),
     }
     MAX_SYMBOLS = 8  # tokens an 80 ms frame may emit in `transcribe`
@@ -446,9 +453,11 @@ class ConformerCtc(nn.Module):
     is the plain Conformer at 66 M.
     """
 
+    DEMO = dict(channels=16, width=128, heads=4, blocks=4, kernel=15, dropout=0.1)
     SIZES = {
-        "demo": dict(channels=16, width=128, heads=4, blocks=4, kernel=15, dropout=0.1),
-        "wide": dict(channels=32, width=256, heads=8, blocks=4, kernel=15, dropout=0.1),
+        "demo": DEMO,
+        "wide": widened(DEMO, 2),
+        "wider": widened(DEMO, 3),
         "paper": dict(channels=256, width=416, heads=8, blocks=16, kernel=15, dropout=0.1),
     }
     features, stride = "log-mel", 4

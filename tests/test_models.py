@@ -105,12 +105,13 @@ def test_paper_sizes():
         assert 1e6 <= count(models.build(backbone, "demo", 29)) <= 2e6
 
 
+@pytest.mark.parametrize("size, factor", [("wide", 2), ("wider", 3)])
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_wide_is_the_demo_with_twice_its_widths(backbone):
-    demo, wide = (models.BACKBONES[backbone].SIZES[size] for size in ("demo", "wide"))
-    doubled = {"channels", "hidden", "predictor", "joiner", "width", "heads"}
-    assert wide == {key: 2 * value if key in doubled else value for key, value in demo.items()}
-    assert flags.parse(["--backbone", backbone, "--size", "wide"]).recipe == flags.RECIPES[backbone, "demo"]
+def test_wide_sizes_are_the_demo_with_that_many_times_its_widths(backbone, size, factor):
+    demo, wide = (models.BACKBONES[backbone].SIZES[size] for size in ("demo", size))
+    widths = {"channels", "hidden", "predictor", "joiner", "width", "heads"}
+    assert wide == {key: factor * value if key in widths else value for key, value in demo.items()}
+    assert flags.parse(["--backbone", backbone, "--size", size]).recipe == flags.RECIPES[backbone, "demo"]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
