@@ -105,9 +105,19 @@ def test_paper_sizes():
         assert 1e6 <= count(models.build(backbone, "demo", 29)) <= 2e6
 
 
-@pytest.mark.parametrize("size, factor", [("wide", 2), ("wider", 3)])
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_wide_sizes_are_the_demo_with_that_many_times_its_widths(backbone, size, factor):
+@pytest.mark.parametrize(
+    "backbone, size, factor, prunable",
+    [
+        ("cnn-lstm", "wide", 2, 5_602_400),
+        ("cnn-lstm", "wider", 3, 12_591_504),
+        ("rnnt", "wide", 2, 5_043_968),
+        ("rnnt", "wider", 3, 11_055_744),
+        ("conformer", "wide", 2, 6_225_440),
+        ("conformer", "wider", 3, 13_989_936),
+    ],
+)
+def test_wide_sizes_are_the_demo_with_that_many_times_its_widths(backbone, size, factor, prunable):
+    assert sum(w.numel() for w in lottery.prunable(models.build(backbone, size, 29)).values()) == prunable
     demo, wide = (models.BACKBONES[backbone].SIZES[size] for size in ("demo", size))
     widths = {"channels", "hidden", "predictor", "joiner", "width", "heads"}
     assert wide == {key: factor * value if key in widths else value for key, value in demo.items()}
