@@ -17,6 +17,7 @@ import plan
 class Run(NamedTuple):
     config: dict
     rows: list[dict]
+    path: Path = Path()
 
     @property
     def data(self) -> str:
@@ -36,7 +37,7 @@ def load(path: Path) -> Run:
         missing |= {"data"}
     if missing:
         raise lottery.LotteryError(f"{path}: not a run of train.py: it has no {', '.join(sorted(missing))}")
-    return Run(config, rows)
+    return Run(config, rows, path)
 
 
 # ---------------------------------------------------------------------------- a round, over seeds
@@ -113,6 +114,7 @@ class Method:
     data: str
     points: dict[tuple, Point] = field(default_factory=dict)  # by step(): dense, then sparser and sparser
     name: str = ""
+    left_out: list[Run] = field(default_factory=list)  # with other results in rounds that a seed has already
 
     def get(self, key: str):
         return self.settings.get(key, PLAIN.get(key))
@@ -201,6 +203,8 @@ def merge(runs: list[Run]) -> dict[str, list[Method]]:
             point = method.points.setdefault(step(row, config), Point(config["margin"]))
             if config["seed"] not in point.seeds:
                 point.add(config["seed"], row, run.rows[0])
+            elif row["test_errors"] != point.rows[point.seeds.index(config["seed"])]["test_errors"]:
+                method.left_out += [run] if run not in method.left_out else []
     titles, named = [title for title, _ in groups], {}
     for (title, sha256), methods in groups.items():
         for method in methods.values():

@@ -88,7 +88,8 @@ def read_source(path: Path) -> Source:
             total, kept = sum(unit.numel() for unit in units), sum(int(unit.sum()) for unit in units)
             counts = lottery.kept_counts(total, settings["sparsity"], settings["prune_rate"])
             number = counts.index(kept) if kept in counts[1:] else 1
-            return Source(path, settings, tokens, {number: file.masks}, file.rewind, file.trained, {})
+            masks = {number: file.masks} if kept < total else {}
+            return Source(path, settings, tokens, masks, file.rewind, file.trained, {})
         (config, rows), masks = read_run(path), {}
         if "rounds" in config:
             raise lottery.LotteryError(f"{path}: it searched for no ticket, but trained another run's: name that run")
@@ -111,7 +112,7 @@ def read_source(path: Path) -> Source:
 def adopt(model: nn.Module, state: lottery.State, same_tokens: bool, path: Path) -> tuple[lottery.State, list[str]]:
     """`state` for this model, and the names of the token layers that are the model's own because the tokens differ.
 
-    Raises LotteryError if any other layer is not of the same shape.
+    Raises LotteryError if any other layer is not of the same shape or not finite.
     """
     own, renewed = lottery.copy_state(model), []
     found = {}
@@ -123,9 +124,22 @@ def adopt(model: nn.Module, state: lottery.State, same_tokens: bool, path: Path)
             found[name] = value
         elif name not in state or state[name].shape != value.shape:
             raise lottery.LotteryError(f"{path}: it is of another network: {name} is not there in this shape")
+        elif not state[name].isfinite().all():
+            raise lottery.LotteryError(f"{path}: {name} has a NaN or infinite value")
         else:
             found[name] = state[name].to(value.device)
     return found, renewed
+
+
+def check_fit(source: Source, model: nn.Module, tokens: list[str], weights: str) -> None:
+    """Raise LotteryError, before anything is trained, unless the source's weights and masks are of this network."""
+    _, renewed = adopt(model, source.state(weights), source.tokens == tokens, source.path)
+    shapes = {name: weight.shape for name, weight in lottery.prunable(model).items() if name not in renewed}
+    for masks in source.masks.values():
+        there = {name: mask.shape for name, mask in masks.items() if name not in renewed}
+        for name in sorted(shapes.keys() | there.keys()):
+            if shapes.get(name) != there.get(name):
+                raise lottery.LotteryError(f"{source.path}: its masks are of another network: {name} does not fit")
 
 
 def random_masks(masks: lottery.Masks, renewed: list[str], pruning: lottery.Pruning, seed: int, matched: bool):

@@ -82,7 +82,7 @@ def rows_by_columns(text: str) -> tuple[int, int]:
 
 def decibels(text: str, separator: str) -> tuple[float, ...]:
     """Numbers between the separators, each in [-100, 100]."""
-    values = tuple(map(float, text.split(separator)))
+    values = tuple(float(value) + 0.0 for value in text.split(separator))  # -0 is 0
     if not all(-100 <= value <= 100 for value in values):
         raise ValueError
     return values
@@ -269,7 +269,7 @@ def check_given(p: Parser, args: argparse.Namespace) -> None:
             p.error(f"--{key.replace('_', '-')} is {there} in {args.ticket}, whose masks were made so: leave it out")
     there = args.source.masks
     if not there:
-        p.error(f"--ticket {args.ticket}: it has no ticket: only its dense round is finished")
+        p.error(f"--ticket {args.ticket}: it has no ticket: nothing in it is pruned yet")
     last = {max(there)} if args.ticket_weights == "trained" else set(there)  # trained weights are kept of one round
     args.rounds = sorted({0, *(args.rounds or last)})
     missing = set(args.rounds) - last - {0}

@@ -15,7 +15,6 @@ where a weight is kept, round 0 is dense. The invariants that are asserted as it
 Operators: operators.py. Files: files.py. What is kept of a run, and how it is checked: ledger.py.
 """
 
-import argparse
 import hashlib
 import math
 import subprocess
@@ -207,7 +206,8 @@ class Pruning(NamedTuple):
         """The mask, of the shape of `mask`, that keeps these units."""
         if self.block == (1, 1):
             return units
-        (rows, columns), matrix = self.block, mask.flatten(1)
+        matrix = mask.flatten(1)
+        rows, columns = (min(n, size) for n, size in zip(self.block, matrix.shape))
         whole = units.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
         return whole[: matrix.shape[0], : matrix.shape[1]].reshape(mask.shape)
 
@@ -400,7 +400,10 @@ def check_least(ticket: Ticket, keep: int) -> None:
     pruning, units = ticket.pruning, [ticket.pruning.units(mask) for mask in ticket.masks.values()]
     least = sum(map(pruning.least, units))
     if least > keep:
-        raise LotteryError(f"min_remaining {pruning.min_remaining} keeps {least} of the prunable, more than {keep}")
+        raise LotteryError(
+            f"min_remaining {pruning.min_remaining} keeps {least} of the prunable, more than {keep}, all that the "
+            "sparsity leaves"
+        )
 
 
 def finish(ticket: Ticket, trained: State | None) -> tuple[State, dict]:
@@ -482,9 +485,11 @@ def verdict(ticket_errors, dense_errors, words, margin: float = 0.01, resamples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="lottery.py", description="Check runs, copy and weigh tickets.", allow_abbrev=False
-    )
+    import files  # these import this file
+    import flags
+    import ledger
+
+    parser = flags.Parser(prog="lottery.py", description="Check runs, copy and weigh tickets.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("verify", help="print a line a check; exit code 0 if all hold, 1 if not")
     command.add_argument("run", type=Path, help="run folder")
@@ -496,9 +501,6 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("size", help="bytes by part beside the dense checkpoint, what remains, multiply-adds")
     command.add_argument("ticket", type=Path)
     args = parser.parse_args(argv)
-    import files  # these import this file
-    import ledger
-
     if args.command == "size":
         import size  # it knows the recognisers, whose products it counts; nothing above does
 

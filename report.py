@@ -3,8 +3,8 @@
 python report.py RUN [RUN ...] [--out FOLDER]
 """
 
-import argparse
 import io
+import itertools
 import json
 import re
 import statistics
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import files
+import flags
 import lottery
 import plan
 from compare import Method, Point, Run, compared, load, merge, of_test, rivals
@@ -346,7 +347,7 @@ def read(path: Path) -> Run:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="report.py", description="Merge runs: tables, pictures, claims.")
+    parser = flags.Parser(prog="report.py", description="Merge runs: tables, pictures, claims.", allow_abbrev=False)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, finished or not")
     parser.add_argument("--out", type=Path, help="folder for report.md and the pictures (default: only print)")
     args = parser.parse_args(argv)
@@ -358,6 +359,10 @@ def main(argv: list[str] | None = None) -> int:
         if not runs:
             raise lottery.LotteryError("no run with a finished round")
         groups = merge(list(runs.values()))
+        for method in itertools.chain(*groups.values()):
+            for run in method.left_out:
+                why = f"a run before it is {method.name}, seed {run.config['seed']}, too"
+                print(f"report.py: {run.path}: left out where {why}", file=sys.stderr)
         print(merged_report(groups, pictures=False), end="")
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)

@@ -290,7 +290,7 @@ def prepare(args: argparse.Namespace) -> Setting:
     if args.init:
         start_from(args.init, model, tokens)
     if args.source:  # of another network: refused before anything is trained
-        controls.adopt(model, args.source.state(args.ticket_weights), args.source.tokens == tokens, args.ticket)
+        controls.check_fit(args.source, model, tokens, args.ticket_weights)
     files = data.audio_files(utterances)
     cached = isinstance(cache, data.Cache)
     size = sum(path.stat().st_size for path in set(files))
@@ -309,6 +309,8 @@ def prepare(args: argparse.Namespace) -> Setting:
     config |= {"dense": ledger.row_hash(dense)} if dense else {}
     ticket = lottery.Ticket(model, pruning=args.pruning)
     counts = lottery.kept_counts(ticket.kept_units, args.sparsity, args.prune_rate)
+    if not args.source:
+        lottery.check_least(ticket, counts[-1])
     options = {key: getattr(args, key) for key in flags.SEARCH} if args.lm else {"beam": args.beam}
     words = {word for utterance in utterances["train"] for word in utterance.text.split()}
     search_of = functools.partial(decode.transcriber, tokens=tokens, lm=args.lm, words=words, **options)

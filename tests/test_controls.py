@@ -196,6 +196,24 @@ def test_ticket_files_and_trained_starts(source, corpus, tmp_path, capsys):
     assert "it has no rewind state" in refused(capsys, "--ticket", tmp_path / "no.safetensors", *data)
 
 
+def test_a_ticket_that_does_not_fit_is_refused_before_training(source, corpus, tmp_path, capsys):
+    there, bad = files.load_ticket(source / "ticket.safetensors"), tmp_path / "bad.safetensors"
+    flags = ("--data", corpus, "--backbone", "cnn-lstm", "--out", tmp_path / "run")
+    name, *_ = there.masks
+    nan = {**there.trained, name: torch.full_like(there.trained[name], torch.nan)}
+    files.save_ticket(bad, there.masks, nan, nan, there.info)
+    for flag in ("--ticket", "--init"):
+        assert f"bad.safetensors: {name} has a NaN or infinite value" in refused(capsys, flag, bad, *flags)
+    fewer = {key: mask for key, mask in there.masks.items() if key != name}
+    files.save_ticket(bad, fewer, there.rewind, there.trained, there.info)
+    assert f"its masks are of another network: {name} does not fit" in refused(capsys, "--ticket", bad, *flags)
+    whole = {key: torch.ones_like(mask) for key, mask in there.masks.items()}
+    files.save_ticket(bad, whole, there.rewind, there.trained, there.info)
+    assert "nothing in it is pruned yet" in refused(capsys, "--ticket", bad, *flags)
+    said = refused(capsys, *flags, "--sparsity", 0.5, "--min-remaining", 0.9)
+    assert "min_remaining 0.9 keeps" in said and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -247,7 +265,7 @@ def test_a_source_whose_files_do_not_belong_together(source, corpus, tmp_path, c
     assert "ticket.safetensors is not of the ledger's last round" in refused(capsys, "--ticket", there, *data)
     run("--data", corpus, "--backbone", "cnn-lstm", "--epochs", 1, "--sparsity", 0, "--out", tmp_path / "dense")
     for flags in ((), ("--ticket-weights", "trained")):
-        assert "only its dense round is finished" in refused(capsys, "--ticket", tmp_path / "dense", *flags, *data)
+        assert "nothing in it is pruned yet" in refused(capsys, "--ticket", tmp_path / "dense", *flags, *data)
     model = models.build("cnn-lstm", "demo", 5)
     more = lottery.copy_state(model) | {"layer_7": torch.ones(1)}
     with pytest.raises(lottery.LotteryError, match="layer_7 is not in this one"):

@@ -305,6 +305,12 @@ def test_rounds_of_any_ranking_are_nested_and_exact(scope, block):
                 assert abs(int(kept[name].sum()) - units[name] * keep / sum(units.values())) <= 1.5
 
 
+def test_a_block_may_be_larger_than_the_weight():
+    pruning, mask = lottery.Pruning((2**31 - 1, 2**31 - 1)), torch.ones(3, 2, 2, dtype=torch.bool)
+    for kept in (mask, ~mask):
+        assert pruning.units(kept).shape == (1, 1) and torch.equal(pruning.weights(pruning.units(kept), mask), kept)
+
+
 def test_a_floor_takes_from_the_others_alone():
     free, floored = (pruned(lottery.Pruning(min_remaining=share), 4) for share in (0.0, 0.3))
     assert not free["a"].any() and free["b"].all()

@@ -206,6 +206,13 @@ def test_command_prints_and_writes(tmp_path, capsys):
     assert "(cnn-lstm-on-demo-demo-size-layers.png)" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_a_second_run_of_one_seed_is_named(tmp_path, capsys):
+    runs = [write_run(tmp_path / name, [ROUND_0, [n, 3, 3, 3]]) for name, n in (("a", 3), ("b", 2), ("c", 3))]
+    assert report.main([str(run) for run in runs]) == 0
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == f"report.py: {runs[1]}: left out where a run before it is imp, seed 0, too"
+
+
 def edit(path, old, new):
     path.write_text(path.read_text().replace(old, new))
 
