@@ -100,6 +100,7 @@ def read_source(path: Path) -> Source:
         if lottery.sha256(file.trained) != rows[-1]["trained_sha256"]:
             raise lottery.LotteryError(f"{path}: ticket.safetensors is not of the ledger's last round")
         rewind = files.read_sealed(path / "rewind.safetensors", "rewind state")[0]
+        files.check_finite(path / "rewind.safetensors", rewind)
         paths = {key: path and str(path) for key, path in config["machine"].items() if key in PATHS}
         return Source(path, ledger.settings_of(config), tokens, masks, rewind, file.trained, paths, rows[0])
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -112,7 +113,7 @@ def read_source(path: Path) -> Source:
 def adopt(model: nn.Module, state: lottery.State, same_tokens: bool, path: Path) -> tuple[lottery.State, list[str]]:
     """`state` for this model, and the names of the token layers that are the model's own because the tokens differ.
 
-    Raises LotteryError if any other layer is not of the same shape or not finite.
+    Raises LotteryError if any other layer is not of the same shape.
     """
     own, renewed = lottery.copy_state(model), []
     found = {}
@@ -124,14 +125,12 @@ def adopt(model: nn.Module, state: lottery.State, same_tokens: bool, path: Path)
             found[name] = value
         elif name not in state or state[name].shape != value.shape:
             raise lottery.LotteryError(f"{path}: it is of another network: {name} is not there in this shape")
-        elif not state[name].isfinite().all():
-            raise lottery.LotteryError(f"{path}: {name} has a NaN or infinite value")
         else:
             found[name] = state[name].to(value.device)
     return found, renewed
 
 
-def check_fit(source: Source, model: nn.Module, tokens: list[str], weights: str) -> None:
+def check_source(source: Source, model: nn.Module, tokens: list[str], weights: str) -> None:
     """Raise LotteryError, before anything is trained, unless the source's weights and masks are of this network."""
     _, renewed = adopt(model, source.state(weights), source.tokens == tokens, source.path)
     shapes = {name: weight.shape for name, weight in lottery.prunable(model).items() if name not in renewed}

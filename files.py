@@ -141,7 +141,7 @@ def load_ticket(path: Path, model: nn.Module | None = None) -> TicketFile:
     """Read and check a ticket: its hash, its masks' hashes and shapes, and, given a model, the model's scope.
 
     A parameter with two names is masked under its first alone: hold the ticket after loading a state into such a model.
-    Raises LotteryError, naming the file, for anything that is not a whole ticket (for this model).
+    Raises LotteryError, naming the file, for anything that is not a whole, finite ticket (for this model).
     """
     tensors, about = read_sealed(path, "ticket")
     try:
@@ -166,6 +166,13 @@ def check_fit(path: Path, file: TicketFile, model: nn.Module) -> None:
             raise LotteryError(f"{path}: the ticket's parameters are not this model's")
 
 
+def check_finite(path: Path, state: State) -> None:
+    """Raise LotteryError, naming the file and the tensor, for a NaN or infinite value."""
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise LotteryError(f"{path}: {name} has a NaN or infinite value")
+
+
 def _ticket_of(path: Path, tensors: dict[str, Tensor], about: dict) -> TicketFile:
     masks = _unpacked(path, {n[5:]: t for n, t in tensors.items() if n.startswith("mask/")}, about["shapes"])
     if about["mask_sha256"] != {name: sha256({name: mask}) for name, mask in masks.items()}:
@@ -181,4 +188,6 @@ def _ticket_of(path: Path, tensors: dict[str, Tensor], about: dict) -> TicketFil
                 raise LotteryError(f"{path}: {key} has {tuple(value.shape)} values for {kept} kept places")
             value = torch.zeros(masks[name].shape, dtype=value.dtype).masked_scatter_(masks[name], value)
         states[part][name] = value
+    for state in states.values():
+        check_finite(path, state)
     return TicketFile(masks, states["rewind"] or None, states["trained"], about["info"])

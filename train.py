@@ -290,7 +290,7 @@ def prepare(args: argparse.Namespace) -> Setting:
     if args.init:
         start_from(args.init, model, tokens)
     if args.source:  # of another network: refused before anything is trained
-        controls.check_fit(args.source, model, tokens, args.ticket_weights)
+        controls.check_source(args.source, model, tokens, args.ticket_weights)
     files = data.audio_files(utterances)
     cached = isinstance(cache, data.Cache)
     size = sum(path.stat().st_size for path in set(files))

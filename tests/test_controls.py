@@ -204,6 +204,10 @@ def test_a_ticket_that_does_not_fit_is_refused_before_training(source, corpus, t
     files.save_ticket(bad, there.masks, nan, nan, there.info)
     for flag in ("--ticket", "--init"):
         assert f"bad.safetensors: {name} has a NaN or infinite value" in refused(capsys, flag, bad, *flags)
+    subprocess.run(["cp", "-r", source, tmp_path / "there"], check=True)
+    files.write_sealed(tmp_path / "there" / "rewind.safetensors", "rewind state", nan, {})
+    said = refused(capsys, "--ticket", tmp_path / "there", *flags)
+    assert f"rewind.safetensors: {name} has a NaN or infinite value" in said
     fewer = {key: mask for key, mask in there.masks.items() if key != name}
     files.save_ticket(bad, fewer, there.rewind, there.trained, there.info)
     assert f"its masks are of another network: {name} does not fit" in refused(capsys, "--ticket", bad, *flags)
