@@ -607,7 +607,7 @@ def bench_save(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = flags.Parser(prog="bench.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("what", choices=["ops", "train", "data", "save", "infer"])
     parser.add_argument("--size", choices=["demo", "paper"], default="paper", help="of train and save")
     parser.add_argument("--backbone", choices=list(models.BACKBONES), help="of save (default: rnnt) and infer (all)")
@@ -621,6 +621,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--data", type=Path, default=Path("demo"), help="of --ticket (default: demo)")
     args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {args.repeats}")
     if args.what == "infer":
         from bench_infer import bench_infer  # which imports this file
 

@@ -194,6 +194,15 @@ def test_pruning_falls_back(dtype, device):
     same_masks(misled, masks, 700_000)
 
 
+@pytest.mark.parametrize("flags, said", [("ops --repeats 0", "--repeats must be at least 1, got 0"), ("nap", "'nap'")])
+def test_a_wrong_measurement_is_one_line(flags, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(flags.split())
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("bench.py: error: ") and said in error
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_byte_but_zero_is_true(dtype, device):
