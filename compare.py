@@ -79,6 +79,10 @@ class Point:
     def mean_other(self, key: str, test: str = "") -> float:
         return statistics.fmean(of_test(row, test)[key] for row in self.others)
 
+    def differences(self, key: str, test: str = "") -> list[float]:
+        """rows less others, one a seed."""
+        return [of_test(row, test)[key] - of_test(other, test)[key] for row, other in zip(self.rows, self.others)]
+
     def verdict(self, test: str = "") -> lottery.Verdict:
         """rows against others, seeds pooled; of one seed against its dense round, the ledger's own."""
         rows, others = ([of_test(row, test) for row in part] for part in (self.rows, self.others))
@@ -103,7 +107,7 @@ class Point:
 OPEN = ("seed", "sparsity", "rounds", "dense", "ticket_sha256", "init_sha256")
 # Values of settings that a configuration does not name; names of methods leave them out.
 PLAIN = {"control": None, "ticket": None, "ticket_weights": "rewind", "init": None, "rewind_step": 0}
-PLAIN |= {"block": [1, 1], "scope": "global", "min_remaining": 0.0, "snr": None, "test_snr": None}
+PLAIN |= {"prune_rate": 0.2, "block": [1, 1], "scope": "global", "min_remaining": 0.0, "snr": None, "test_snr": None}
 
 
 @dataclass

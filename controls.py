@@ -4,8 +4,8 @@ A source is a search, of which the finished rounds count, or one ticket file. Of
 data order:
 
     (no control)           its masks with its rewind state, or with its trained weights
-    random-mask            as many weights, anywhere
-    random-mask-matched    as many weights in each layer, anywhere in it: only which weights differs
+    random-mask            as many weights (or blocks), anywhere
+    random-mask-matched    as many in each layer, anywhere in it: only which weights differs
     random-init            its masks on a new draw of the initial weights, another one each round
     dense-small            no mask: a narrower network with at most as many parameters
 """
@@ -87,7 +87,8 @@ def read_source(path: Path) -> Source:
             units = [pruning.units(mask) for mask in file.masks.values()]
             total, kept = sum(unit.numel() for unit in units), sum(int(unit.sum()) for unit in units)
             counts = lottery.kept_counts(total, settings["sparsity"], settings["prune_rate"])
-            number = counts.index(kept) if kept in counts[1:] else 1
+            # The nearest, as layers made new for other tokens are whole.
+            number = min(range(1, len(counts)), key=lambda r: abs(counts[r] - kept), default=1)
             masks = {number: file.masks} if kept < total else {}
             return Source(path, settings, tokens, masks, file.rewind, file.trained, {})
         (config, rows), masks = read_run(path), {}
@@ -101,6 +102,8 @@ def read_source(path: Path) -> Source:
             raise lottery.LotteryError(f"{path}: ticket.safetensors is not of the ledger's last round")
         rewind = files.read_sealed(path / "rewind.safetensors", "rewind state")[0]
         files.check_finite(path / "rewind.safetensors", rewind)
+        if lottery.sha256(rewind) != rows[-1]["rewind_sha256"]:
+            raise lottery.LotteryError(f"{path}: rewind.safetensors is not the ledger's rewind state")
         paths = {key: path and str(path) for key, path in config["machine"].items() if key in PATHS}
         return Source(path, ledger.settings_of(config), tokens, masks, rewind, file.trained, paths, rows[0])
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -130,15 +133,32 @@ def adopt(model: nn.Module, state: lottery.State, same_tokens: bool, path: Path)
     return found, renewed
 
 
-def check_source(source: Source, model: nn.Module, tokens: list[str], weights: str) -> None:
-    """Raise LotteryError, before anything is trained, unless the source's weights and masks are of this network."""
+def masks_for(source: Source, number: int, model: nn.Module, renewed: list[str]) -> lottery.Masks:
+    """The source's masks of a round for this model, the `renewed` layers whole.
+
+    Raises LotteryError if any other layer is not of the same shape.
+    """
+    shapes = {name: weight.shape for name, weight in lottery.prunable(model).items()}
+    there = {name: mask for name, mask in source.masks[number].items() if name not in renewed}
+    for name in sorted((shapes.keys() - renewed) | there.keys()):
+        if name not in there or shapes.get(name) != there[name].shape:
+            raise lottery.LotteryError(f"{source.path}: its masks are of another network: {name} does not fit")
+    return {name: there.get(name, torch.ones(shape, dtype=torch.bool)) for name, shape in shapes.items()}
+
+
+def check_source(
+    source: Source, rounds: list[int], model: nn.Module, tokens: list[str], *,
+    control: str | None, weights: str, backbone: str, size: str,
+) -> None:  # fmt: skip
+    """Raise LotteryError, before anything is trained, unless the source's weights and masks are of this network.
+
+    And, of the control dense-small, unless there is a network for each round.
+    """
     _, renewed = adopt(model, source.state(weights), source.tokens == tokens, source.path)
-    shapes = {name: weight.shape for name, weight in lottery.prunable(model).items() if name not in renewed}
-    for masks in source.masks.values():
-        there = {name: mask.shape for name, mask in masks.items() if name not in renewed}
-        for name in sorted(shapes.keys() | there.keys()):
-            if shapes.get(name) != there.get(name):
-                raise lottery.LotteryError(f"{source.path}: its masks are of another network: {name} does not fit")
+    for number in filter(None, rounds):
+        masks = masks_for(source, number, model, renewed)
+        if control == "dense-small":
+            small_sizes(backbone, size, len(tokens), parameters_left(model, masks))
 
 
 def random_masks(masks: lottery.Masks, renewed: list[str], pruning: lottery.Pruning, seed: int, matched: bool):
@@ -164,6 +184,11 @@ def fresh(backbone: str, sizes: dict, tokens: int, seed: int, number: int, devic
     """A new draw of the initial weights, for round `number`."""
     torch.manual_seed(int(np.random.default_rng([seed, number, 4]).integers(2**63)))
     return models.BACKBONES[backbone](tokens, **sizes).to(device)
+
+
+def parameters_left(model: nn.Module, masks: lottery.Masks) -> int:
+    """All parameters of the model, those never pruned too, less the weights that the masks remove."""
+    return sum(p.numel() for p in model.parameters()) - sum(int((~mask).sum()) for mask in masks.values())
 
 
 def small_sizes(backbone: str, size: str, tokens: int, most: int) -> dict:
@@ -204,15 +229,13 @@ def given(
 
     model: a network as theta_0 of this run; dense-small has its own instead. weights: "rewind" or "trained".
     """
-    device, masks = next(model.parameters()).device, source.masks[number]
-    same, shapes = source.tokens == tokens, {name: w.shape for name, w in lottery.prunable(model).items()}
-    start, renewed = adopt(model, source.state(weights), same, source.path)
-    masks = {n: (torch.ones(shapes[n], dtype=torch.bool) if n in renewed else masks[n]).to(device) for n in shapes}
+    device = next(model.parameters()).device
+    start, renewed = adopt(model, source.state(weights), source.tokens == tokens, source.path)
+    masks = {name: mask.to(device) for name, mask in masks_for(source, number, model, renewed).items()}
     about = {"source_mask_sha256": lottery.sha256(source.masks[number])}
     if control == "dense-small":
         everything, total = sum(p.numel() for p in model.parameters()), sum(mask.numel() for mask in masks.values())
-        removed = sum(int((~mask).sum()) for mask in masks.values())
-        sizes = small_sizes(backbone, size, len(tokens), everything - removed)
+        sizes = small_sizes(backbone, size, len(tokens), parameters_left(model, masks))
         ticket = lottery.Ticket(fresh(backbone, sizes, len(tokens), seed, number, device))
         ticket.round = number
         about |= {"sizes": sizes, "total": total, "remaining": ticket.kept / total}

@@ -132,7 +132,7 @@ def parser() -> Parser:
     add = p.add_argument
     add("--backbone", choices=list(models.BACKBONES), default="rnnt", help="network (default: rnnt)")
     add("--sparsity", type=float, default=0.9, help="fraction of prunable weights to remove (default: 0.9)")
-    add("--data", default="demo", metavar="demo|DIR", help="folder with train, valid, test.jsonl (default: demo)")
+    add("--data", metavar="demo|DIR", help="folder with train, valid, test.jsonl (default: demo)")
     kinds = ["manifests", *corpora.CORPORA]
     add("--corpus", choices=kinds, default="manifests", help="what --data is (default: manifests)")
     for part, default_set in (("train", "train-960"), ("valid", "dev-clean"), ("test", "test-clean test-other")):
@@ -197,6 +197,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             args.train_sets, args.valid_sets, args.test_sets = given.train_sets, given.valid_sets, given.test_sets
         if (args.backbone, args.size) not in RECIPES:
             p.error(f"--ticket {args.ticket}: there is no backbone {args.backbone} of {args.size} size")
+    if args.data is None:
+        if args.source:
+            p.error(f"--ticket {args.ticket}: a ticket file does not say what it was trained on: give --data")
+        args.data = "demo"
     args.lm, args.noise, args.init = (None if path == NONE else path for path in (args.lm, args.noise, args.init))
     args.recipe = RECIPES[args.backbone, "paper" if args.plan else args.size]
     names = ("epochs", "batch_size", "batch_seconds", "accumulate", "lr", "seconds", "amp")

@@ -213,7 +213,8 @@ class Pruning(NamedTuple):
 
     def least(self, units: Tensor) -> int:
         """Units that a layer keeps at least."""
-        return math.ceil(round(self.min_remaining * units.numel(), 6))  # 0.07 * 100 is 7, not 7.000000000000001
+        share = math.ceil(round(self.min_remaining * units.numel(), 6))  # 0.07 * 100 is 7, not 7.000000000000001
+        return max(share, 1) if self.min_remaining else 0
 
 
 BY_MAGNITUDE = Pruning()  # Algorithm 1

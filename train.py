@@ -290,7 +290,8 @@ def prepare(args: argparse.Namespace) -> Setting:
     if args.init:
         start_from(args.init, model, tokens)
     if args.source:  # of another network: refused before anything is trained
-        controls.check_source(args.source, model, tokens, args.ticket_weights)
+        what = {"control": args.control, "weights": args.ticket_weights, "backbone": args.backbone, "size": args.size}
+        controls.check_source(args.source, args.rounds, model, tokens, **what)
     files = data.audio_files(utterances)
     cached = isinstance(cache, data.Cache)
     size = sum(path.stat().st_size for path in set(files))

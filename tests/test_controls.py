@@ -194,6 +194,7 @@ def test_ticket_files_and_trained_starts(source, corpus, tmp_path, capsys):
     assert len(compare.rivals(methods)) == 1
     files.save_ticket(tmp_path / "no.safetensors", there.masks, None, there.trained, there.info)
     assert "it has no rewind state" in refused(capsys, "--ticket", tmp_path / "no.safetensors", *data)
+    assert "a ticket file does not say what it was trained on: give --data" in refused(capsys, "--ticket", file)
 
 
 def test_a_ticket_that_does_not_fit_is_refused_before_training(source, corpus, tmp_path, capsys):
@@ -254,11 +255,24 @@ def test_blocks_are_ranked_by_lamp_if_nothing_else_is_said():
     assert scope("--block", "1x4", "--scope", "layer") == "layer"
 
 
+def test_no_network_is_small_enough_is_told_before_training(source, corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(controls, "parameters_left", lambda model, masks: 10)
+    flags = ("--data", corpus, "--out", tmp_path / "run", "--ticket", source)
+    assert "no cnn-lstm has 10 parameters or fewer" in refused(capsys, *flags, "--control", "dense-small")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_damaged_source_is_named(source, corpus, tmp_path, capsys):
     subprocess.run(["cp", "-r", source, tmp_path / "there"], check=True)
     (tmp_path / "there" / "masks" / "01.safetensors").write_bytes(b"x")
     said = refused(capsys, "--data", corpus, "--out", tmp_path / "run", "--ticket", tmp_path / "there")
     assert "01.safetensors: not a whole masks" in said
+    files.save_masks(tmp_path / "there" / "masks" / "01.safetensors", masks_of(source, 1))
+    theta = files.read_sealed(source / "rewind.safetensors", "rewind state")[0]
+    other = {name: value + 1 for name, value in theta.items()}  # of another seed, say
+    files.write_sealed(tmp_path / "there" / "rewind.safetensors", "rewind state", other, {})
+    said = refused(capsys, "--data", corpus, "--out", tmp_path / "run", "--ticket", tmp_path / "there")
+    assert "rewind.safetensors is not the ledger's rewind state" in said
 
 
 def test_a_source_whose_files_do_not_belong_together(source, corpus, tmp_path, capsys):
@@ -276,9 +290,11 @@ def test_a_source_whose_files_do_not_belong_together(source, corpus, tmp_path, c
         controls.adopt(model, more, True, source)
 
 
-@pytest.mark.parametrize("block, rate, kept, number", [(None, 0.5, 4, 1), (None, 0.5, 2, 2), ([1, 2], 0.5, 2, 2)])
+@pytest.mark.parametrize(
+    "block, rate, kept, number", [(None, 0.5, 4, 1), (None, 0.5, 2, 2), (None, 0.5, 3, 1), ([1, 2], 0.5, 2, 2)]
+)
 def test_a_ticket_file_knows_its_round(tmp_path, block, rate, kept, number):
-    """8 weights halved twice, and 4 blocks of two halved twice: 4, 2 and 2, 1."""
+    """8 weights halved twice, and 4 blocks of two halved twice: 4, 2 and 2, 1; or the nearest, if a layer is whole."""
     info = {"tokens": [], "sizes": {}, "features": "", "sparsity": 0.75, "prune_rate": rate}
     masks = {"a": torch.arange(8).view(2, 4) < kept}
     info |= {"block": block} if block else {}

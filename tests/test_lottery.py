@@ -315,6 +315,7 @@ def test_a_floor_takes_from_the_others_alone():
     free, floored = (pruned(lottery.Pruning(min_remaining=share), 4) for share in (0.0, 0.3))
     assert not free["a"].any() and free["b"].all()
     assert lottery.Pruning(min_remaining=0.07).least(torch.ones(10, 10)) == 7
+    assert lottery.Pruning(min_remaining=1e-9).least(torch.ones(10, 10)) == 1
     assert torch.equal(floored["a"], bits([0, 0, 0], [0, 1, 1])) and torch.equal(floored["b"], bits([0, 0, 1, 1]))
     assert torch.equal(pruned(lottery.Pruning(min_remaining=0.3), 9)["a"], pruned(lottery.Pruning(), 9)["a"])
     with pytest.raises(lottery.LotteryError, match=r"min_remaining 0.3 keeps 4, more than 3 in all"):

@@ -33,7 +33,7 @@ def write_run(
     config |= {"seed": seed, "margin": 0.01, "data_sha256": data[::-1], **settings}
     rows, settings = [], dict(config)
     config["machine"] = {"data": data, "threads": 1, **dict(machine)}
-    for number, (kept, wrong) in enumerate(zip(lottery.kept_counts(TOTAL, sparsity), errors)):
+    for number, (kept, wrong) in enumerate(zip(lottery.kept_counts(TOTAL, sparsity, config["prune_rate"]), errors)):
         layers = {name: round(n * kept / TOTAL) for name, n in WEIGHTS.items()}
         told = verdict(tuple(wrong), tuple(errors[0])) if number else None
         new = {
@@ -71,6 +71,8 @@ def test_two_seeds_are_pooled(tmp_path):
     assert report.cer_band(first) == (pytest.approx(0.1 - 0.6355, abs=1e-4), pytest.approx(0.1 + 0.6355, abs=1e-4))
     assert report.cer_band(second) is None
     assert report.merged_cells(method, first, "")[5:8] == ["2", "0.500 ± 0.000", "0.200 ± 0.141"]
+    assert report.merged_cells(method, first, "")[9:11] == ["-0.200 ± 0.141", "winning [-0.200, -0.200]"]
+    assert report.merged_cells(method, dense, "")[9:11] == ["-", "-"]
 
 
 def test_a_longer_search_contains_the_shorter(tmp_path):
@@ -107,6 +109,7 @@ def test_methods_are_named_by_what_differs(tmp_path):
         spanish,
         write_run(tmp_path / "late", errors, epochs=20, rewind_step=200),
         write_run(tmp_path / "lamp", errors, epochs=20, scope="lamp"),
+        write_run(tmp_path / "faster", errors, epochs=20, prune_rate=0.3, scope="lamp"),
         write_run(tmp_path / "snr", errors, epochs=30, snr=[0, 20], noise_sha256="12"),
         write_run(tmp_path / "random", errors, epochs=20, control="random-mask", **of),
         write_run(tmp_path / "own", errors, epochs=20, **of),
@@ -118,8 +121,8 @@ def test_methods_are_named_by_what_differs(tmp_path):
     assert list(methods) == ["cnn-lstm on demo, demo size", "cnn-lstm on es, demo size"]
     names = [method.name for method in methods["cnn-lstm on demo, demo size"]]
     assert names == [
-        "imp", "rewind_step 200", "scope lamp", "epochs 30, snr 0:20", "random-mask", "ticket", "ticket of es",
-        "random-init, ticket of es", "ticket of another run",
+        "imp", "rewind_step 200", "scope lamp", "prune_rate 0.3, scope lamp", "epochs 30, snr 0:20", "random-mask",
+        "ticket", "ticket of es", "random-init, ticket of es", "ticket of another run",
     ]  # fmt: skip
     pairs = [(a.name, b.name) for a, b in compare.rivals(methods["cnn-lstm on demo, demo size"])]
     assert pairs == [
@@ -154,6 +157,9 @@ def test_claims_say_what_holds(tmp_path):
     ]
     (pair,) = compare.rivals(methods)
     assert len(compare.compared(*pair)) == 8
+    for row in methods[0].points[8, 0.0].rows:
+        row["remaining"] = 0.20000026  # a fifth, rounded to whole weights
+    assert "imp with 20.0% of the weights matches dense: **holds**" in report.claims(title, methods)[0]
     methods[0].points[8, 0.0].rows[:] = [methods[0].points[9, 0.0].rows[0]] * 2
     assert "imp with 13.4% of the weights matches dense: **does not hold**" in report.claims(title, methods)[0]
 
@@ -170,7 +176,7 @@ def test_other_test_sets_have_their_rows_and_claims(tmp_path):
     ticket.rows[0]["remaining"] = 0.2
     rows = [line for line in report.tables([method]) if line.startswith("| test")]
     assert [row.split(" | ")[0] for row in rows] == ["| test set", "| test", "| test", *["| test at 10 dB"] * 2]
-    assert "| 0.500 | 0.300 | 0.250 | winning [-0.500, -0.500] | 51.8 M, 41.4 M (80.0%) |" in rows[-1]
+    assert "| 0.500 | 0.300 | 0.250 | -0.500 | winning [-0.500, -0.500] | 51.8 M, 41.4 M (80.0%) |" in rows[-1]
     assert report.claims("T", [method]) == [
         "- T: imp with 20.0% of the weights matches dense: **holds**, [-0.100, -0.100], 1 seed (0), 4 test utterances.",
         "- T: imp with 20.0% of the weights matches dense on test at 10 dB: **holds**, [-0.500, -0.500], 1 seed (0), "
