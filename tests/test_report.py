@@ -282,3 +282,8 @@ def test_multiply_adds_by_hand():
     convolutions = 40 * 200 * (2 * 1 * 3 * 5) + 20 * 100 * (2 * 2 * 3 * 5)
     recurrent = 100 * 2 * (4 * 3 * 2 * 20 + 4 * 3 * 3)  # two directions, inputs of 2 channels and 20 bins
     assert plan.multiply_adds("cnn-lstm", sizes) == (convolutions + recurrent + 100 * 29 * 3) / 4
+    # 3 x 3 convolutions to the same places; a block of width w: feed-forward 16 w^2, attention 4 w^2, convolution 3 w^2
+    sizes = dict(channels=2, width=4, heads=2, blocks=3, kernel=3, dropout=0.0)
+    convolutions = 40 * 200 * (2 * 1 * 3 * 3) + 20 * 100 * (2 * 2 * 3 * 3)
+    block = 23 * 4**2 + 4 * 3  # and depthwise
+    assert plan.multiply_adds("conformer", sizes) == (convolutions + 100 * (2 * 20 * 4 + 3 * block + 29 * 4)) / 4
