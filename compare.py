@@ -105,7 +105,7 @@ class Point:
 
 # What a method leaves open, or tells in other words: ticket and init by the data that they come from.
 OPEN = ("seed", "sparsity", "rounds", "dense", "ticket_sha256", "init_sha256")
-# Values of settings that a configuration does not name; names of methods leave them out.
+# Values of settings that a configuration does not name, and the paper's prune rate; names of methods leave them out.
 PLAIN = {"control": None, "ticket": None, "ticket_weights": "rewind", "init": None, "rewind_step": 0}
 PLAIN |= {"prune_rate": 0.2, "block": [1, 1], "scope": "global", "min_remaining": 0.0, "snr": None, "test_snr": None}
 

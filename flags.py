@@ -203,9 +203,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.data = "demo"
     args.lm, args.noise, args.init = (None if path == NONE else path for path in (args.lm, args.noise, args.init))
     args.recipe = RECIPES[args.backbone, "paper" if args.plan else args.size]
-    names = ("epochs", "batch_size", "batch_seconds", "accumulate", "lr", "seconds", "amp")
-    chosen = {k: getattr(args, k) for k in names if getattr(args, k) is not None}
+    chosen = {key: getattr(args, key) for key in RECIPE if getattr(args, key) is not None}
     args.recipe = dataclasses.replace(args.recipe, **chosen)
+    check_values(p, args)
+    check_given(p, args)
+    args.cache = args.cache if args.cache in ("memory", "none") else Path(args.cache)
+    args.data = HERE / "demo" if args.data == "demo" else Path(args.data)
+    parts = [args.backbone, args.data.resolve().name, args.size, f"{args.sparsity:g}", f"seed{args.seed}"]
+    if args.block != (1, 1):
+        parts.append(f"block{args.block[0]}x{args.block[1]}")
+    if args.source:
+        ticket = args.ticket.resolve()
+        parts.append(args.control or f"ticket-of-{ticket.name if ticket.is_dir() else ticket.stem}")
+    args.out = args.out or Path("runs") / "-".join(parts)
+    return args
+
+
+def check_values(p: Parser, args: argparse.Namespace) -> None:
+    """What each flag may be by itself and beside others; --device auto becomes cpu or cuda."""
     for flag, value, low in (
         ("--epochs", args.recipe.epochs, 1), ("--batch-size", args.recipe.batch_size, 1), ("--seed", args.seed, 0),
         ("--rewind-step", args.rewind_step, 0), ("--margin", args.margin, 0), ("--accumulate", args.accumulate, 1),
@@ -238,17 +253,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     if args.amp and args.device == "cpu":
         p.error("--amp needs CUDA: on a CPU bfloat16 is no faster")
-    check_given(p, args)
-    args.cache = args.cache if args.cache in ("memory", "none") else Path(args.cache)
-    args.data = HERE / "demo" if args.data == "demo" else Path(args.data)
-    parts = [args.backbone, args.data.resolve().name, args.size, f"{args.sparsity:g}", f"seed{args.seed}"]
-    if args.block != (1, 1):
-        parts.append(f"block{args.block[0]}x{args.block[1]}")
-    if args.source:
-        ticket = args.ticket.resolve()
-        parts.append(args.control or f"ticket-of-{ticket.name if ticket.is_dir() else ticket.stem}")
-    args.out = args.out or Path("runs") / "-".join(parts)
-    return args
 
 
 def check_given(p: Parser, args: argparse.Namespace) -> None:
