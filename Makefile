@@ -8,18 +8,18 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/python train.py --backbone rnnt --sparsity 0.9
 
-test: $(VENV)/installed
+test: $(VENV)/dev
 	$(BIN)/python -m pytest
 
 # what must never break, tried at length: about half an hour
-soak: $(VENV)/installed
+soak: $(VENV)/dev
 	$(BIN)/python tests/soak.py audio 30000
 	$(BIN)/python tests/soak.py tickets 1000000
 	$(BIN)/python tests/soak.py ledgers 10000
 	$(BIN)/python tests/soak.py kills 1000
 
 # the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, CPU form
-sanitize: $(VENV)/installed
+sanitize: $(VENV)/dev
 	rm -rf build/sanitize
 	PATH=$(abspath $(BIN)):$$PATH USE_CUDA=0 CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
 	-fno-sanitize-recover=all" $(BIN)/python setup.py build_ext --build-temp build/sanitize/temp --build-lib build/sanitize
@@ -29,7 +29,7 @@ sanitize: $(VENV)/installed
 	$(BIN)/python -m pytest -o pythonpath="build/sanitize . tests" tests/test_ops.py tests/test_sparse.py
 
 # the operators' tests on the code for other processors: no AVX2, no AVX-512
-baseline: $(VENV)/installed
+baseline: $(VENV)/dev
 	rm -rf build/baseline
 	PATH=$(abspath $(BIN)):$$PATH USE_CUDA=0 CXXFLAGS=-DAUDIO_LOTTERY_BASELINE $(BIN)/python setup.py build_ext \
 	--build-temp build/baseline/temp --build-lib build/baseline
@@ -37,16 +37,20 @@ baseline: $(VENV)/installed
 	assert "baseline" in _lottery.__file__ and _lottery.build_facts()["instructions"] == "baseline"') && \
 	$(BIN)/python -m pytest -o pythonpath="build/baseline . tests" tests/test_ops.py tests/test_sparse.py
 
-lint: $(VENV)/installed
+lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-$(VENV)/installed: requirements.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*)
+$(VENV)/installed: requirements.txt setup.py pyproject.toml audio_lottery/__init__.py $(wildcard csrc/*.* csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	@$(PYTHON) -c 'import ensurepip' || { echo "the venv module is missing: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/dev: $(VENV)/installed requirements-dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 clean:

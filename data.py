@@ -1,38 +1,31 @@
-"""Corpora, features, SpecAugment and batches. Knows nothing of models.
+"""Corpora, tokens, features, SpecAugment and batches. Knows nothing of models.
 
 A corpus is a folder with train.jsonl, valid.jsonl and test.jsonl in NeMo's manifest form: one JSON
 object a line with audio_filepath (relative to the manifest), text and, if known, duration and offset
 (seconds) and speaker. Whatever is wrong with a file is a DataError that names the file, and the line in a manifest.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import inspect
 import io
 import itertools
 import json
 import math
-import os
 import re
 import signal
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import soundfile
 import torch
 import torchaudio
 from torch import Tensor
 from tqdm import tqdm
-
-from files import write_atomically
 
 SAMPLE_RATE = 16_000
 FRAME_SECONDS = 0.01  # from one feature frame to the next
@@ -118,12 +111,12 @@ def audio_files(corpus: dict[str, list[Utterance]]) -> list[Path]:
     return [utterance.audio for utterances in corpus.values() for utterance in utterances]
 
 
-def corpus_sha256(corpus: dict[str, list[Utterance]], hashes: dict[Path, str] | None = None) -> str:
+def corpus_sha256(corpus: dict[str, list[Utterance]], hashes: dict[Path, str]) -> str:
     """Hash of every utterance's part, text, speaker, times, file name and the recording's bytes.
 
-    The order counts, the folder does not. hashes: of the recordings, where they are known (hash_files).
+    The order counts, the folder does not. hashes: of the recordings (hash_files).
     """
-    digest, hashes = hashlib.sha256(), hashes or hash_files(audio_files(corpus))
+    digest = hashlib.sha256()
     for part, utterances in corpus.items():
         for u in utterances:
             row = [part, u.text, u.speaker, u.offset, u.duration, u.audio.name, hashes[u.audio]]
@@ -301,92 +294,15 @@ def normalize(features: Tensor) -> Tensor:
     return (features - features.mean(0)) / features.std(0, correction=0).clamp(min=1e-3)
 
 
-class Running:
-    """Normalisation of features that arrive in pieces, since a stream cannot know the mean of what is to come.
-
-    Mean and variance of a frame are those of all frames up to it; the first SECOND frames share those of them all, so
-    that nothing comes out before a second is there. The pieces make no difference, up to rounding.
-    moments: of similar audio, (2, F); they count as KNOWN frames heard before, and nothing waits.
-    """
-
-    SECOND, KNOWN = 100, 300  # frames
-
-    def __init__(self, moments: Tensor | None = None):
-        self.held, self.count, self.sums = None, 0, None  # sums of x and of x squared, (2, F) float64
-        if moments is not None:
-            self.count, self.sums = self.KNOWN, self.KNOWN * moments
-
-    @staticmethod
-    def moments(recordings: list[Tensor]) -> Tensor:
-        """The mean of x and of x squared over the frames of all recordings, each (T, F). Returns (2, F) float64."""
-        x = torch.cat(recordings).double()
-        return torch.stack((x.mean(0), x.square().mean(0)))
-
-    def push(self, features: Tensor, last: bool = False) -> Tensor:
-        """(T, F), T may be 0 -> (T', F), those now known. last: nothing follows."""
-        x = features if self.held is None else torch.cat([self.held, features])
-        if not len(x) or (self.count + len(x) < self.SECOND and not last):
-            self.held = x
-            return x[:0]
-        values = torch.stack((x, x.square()), 1).double()  # (T, 2, F)
-        if self.sums is not None:
-            values[0] += self.sums
-        sums = values.cumsum(0)
-        # whose sums a frame takes: its own, in the first second the last one's of that
-        at = torch.arange(len(x)).clamp(min=min(self.SECOND - self.count, len(x)) - 1)
-        mean, square = (sums[at] / (self.count + 1 + at)[:, None, None]).unbind(1)
-        deviation = (square - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3)
-        self.held, self.count, self.sums = x[:0], self.count + len(x), sums[-1]
-        return ((x - mean) / deviation).float()
-
-
-class Stream:
-    """Log-mel features of audio that arrives in pieces, normalised by Running: those of all of it, up to rounding."""
-
-    EDGE = 2  # frames: a window ends 256 samples, 1.6 frames, from its middle
-
-    def __init__(self, moments: Tensor | None = None):
-        self.samples, self.running = torch.zeros(0), Running(moments)
-        self.known = 0  # frames in samples, given already
-
-    def push(self, samples: Tensor, last: bool = False) -> Tensor:
-        """(N,) at 16 kHz, N may be 0 -> (T, 80), the frames that are now known. last: nothing follows."""
-        self.samples = torch.cat([self.samples, samples])
-        whole = 1 + (len(self.samples) - (0 if last else 256)) // 160  # frames whose window is there
-        if whole <= self.known or not len(self.samples):
-            return self.running.push(torch.zeros(0, 80), last)
-        features = log_mel(self.samples)[self.known : whole]
-        start = max(0, whole - self.EDGE)
-        self.samples, self.known = self.samples[160 * start :], whole - start
-        return self.running.push(features, last)
-
-
 # ---------------------------------------------------------------------------- examples
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Features in a file of the cache: rows `start` to `start + frames` of it."""
+class Source(Protocol):
+    """Features that are read when they are asked for: Fresh, or those of a file (runner/cache.py)."""
 
-    path: Path
-    start: int
     shape: tuple[int, int]  # (T, F)
-    crc32: int
 
-    def read(self) -> Tensor:
-        """(T, F). Raises DataError, naming the file, if the bytes are not those that were written."""
-        try:
-            features = _opened(self.path).get_slice("features")[self.start : self.start + self.shape[0]]
-        except (OSError, safetensors.SafetensorError) as error:
-            raise DataError(f"{self.path}: cannot read the cached features ({error})") from None
-        if zlib.crc32(features.contiguous().numpy()) != self.crc32:
-            raise DataError(f"{self.path}: damaged: delete it, and it is computed again")
-        return features
-
-
-@functools.cache
-def _opened(path: Path):
-    return safetensors.safe_open(path, "pt")  # maps the file: memory does not grow with it
+    def read(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -405,7 +321,7 @@ class Fresh:
 
 @dataclass
 class Example:
-    source: Tensor | Stored | Fresh  # (T, F)
+    source: Tensor | Source  # (T, F)
     text: str
     targets: list[int]  # token ids; characters without a token left out
     seconds: float = 0.0
@@ -434,75 +350,7 @@ def features_of(
     return features, len(waveform) / SAMPLE_RATE
 
 
-def load_examples(
-    utterances: list[Utterance], tokens: list[str], kind: str, progress: str = "",
-    cache: "str | Cache" = "memory", workers: int = 0,
-    fresh: bool = False, mixes: list[Callable[[Tensor], Tensor]] | None = None,
-) -> list[Example]:  # fmt: skip
-    """One Example an utterance, in order.
-
-    cache: "memory" keeps all features there; "none" computes them each time they are asked for; a Cache keeps them on
-    the disk. workers: processes that compute beside this one.
-    fresh: every source is Fresh, as Epoch's mix asks for; "memory" keeps the waveforms.
-    mixes: for each utterance, what becomes of its waveform first. A Cache does not keep such features.
-    """
-    bins = FEATURES[kind](torch.zeros(1)).shape[1]
-    if cache == "memory":
-        found = _in_parallel(_Compute(utterances, kind, mixes, fresh), progress, workers)
-        found = ((torch.from_numpy(array), seconds) for array, seconds in found)
-        if fresh:
-            found = ((Fresh(u, kind, (1 + len(w) // 160, bins), w), s) for u, (w, s) in zip(utterances, found))
-    elif cache == "none" or mixes:
-        lengths = ((u, mix, *length(u)) for u, mix in zip(utterances, mixes or [None] * len(utterances)))
-        found = ((Fresh(u, kind, (frames, bins), mix=mix), seconds) for u, mix, frames, seconds in lengths)
-    else:
-        found = cache.features(utterances, kind, progress, workers)
-        if fresh:
-            found = ((Fresh(u, kind, stored.shape), seconds) for u, (stored, seconds) in zip(utterances, found))
-    known = spelled_by(tokens)
-    return [
-        Example(source, u.text, encode("".join(c for c in u.text if c in known), tokens), seconds)
-        for u, (source, seconds) in zip(utterances, found)
-    ]
-
-
-def length(utterance: Utterance) -> tuple[int, float]:
-    """Feature frames and seconds by the file's header: what is decoded is as long, or a little longer."""
-    try:
-        info = soundfile.info(utterance.audio)
-    except (soundfile.SoundFileError, OSError, RuntimeError) as error:
-        raise DataError(f"{utterance.audio}: cannot decode the audio ({str(error).strip()})") from None
-    samples = info.frames - 2 * 1152 * (info.format == "MP3")  # its header counts up to two frames too many
-    seconds = samples / info.samplerate - (utterance.offset or 0.0)
-    if utterance.offset is not None and utterance.duration is not None:
-        seconds = min(seconds, utterance.duration)
-    seconds = max(seconds, 1 / SAMPLE_RATE)
-    return 1 + int(seconds * SAMPLE_RATE) // 160, seconds
-
-
-class _Compute(torch.utils.data.Dataset):
-    """Features, or the waveform, and seconds of each utterance, or the DataError met (a worker must not raise it).
-
-    As arrays: a tensor from a worker keeps a file open for as long as it lives, and there are as many as utterances.
-    """
-
-    def __init__(self, utterances: list[Utterance], kind: str, mixes: list | None = None, waveforms: bool = False):
-        self.utterances, self.kind, self.mixes, self.waveforms = utterances, kind, mixes, waveforms
-
-    def __len__(self) -> int:
-        return len(self.utterances)
-
-    def __getitem__(self, index: int):
-        u = self.utterances[index]
-        try:
-            waveform = load_audio(u.audio, u.offset, u.duration)
-            features, seconds = features_of(u, self.kind, self.mixes and self.mixes[index], waveform)
-        except DataError as error:
-            return error
-        return (waveform if self.waveforms else features).numpy(), seconds
-
-
-def _in_parallel(dataset, progress: str = "", workers: int = 0, unit: str = "utt") -> Iterator:
+def in_parallel(dataset, progress: str = "", workers: int = 0, unit: str = "utt") -> Iterator:
     """The items of a dataset, in order, computed by worker processes. An item that is a DataError is raised."""
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=None, num_workers=workers, worker_init_fn=_leave_signals_to_the_parent,
@@ -523,101 +371,6 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
 def frames_needed(targets: list[int]) -> int:
     """Frames that CTC needs at the least: one a token, one more between equal neighbours."""
     return len(targets) + sum(a == b for a, b in itertools.pairwise(targets))
-
-
-# ---------------------------------------------------------------------------- the cache
-
-
-class Cache:
-    """Features on the disk, in files of up to SHARD utterances, mapped into memory when they are read.
-
-    A file's name is the hash of its recordings' bytes, segments, the kind of features and the code that computes
-    them, so whatever changes is computed anew and whatever does not is shared by all runs. Files appear whole or not
-    at all; an interrupted computation goes on where it was.
-    """
-
-    SHARD = 256
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"--cache {folder}: cannot make the folder ({error.strerror})") from None
-        self.hashes: dict[Path, str] = {}
-
-    def hash_files(self, paths: list[Path]) -> dict[Path, str]:
-        """hash_files, but a file whose size and time are those of the last start is not read again."""
-        index, known = self.folder / "hashes.json", {}
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):  # damaged or not there: all are read
-            rows = json.loads(index.read_text(encoding="utf-8")).items()
-            known = {path: (size, time, sha256) for path, (size, time, sha256) in rows}
-        stamps = {p: (stat.st_size, stat.st_mtime_ns) for p in paths if p not in self.hashes for stat in [_stat(p)]}
-        if stamps:
-            new = {path: known[str(path)][2] for path, s in stamps.items() if known.get(str(path), ())[:2] == s}
-            new |= hash_files([path for path in stamps if path not in new])
-            known |= {str(path): (*stamp, new[path]) for path, stamp in stamps.items()}
-            write_atomically(index, json.dumps(known).encode(), f".{os.getpid()}.tmp")
-            self.hashes |= new
-        return self.hashes
-
-    def shards(self, utterances: list[Utterance], kind: str) -> list[tuple[Path, list[Utterance]]]:
-        hashes = self.hash_files([u.audio for u in utterances])
-        steps = (load_audio, to_sample_rate, FEATURES[kind], normalize, features_of)
-        code = [inspect.getsource(step) for step in steps] + [torchaudio.__version__, soundfile.__libsndfile_version__]
-        found = []
-        for start in range(0, len(utterances), self.SHARD):
-            part = utterances[start : start + self.SHARD]
-            key = json.dumps([code, [[hashes[u.audio], u.offset, u.duration] for u in part]])
-            found.append((self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors", part))
-        return found
-
-    def features(self, utterances: list[Utterance], kind: str, progress: str = "", workers: int = 0):
-        """(Stored, seconds) an utterance, in order. Computes what is not there yet."""
-        shards = self.shards(utterances, kind)
-        missing = {path: part for path, part in shards if not path.exists()}
-        for _ in _in_parallel(_Shards(list(missing.items()), kind), progress, workers, "file"):
-            pass
-        for path, _ in shards:
-            try:
-                table = _opened(path).get_tensor("table").tolist()
-                _, bins = _opened(path).get_slice("features").get_shape()
-            except (OSError, safetensors.SafetensorError) as error:
-                raise DataError(f"{path}: damaged ({error}): delete it, and it is computed again") from None
-            start = 0
-            for frames, samples, crc32 in table:
-                yield Stored(path, start, (frames, bins), crc32), samples / SAMPLE_RATE
-                start += frames
-
-
-class _Shards(torch.utils.data.Dataset):
-    """Writing each missing file of a cache: an item is None, or the DataError met."""
-
-    def __init__(self, shards: list[tuple[Path, list[Utterance]]], kind: str):
-        self.shards, self.kind = shards, kind
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def __getitem__(self, index: int) -> DataError | None:
-        path, utterances = self.shards[index]
-        try:
-            found = [features_of(utterance, self.kind) for utterance in utterances]
-            rows = [(len(f), round(s * SAMPLE_RATE), zlib.crc32(f.contiguous().numpy())) for f, s in found]
-            content = {"features": torch.cat([f for f, _ in found]), "table": torch.tensor(rows, dtype=torch.int64)}
-            write_atomically(path, safetensors.torch.save(content), f".{os.getpid()}.tmp")
-        except OSError as error:
-            return DataError(f"{path}: cannot write the cache ({error.strerror})")
-        except DataError as error:
-            return error
-        return None
-
-
-def _stat(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except OSError as error:
-        raise DataError(f"{path}: cannot read the audio ({error.strerror})") from None
 
 
 def hash_files(paths: list[Path]) -> dict[Path, str]:
@@ -749,7 +502,7 @@ class Epoch(torch.utils.data.Dataset):
 
     def batches(self, first: int = 0, workers: int = 0) -> Iterator["Batch"]:
         """From batch `first` on, prepared ahead by worker processes if there are any."""
-        yield from _in_parallel(torch.utils.data.Subset(self, range(first, len(self))), workers=workers)
+        yield from in_parallel(torch.utils.data.Subset(self, range(first, len(self))), workers=workers)
 
 
 def _chunks_of_frames(order: np.ndarray, lengths: np.ndarray, frames: float) -> list[np.ndarray]:

@@ -1,6 +1,7 @@
-"""Lottery tickets for any nn.Module: masks, global magnitude pruning, rewinding, rounds, verdicts.
+"""Lottery tickets for any nn.Module: masks, magnitude pruning, rewinding, rounds, verdicts.
 
-Algorithm 1 of "Audio Lottery" (Ding, Chen, Wang; ICLR 2022). Knows nothing of speech. In short:
+Algorithm 1 of "Audio Lottery" (Ding, Chen, Wang; ICLR 2022), whole, with the reference of each of its operators. Knows
+nothing of speech and imports nothing of ours but the compiled operators. In short:
 
     for found in find_ticket(model, train, evaluate, sparsity=0.9):
         print(found.row)                 # one dict a round: counts, hashes and what `evaluate` measured
@@ -12,23 +13,19 @@ where a weight is kept, round 0 is dense. The invariants that are asserted as it
     I2  kept counts are exact, ties included        I5  a NaN or infinite weight is refused by name
     I3  a rewound weight is theta_k * mask, bit for bit
 
-Operators: operators.py. Files: files.py. What is kept of a run, and how it is checked: ledger.py.
+What leans on it: audio_lottery/ (files, the ledger, sparse inference).
 """
 
 import hashlib
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-
-from operators import ops
 
 Masks = dict[str, Tensor]  # parameter name -> bool, the parameter's shape, True = kept
 State = dict[str, Tensor]  # a state_dict: parameters and buffers
@@ -86,43 +83,6 @@ def prunable(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def weight_uses(model: nn.Module, call: Callable[[], object]) -> dict[str, int]:
-    """How often each prunable weight multiplies an input during call(), which runs the model.
-
-    The sum of uses * numel is the multiply-adds of all products with weights; of uses * kept, with zeros skipped.
-    Counted are convolutions (padding included), recurrent layers (each step) and linear layers, not products of two
-    activations, as in attention. (Counters of FLOPs take nn.LSTM for 0.)
-    """
-    names = {id(weight): name for name, weight in prunable(model).items()}
-    uses = dict.fromkeys(names.values(), 0)
-
-    def count(module, inputs, output):
-        out = (output[0] if isinstance(output, tuple) else output).data  # of a packed sequence too
-        for weight in module.parameters(recurse=isinstance(module, nn.MultiheadAttention)):  # calls out_proj unseen
-            if id(weight) in names:
-                convolution = isinstance(module, nn.modules.conv._ConvNd)
-                uses[names[id(weight)]] += out.numel() // (module.out_channels if convolution else out.shape[-1])
-
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, PRUNED_LAYERS)]
-    try:
-        call()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return uses
-
-
-def compress(model: nn.Module, masks: Masks, run: Callable[[nn.Module], object] | None = None, **options):
-    """A copy of the model with sparse products for inference on a CPU, and what each layer took.
-
-    run: uses the model as it will be used; each layer is measured on what reaches it.  options: layout, dtype.
-    See sparse.compress.
-    """
-    import sparse  # which imports this file
-
-    return sparse.compress(model, masks, run, **options)
-
-
 # ---------------------------------------------------------------------------- how many are kept
 
 
@@ -155,6 +115,151 @@ def kept_counts(total: int, sparsity: float, prune_rate: float = 0.2) -> list[in
     while counts[-1] > last:
         counts.append(max(last, min(kept_after(total, len(counts), prune_rate), counts[-1] - 1)))
     return counts
+
+
+# ---------------------------------------------------------------------------- operators
+#
+# Each as a reference in PyTorch; csrc/ has the same compiled. Lists are of one tensor a weight, all of one device.
+
+
+def _check_device(weights: list[Tensor], i: int) -> None:
+    if weights[i].device != weights[0].device:
+        devices = f"weights[0] is on {weights[0].device}, weights[{i}] on {weights[i].device}"
+        raise ValueError(f"all weights must be on one device: {devices}")
+
+
+def _check_tensors(weights: list[Tensor], grads: list[Tensor], masks: list[Tensor]) -> None:
+    """What csrc/checks.h refuses, but for the dtypes of weights and gradients."""
+    if len(weights) != len(masks):
+        raise ValueError(f"weights and masks must be as many, got {len(weights)} and {len(masks)}")
+    if grads and len(grads) != len(weights):
+        raise ValueError(f"grads must be empty or as many as weights, got {len(grads)} and {len(weights)}")
+    for i, mask in enumerate(masks):
+        if mask.dtype != torch.bool:
+            raise TypeError(f"masks[{i}] must be bool, got {mask.dtype}")
+        _check_device(weights, i)
+    for name, tensors in (("masks", masks), ("grads", grads)):
+        for i, (tensor, weight) in enumerate(zip(tensors, weights)):
+            if tensor.shape != weight.shape:
+                shapes = f"{list(tensor.shape)} and {list(weight.shape)}"
+                raise ValueError(f"{name}[{i}] must have the shape of weights[{i}], got {shapes}")
+            if tensor.device != weight.device:
+                devices = f"{tensor.device} and {weight.device}"
+                raise ValueError(f"{name}[{i}] must be on the device of weights[{i}], got {devices}")
+
+
+def reference_hold_ticket_(weights: list[Tensor], grads: list[Tensor], masks: list[Tensor]) -> None:
+    """Zero every weight and gradient where its mask is False, in place; NaN becomes 0 too.
+
+    weights, masks: as many tensors, pairwise of one shape.  grads: as many, or none at all.
+    """
+    _check_tensors(weights, grads, masks)
+    for tensors in (weights, grads):
+        for tensor, mask in zip(tensors, masks):
+            tensor.masked_fill_(mask.logical_not(), 0)
+
+
+def reference_global_magnitude_masks(weights: list[Tensor], masks: list[Tensor], keep: int) -> list[Tensor]:
+    """Masks of the `keep` largest |w| among the surviving weights of all tensors together.
+
+    Ties at the threshold: the earlier tensor, then the lower flat index, is kept.  Raises ValueError for a NaN or
+    infinite weight, naming its position, and unless 0 <= keep <= survivors.
+    """
+    _check_tensors(weights, [], masks)
+    for i, weight in enumerate(weights):
+        if not weight.isfinite().all():
+            raise ValueError(f"weights[{i}] has a NaN or infinite value (magnitudes must be finite to be ranked)")
+    survivors = sum(int(mask.sum()) for mask in masks)
+    if not 0 <= keep <= survivors:
+        raise ValueError(f"keep must be between 0 and the {survivors} surviving weights, got {keep}")
+    if keep == 0:
+        return [torch.zeros_like(mask) for mask in masks]
+    scores = torch.cat([torch.where(m, w.abs(), -1).flatten() for w, m in zip(weights, masks)])  # pruned: below all
+    threshold = scores.kthvalue(scores.numel() - keep + 1).values  # the keep-th largest
+    above, tied = scores > threshold, scores == threshold
+    kept = above | (tied & (tied.cumsum(0) <= keep - above.sum()))
+    return [part.view(mask.shape) for part, mask in zip(kept.split([mask.numel() for mask in masks]), masks)]
+
+
+def _check_blocks(weights: list[Tensor], rows: int, columns: int) -> None:
+    if rows < 1 or columns < 1:
+        raise ValueError(f"rows and columns must be at least 1, got {rows} and {columns}")
+    for i, weight in enumerate(weights):
+        if weight.dim() < 2:
+            rule = "(a block is a tile of a matrix)"
+            raise ValueError(f"weights[{i}] must have at least 2 dimensions, got {weight.dim()} {rule}")
+        _check_device(weights, i)
+
+
+def reference_block_norms(weights: list[Tensor], rows: int, columns: int) -> list[Tensor]:
+    """The L1 norms of the blocks of each weight, a matrix of size(0) rows with its other dimensions flattened.
+
+    Blocks are tiles of rows x columns from the top left, smaller at the edges.  Returns float64 (ceil(R / rows),
+    ceil(C / columns)) for each weight (R, ...), R x C as a matrix: the sum of |w| over the block, added row by row from
+    its top left, so that every implementation rounds alike; NaN or infinite where a weight of the block is.  Ranking
+    them with global_magnitude_masks prunes blocks.  Call it on detached weights.  Raises ValueError unless rows and
+    columns are >= 1 and each weight has two dimensions or more.
+    """
+    _check_blocks(weights, rows, columns)
+    norms = []
+    for weight in weights:
+        matrix = weight.flatten(1).abs()
+        r, c = (min(block, max(size, 1)) for block, size in zip((rows, columns), matrix.shape))
+        matrix = F.pad(matrix, (0, -matrix.size(1) % c, 0, -matrix.size(0) % r))  # |w| + 0 is exact
+        tiles = matrix.view(matrix.size(0) // r, r, matrix.size(1) // c, c)
+        norm = tiles.new_zeros(tiles.size(0), tiles.size(2), dtype=torch.float64)
+        for row in range(r):
+            for column in range(c):
+                norm += tiles[:, row, :, column].double()
+        norms.append(norm)
+    return norms
+
+
+class Ops(NamedTuple):
+    hold_ticket_: Callable[[list[Tensor], list[Tensor], list[Tensor]], None]
+    global_magnitude_masks: Callable[[list[Tensor], list[Tensor], int], list[Tensor]]
+    block_norms: Callable[[list[Tensor], int, int], list[Tensor]]
+    compiled: bool
+    path: str  # which path this is, for the line at start-up
+
+
+def choose_ops() -> Ops:
+    """The operators of csrc/ where they are built, the reference elsewhere: the one place that chooses."""
+    try:
+        import _lottery  # registers torch.ops.audio_lottery
+    except ImportError as error:
+        reference = reference_hold_ticket_, reference_global_magnitude_masks, reference_block_norms
+        return Ops(*reference, False, f"pure PyTorch ({error})")
+    compiled, facts = torch.ops.audio_lottery, _lottery.build_facts()
+    torch.library.register_fake("audio_lottery::hold_ticket_", _check_tensors)
+
+    @torch.library.register_fake("audio_lottery::global_magnitude_masks")
+    def fake_masks(weights, masks, keep):
+        _check_tensors(weights, [], masks)
+        return [mask.new_empty(mask.shape) for mask in masks]
+
+    @torch.library.register_fake("audio_lottery::block_norms")
+    def fake_norms(weights, rows, columns):
+        _check_blocks(weights, rows, columns)
+        matrices = [weight.flatten(1) for weight in weights]
+        shapes = [(-(-matrix.size(0) // rows), -(-matrix.size(1) // columns)) for matrix in matrices]
+        return [weight.new_empty(shape, dtype=torch.float64) for weight, shape in zip(weights, shapes)]
+
+    def on_its_devices(op, reference):  # a build without CUDA leaves tensors on a GPU to the reference
+        devices = {"cpu", "cuda"} if facts["cuda"] else {"cpu"}
+        return lambda weights, *rest: (op if {w.device.type for w in weights} <= devices else reference)(weights, *rest)
+
+    return Ops(
+        on_its_devices(compiled.hold_ticket_, reference_hold_ticket_),
+        on_its_devices(compiled.global_magnitude_masks, reference_global_magnitude_masks),
+        on_its_devices(compiled.block_norms, reference_block_norms),
+        True,
+        f"compiled C++ ({facts['instructions']}, {'OpenMP' if facts['openmp'] else 'one thread'})"
+        + (f" and CUDA ({facts['cuda']})" if facts["cuda"] else ""),
+    )
+
+
+ops = choose_ops()
 
 
 # ---------------------------------------------------------------------------- masks and rewinding
@@ -483,56 +588,3 @@ def verdict(ticket_errors, dense_errors, words, margin: float = 0.01, resamples:
     else:
         word = "undecided"
     return Verdict(word, float(low), float(high))
-
-
-def main(argv: list[str] | None = None) -> int:
-    import files  # these import this file
-    import flags
-    import ledger
-
-    parser = flags.Parser(prog="lottery.py", description="Check runs, copy and weigh tickets.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("verify", help="print a line a check; exit code 0 if all hold, 1 if not")
-    command.add_argument("run", type=Path, help="run folder")
-    command.add_argument("--retrain", type=int, metavar="R", help="train round R again and compare bit for bit")
-    command = commands.add_parser("copy", help="copy a ticket, checked on the way")
-    command.add_argument("ticket", type=Path)
-    command.add_argument("new", type=Path)
-    command.add_argument("--without-rewind", action="store_true", help="leave the rewind state out: half the size")
-    command = commands.add_parser("size", help="bytes by part beside the dense checkpoint, what remains, multiply-adds")
-    command.add_argument("ticket", type=Path)
-    args = parser.parse_args(argv)
-    if args.command == "size":
-        import size  # it knows the recognisers, whose products it counts; nothing above does
-
-        try:
-            print(size.report(args.ticket))
-        except (LotteryError, OSError) as error:
-            print(f"lottery.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
-        return 0
-    if args.command == "copy":
-        try:
-            file = files.load_ticket(args.ticket)
-            rewind = None if args.without_rewind else file.rewind
-            files.save_ticket(args.new, file.masks, rewind, file.trained, file.info)
-        except (LotteryError, OSError) as error:
-            print(f"lottery.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
-        return 0
-    if not args.run.is_dir():
-        print(f"lottery.py: error: {args.run}: no such run folder", file=sys.stderr)
-        return 2
-    failed = 0
-    for name, wrong in ledger.verify(args.run):
-        print(f"{'FAILED' if wrong else 'ok':6}  {name}{f': {wrong}' if wrong else ''}", flush=True)
-        failed += bool(wrong)
-    if args.retrain is not None and not failed:
-        train = Path(__file__).resolve().parent / "train.py"
-        failed = subprocess.run([sys.executable, str(train), "--retrain", str(args.run), str(args.retrain)]).returncode
-    return int(failed != 0)
-
-
-if __name__ == "__main__":
-    sys.modules["lottery"] = sys.modules[__name__]  # what main imports does too: not a second time
-    sys.exit(main())

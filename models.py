@@ -251,6 +251,7 @@ class Transducer(nn.Module):
         self.output = nn.Linear(joiner, tokens)
         self.ctc_output = nn.Linear(hidden, tokens)
         self.dropout = nn.Dropout(dropout)
+        self.greedy_loop = None  # what use_greedy was given
 
     def output_lengths(self, input_lengths: Tensor) -> Tensor:
         return (input_lengths - 1) // 4 + 1
@@ -317,15 +318,17 @@ class Transducer(nn.Module):
         return [[emission.token for emission in found] for found in self.emissions(features, input_lengths)]
 
     def emissions(self, features: Tensor, input_lengths: Tensor) -> list[list[Emission]]:
-        return self.search(*self.every_second(*self.encode(features, input_lengths)))[0]
+        return self.greedy(*self.every_second(*self.encode(features, input_lengths)))[0]
 
-    def search(self, encoder_out: Tensor, lengths: Tensor, state=None) -> tuple[list[list[Emission]], tuple]:
-        """Greedy: at each frame tokens are emitted until the blank wins, MAX_SYMBOLS at most.
+    def greedy(self, encoder_out: Tensor, lengths: Tensor, state=None) -> tuple[list[list[Emission]], tuple]:
+        """At each frame tokens are emitted until the blank wins, MAX_SYMBOLS at most.
 
         encoder_out (B, T'', joiner) of every_second, lengths (B,). Returns what each utterance emits, and the state
         from which frames that follow go on: predictor_out (B, joiner) and the predictor's (h, c).
         Every utterance keeps its own frame pointer, so no step of the batch waits for another's frame.
         """
+        if self.greedy_loop is not None and len(lengths):
+            return self.greedy_by_loop(encoder_out, lengths, state)
         batch, rows = len(lengths), torch.arange(len(lengths), device=encoder_out.device)
         frame = torch.zeros_like(lengths)  # (B,) where each utterance stands
         emitted = torch.zeros_like(lengths)  # (B,) tokens out of this frame
@@ -351,6 +354,32 @@ class Transducer(nn.Module):
         found = [[Emission(int(k), int(t), int(t) + 1, p) for k, t, p in row if k != BLANK] for row in table]
         return found, (predictor_out, state)
 
+    def greedy_parts(self) -> dict:
+        """What the loop of `greedy` is made of, by the names that another implementation of it takes them under."""
+        return {
+            "embedding": self.embedding, "predictor": self.predictor, "projection": self.predictor_projection,
+            "output": self.output, "max_symbols": self.MAX_SYMBOLS,
+        }  # fmt: skip
+
+    def use_greedy(self, loop: nn.Module | None) -> None:
+        """Let `greedy` run this loop, made of greedy_parts; None: its own, the one above.
+
+        loop(encoder_out (T, joiner), state) -> list of (token, frame, probability), state, for one utterance. A state
+        is [predictor_out (joiner,), h (H,), c (H,)], or [] at the start.
+        """
+        self.greedy_loop = loop
+
+    def greedy_by_loop(self, encoder_out: Tensor, lengths: Tensor, state) -> tuple[list[list[Emission]], tuple]:
+        """`greedy` by greedy_loop, utterance by utterance; one at least."""
+        found, states = [], []
+        for b, length in enumerate(lengths.tolist()):
+            before = [] if state is None else [state[0][b], state[1][0][0, b], state[1][1][0, b]]
+            emitted, after = self.greedy_loop(encoder_out[b, :length], before)
+            found.append([Emission(token, frame, frame + 1, p) for token, frame, p in emitted])
+            states.append(after)
+        predictor_out, h, c = (torch.stack(tensors) for tensors in zip(*states))
+        return found, (predictor_out, (h[None], c[None]))
+
 
 class Stream:
     """A Transducer on one utterance whose features arrive in pieces: `emissions` of all of them, up to rounding.
@@ -360,7 +389,7 @@ class Stream:
 
     def __init__(self, model: Transducer):
         self.model, self.rest, self.frames = model, torch.zeros(0, 80), 0  # encoder frames so far
-        self.states = self.searched = None
+        self.states = self.decoded = None  # of the encoder's LSTMs, of the greedy loop
 
     def push(self, features: Tensor, last: bool = False) -> list[Emission]:
         """features: (T, 80), T may be 0.  Returns what is new. last: nothing follows."""
@@ -375,7 +404,7 @@ class Stream:
         encoder_out = encoder_out[:, self.frames % 2 :]
         self.frames += new
         length = torch.tensor([encoder_out.shape[1]])
-        (found,), self.searched = self.model.search(*self.model.every_second(encoder_out, length), self.searched)
+        (found,), self.decoded = self.model.greedy(*self.model.every_second(encoder_out, length), self.decoded)
         return [e._replace(start=first + e.start, end=first + e.end) for e in found]
 
 

@@ -60,7 +60,7 @@ def extensions() -> list:
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     sources = ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
-    version = re.search(r'^version = "(.*)"', open("pyproject.toml").read(), re.M)[1]
+    version = re.search(r'^__version__ = "(.*)"', open("audio_lottery/__init__.py").read(), re.M)[1]
     threads = openmp(compiler)
     name = f'-DAUDIO_LOTTERY_VERSION="{version}"'
     flags = ["-O3", *threads, "-Wall", name, *os.environ.get("CXXFLAGS", "").split()]

@@ -22,21 +22,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-import decode
-import files
 import lottery
 import models
-from flags import Parser, check_beam
+from audio_lottery import compress, files
+from audio_lottery.console import Parser, fail
+from lab import decode, streaming
 from models import Emission
+from runner.flags import check_beam
 
 BATCH = 8  # pieces
 
 
-def flags() -> Parser:
+def parser() -> Parser:
     p = Parser(
-        prog="transcribe.py", usage="transcribe.py TICKET AUDIO... [flags]", allow_abbrev=False,
+        prog="transcribe.py", usage="transcribe.py TICKET AUDIO... [flags]",
         description="Transcribe audio with a ticket: text on stdout, a line a file.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
     )  # fmt: skip
     add = p.add_argument
     add("ticket", type=Path, metavar="TICKET", help="ticket.safetensors of a run")
@@ -59,7 +59,7 @@ def flags() -> Parser:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = flags()
+    p = parser()
     args = p.parse_args(argv)
     if bool(args.export) == bool(args.audio):
         p.error("give AUDIO (files, folders or -), or --export FILE.onnx without AUDIO")
@@ -190,7 +190,7 @@ class Recogniser:
         self.ready, self.moments = False, None
         if args.calibrate:
             waveforms = (data.load_audio(recording.audio) for recording in sources([str(args.calibrate)]))
-            self.moments = data.Running.moments([data.FEATURES[self.model.features](w) for w in waveforms])
+            self.moments = streaming.Running.moments([data.FEATURES[self.model.features](w) for w in waveforms])
 
     def prepare(self, run: Callable[[nn.Module], object]) -> None:
         """run: the use that layers are measured in."""
@@ -198,7 +198,7 @@ class Recogniser:
         if not args.dense:
             started = time.monotonic()
             options = {"dtype": args.values or "float32"}
-            self.model, rows = lottery.compress(self.model, self.ticket.masks, run, **options)
+            self.model, rows = compress(self.model, self.ticket.masks, run, **options)
             sparse = sum(not row.layout.startswith("dense") for row in rows)
             told = f"sparse products for {sparse} of {len(rows)} weights, the fastest here"
             print(f"{told}; measured in {time.monotonic() - started:.1f} s", file=sys.stderr)
@@ -212,7 +212,7 @@ class Recogniser:
         features = data.FEATURES[self.model.features](waveform)
         running = self.args.normalize == "running"
         if running:
-            return finite(data.Running(self.moments).push(features, last=True), path)
+            return finite(streaming.Running(self.moments).push(features, last=True), path)
         return finite(data.normalize(features), path)
 
     def recognise(self, features: list[Tensor]) -> list[list[Emission]]:
@@ -304,7 +304,7 @@ def follow(
     model: models.Transducer, chunks: Iterable[tuple[Tensor, bool]], moments: Tensor | None, path: Path | str = ""
 ) -> Iterator[tuple[list[Emission], int, float]]:
     """What each chunk (N,) of 16 kHz audio adds, N, and the seconds that took, features included."""
-    features, stream = data.Stream(moments), models.Stream(model)
+    features, stream = streaming.FeatureStream(moments), models.Stream(model)
     for samples, last in chunks:
         started = time.monotonic()
         with torch.inference_mode():
@@ -362,7 +362,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.beam > 1 or args.lm) and isinstance(recogniser.model, models.Transducer):
         raise lottery.LotteryError("--beam and --lm go with CTC; a transducer's beam search does not say when")
     if args.export:
-        import export
+        from lab import export
 
         paths = export.export(recogniser.model, recogniser.tokens, args.export)
         print("\n".join(f"{path}: {path.stat().st_size:,} bytes" for path in paths))
@@ -404,8 +404,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (data.DataError, lottery.LotteryError, OSError) as error:
-        print(f"transcribe.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return fail("transcribe.py", error)
 
 
 if __name__ == "__main__":

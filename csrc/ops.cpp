@@ -1,5 +1,5 @@
 // All operators of Audio Lottery. Implementations: cpu/*.cpp and cuda/*.cu, names mirrored; checks: checks.h;
-// the slow reference they are tested against: operators.py and sparse.py.
+// the slow reference they are tested against: lottery.py and audio_lottery/sparse.py.
 
 #include <torch/extension.h>
 #include <torch/library.h>

@@ -28,13 +28,13 @@ import numpy as np  # noqa: E402
 import soundfile  # noqa: E402
 import torch  # noqa: E402
 
-import controls  # noqa: E402
 import data  # noqa: E402
-import files  # noqa: E402
-import ledger  # noqa: E402
 import lottery  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
+from audio_lottery import files, ledger  # noqa: E402
+from lab import controls  # noqa: E402
+from runner import cache  # noqa: E402
 
 # ---------------------------------------------------------------------------- kills
 
@@ -315,7 +315,7 @@ def audio(number: int, seed: int) -> bool:
                     path.write_bytes(content)
                     outcome = b"r"
                     try:
-                        (example,) = data.load_examples([data.Utterance(path, "a")], [data.BLANK, "a"], "log-mel")
+                        (example,) = cache.load_examples([data.Utterance(path, "a")], [data.BLANK, "a"], "log-mel")
                         outcome = b"a" if example.features.isfinite().all() else b"n"
                     except data.DataError:
                         pass

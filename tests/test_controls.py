@@ -10,13 +10,11 @@ import soak
 import torch
 from test_train import refused
 
-import compare
-import controls
-import files
-import ledger
 import lottery
 import models
 import train
+from audio_lottery import files, ledger
+from lab import compare, controls
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +118,7 @@ def test_controls_train_what_they_say(source, tmp_path):
 def test_a_control_is_resumed_and_retrained(source, corpus, tmp_path, monkeypatch):
     flags = ["--ticket", source, "--control", "random-init", "--rounds", 1, 2, "--save-every", 0, "--data", corpus]
     run(*flags, "--out", tmp_path / "whole")
-    after_step, steps = train.Keeper.after_step, []
+    after_step, steps = train.Checkpointer.after_step, []
 
     def stop_in_round_2(self, ticket, *rest):
         steps.append(ticket.round)
@@ -129,20 +127,20 @@ def test_a_control_is_resumed_and_retrained(source, corpus, tmp_path, monkeypatc
         after_step(self, ticket, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train.Keeper, "after_step", stop_in_round_2)
+        patched.setattr(train.Checkpointer, "after_step", stop_in_round_2)
         assert train.main([str(a) for a in [*flags, "--out", tmp_path / "cut"]]) == 128 + 15
     assert steps[-1] == 2
     run(*flags, "--out", tmp_path / "cut")
     results = [ledger.read_ledger(tmp_path / name / "ledger.jsonl") for name in ("whole", "cut")]
     assert [ledger.row_hash(row) for row in results[0]] == [ledger.row_hash(row) for row in results[1]]
     assert verified(tmp_path / "cut")
-    train.retrain(tmp_path / "cut", 2)
+    train.train_again(tmp_path / "cut", 2)
     lines = (tmp_path / "cut" / "ledger.jsonl").read_text().splitlines()
     row = json.loads(lines[2]) | {"valid_wer": 0.125}
     row["timing_sha256"] = ledger.timing_hash(row)
     (tmp_path / "cut" / "ledger.jsonl").write_text("\n".join([*lines[:2], json.dumps(row)]) + "\n")
     with pytest.raises(lottery.LotteryError, match="round 2 trained again differs from the ledger in valid_wer"):
-        train.retrain(tmp_path / "cut", 2)
+        train.train_again(tmp_path / "cut", 2)
 
 
 def test_transfer_makes_token_layers_new(source, corpus, tmp_path, capsys):
@@ -189,7 +187,7 @@ def test_ticket_files_and_trained_starts(source, corpus, tmp_path, capsys):
     dense = [ledger.read_ledger(tmp_path / name / "ledger.jsonl")[0] for name in ("init", "control")]
     assert dense[0]["trained_sha256"] == dense[1]["trained_sha256"]  # it starts from the ticket too
     assert all(verified(tmp_path / name) for name in ("init", "trained", "control"))
-    train.retrain(tmp_path / "control", 0)
+    train.train_again(tmp_path / "control", 0)
     methods = next(iter(compare.merge([compare.load(tmp_path / name) for name in ("init", "control")]).values()))
     assert len(compare.rivals(methods)) == 1
     files.save_ticket(tmp_path / "no.safetensors", there.masks, None, there.trained, there.info)
@@ -344,9 +342,9 @@ def test_late_rewinding_and_global_blocks_are_checked_and_retrained(corpus, tmp_
     search, control, again = (tmp_path / name for name in ("search", "control", "again"))
     flags = ("--data", corpus, "--backbone", "cnn-lstm", "--epochs", 1, "--batch-size", 3, "--sparsity", 0.2)
     run(*flags, "--block", "3x2", "--scope", "global", "--rewind-step", 2, "--out", search)
-    train.retrain(search, 1)
+    train.train_again(search, 1)
     run("--ticket", search, "--control", "random-mask", "--out", control)
-    train.retrain(control, 0)
+    train.train_again(control, 0)
     # the dense row is taken over twice
     run("--ticket", search, "--dense", control, "--out", again)
     assert json.loads((again / "config.json").read_text())["machine"]["dense"] == str(control)
@@ -357,7 +355,7 @@ def test_late_rewinding_and_global_blocks_are_checked_and_retrained(corpus, tmp_
     rechained(search, {"test_cer": [0.0, 0.0]})
     assert verified(search)
     with pytest.raises(lottery.LotteryError, match="differs from the ledger in test_cer"):
-        train.retrain(search, 1)
+        train.train_again(search, 1)
     rechained(search, {"test_cer": cer, "kept_blocks": [100, 80], "total_blocks": [100, 100]})
     (wrong,) = [wrong for _, wrong in ledger.verify(search) if wrong]
     assert wrong.endswith(" blocks, not [100, 100]")

@@ -12,12 +12,12 @@ import soundfile
 import torchaudio
 from test_resume import forge
 
-import corpora
 import data
-import ledger
 import lottery
 import models
 import train
+from audio_lottery import ledger
+from lab import corpora
 
 DEMO = Path(data.__file__).parent / "demo"
 
@@ -437,14 +437,14 @@ def test_a_ticket_of_each_corpus_stopped_and_taken_up_again(corpus, tmp_path, mo
     if others:  # each test set by itself
         assert len(others["test-other"]["test_errors"]) + len(rows[1]["test_errors"]) == 4
         assert "test-other" in (tmp_path / "run" / "report.md").read_text()
-    train.retrain(tmp_path / "run", 1)
+    train.train_again(tmp_path / "run", 1)
     if others:  # training again compares all of them
         errors = others["test-other"]["test_errors"]
         forge(
             tmp_path / "run", 1, other_tests={"test-other": others["test-other"] | {"test_errors": errors[::-1] + [9]}}
         )
         with pytest.raises(lottery.LotteryError, match="differs from the ledger in other_tests"):
-            train.retrain(tmp_path / "run", 1)
+            train.train_again(tmp_path / "run", 1)
 
 
 def test_flags_of_a_corpus(tmp_path, capsys):

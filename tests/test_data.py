@@ -11,6 +11,7 @@ import soundfile
 import torch
 
 import data
+from runner import cache
 
 DEMO = Path(data.__file__).parent / "demo"
 SHARED = Path(data.__file__).parent.parent / "shared" / "corpora"
@@ -48,7 +49,7 @@ def test_other_corpora_load(name):
         pytest.skip("needs ../shared/corpora, which is not part of the project")
     corpus = data.read_corpus(SHARED / name)
     tokens = data.tokens_of(corpus["train"])
-    examples = data.load_examples(corpus["test"][:5], tokens, "log-mel")
+    examples = cache.load_examples(corpus["test"][:5], tokens, "log-mel")
     known = [e for e in examples if set(e.text) <= set(tokens)]
     assert known and all(data.decode(e.targets, tokens) == e.text for e in known)
 
@@ -151,7 +152,7 @@ def test_audio_that_is_not(tmp_path):
         data.load_audio(tmp_path / "x.raw")
     write_wav(tmp_path / "huge.wav", np.full(1600, 1e25), subtype="FLOAT")
     with pytest.raises(data.DataError, match=r"huge.wav: its samples are too large"):
-        data.load_examples([data.Utterance(tmp_path / "huge.wav", "a")], [data.BLANK, "a"], "log-mel")
+        cache.load_examples([data.Utterance(tmp_path / "huge.wav", "a")], [data.BLANK, "a"], "log-mel")
     (tmp_path / "text.wav").write_text("hello " * 100)
     with pytest.raises(data.DataError, match=r"text.wav: cannot decode the audio"):
         data.load_audio(tmp_path / "text.wav")
@@ -203,7 +204,7 @@ def test_unseen_characters_are_counted_and_stay_in_the_reference(tmp_path):
     utterance = data.Utterance(tmp_path / "a.wav", "añoñ")
     tokens = [data.BLANK, "a", "o"]
     assert data.unseen_characters([utterance], tokens) == {"ñ": 2}
-    (example,) = data.load_examples([utterance], tokens, "log-mel")
+    (example,) = cache.load_examples([utterance], tokens, "log-mel")
     assert example.targets == [1, 2] and example.text == "añoñ"
 
 
@@ -325,7 +326,7 @@ def test_features_from_workers_hold_no_file_open(recordings, fresh):
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, before[1]))
     try:
-        examples = data.load_examples(recordings * 40, [data.BLANK], "log-mel", workers=1, fresh=fresh)
+        examples = cache.load_examples(recordings * 40, [data.BLANK], "log-mel", workers=1, fresh=fresh)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert len(examples) == 200 and examples[199].features.shape == examples[4].features.shape
@@ -334,73 +335,73 @@ def test_features_from_workers_hold_no_file_open(recordings, fresh):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["log-mel", "log1p-stft"])
 def test_cached_and_fresh_features_are_those_in_memory(recordings, tmp_path, kind, workers, monkeypatch):
-    monkeypatch.setattr(data.Cache, "SHARD", 2)
+    monkeypatch.setattr(cache.Cache, "SHARD", 2)
     tokens = [data.BLANK, "a", "b"]
-    expected = data.load_examples(recordings, tokens, kind)
-    cached = data.load_examples(recordings, tokens, kind, "", data.Cache(tmp_path / "cache"), workers)
-    fresh = data.load_examples(recordings, tokens, kind, "", "none")
+    expected = cache.load_examples(recordings, tokens, kind)
+    cached = cache.load_examples(recordings, tokens, kind, "", cache.Cache(tmp_path / "cache"), workers)
+    fresh = cache.load_examples(recordings, tokens, kind, "", "none")
     for examples in (cached, fresh):
         for a, b in zip(expected, examples, strict=True):
             assert torch.equal(a.features, b.features) and a.targets == b.targets and abs(a.seconds - b.seconds) < 1e-3
             assert a.frames == b.frames
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 3
     # A second start computes nothing and does not read the recordings.
-    monkeypatch.setattr(data, "load_audio", None)
-    monkeypatch.setattr(data, "features_of", None)
-    monkeypatch.setattr(data.inspect, "getsource", lambda step: "the code of now")
+    monkeypatch.setattr(cache, "load_audio", None)
+    monkeypatch.setattr(cache, "features_of", None)
+    monkeypatch.setattr(cache.inspect, "getsource", lambda step: "the code of now")
     with pytest.raises(TypeError):  # other code: another file
-        data.load_examples(recordings, tokens, kind, "", data.Cache(tmp_path / "cache"))
+        cache.load_examples(recordings, tokens, kind, "", cache.Cache(tmp_path / "cache"))
 
 
 def test_a_second_start_reads_no_recording_again(recordings, tmp_path, monkeypatch):
-    first = data.load_examples(recordings, [data.BLANK], "log-mel", "", data.Cache(tmp_path / "cache"))
+    first = cache.load_examples(recordings, [data.BLANK], "log-mel", "", cache.Cache(tmp_path / "cache"))
     monkeypatch.setattr(data, "hash_files", lambda paths: pytest.fail("hashed again") if paths else {})
-    monkeypatch.setattr(data._Shards, "__getitem__", lambda *_: pytest.fail("computed again"))
-    again = data.load_examples(recordings, [data.BLANK], "log-mel", "", data.Cache(tmp_path / "cache"))
+    monkeypatch.setattr(cache._Shards, "__getitem__", lambda *_: pytest.fail("computed again"))
+    again = cache.load_examples(recordings, [data.BLANK], "log-mel", "", cache.Cache(tmp_path / "cache"))
     assert all(torch.equal(a.features, b.features) for a, b in zip(first, again))
 
 
 def test_a_changed_recording_is_computed_anew_and_only_its_file(recordings, tmp_path, monkeypatch):
-    monkeypatch.setattr(data.Cache, "SHARD", 2)
-    data.load_examples(recordings, [data.BLANK], "log-mel", "", data.Cache(tmp_path / "cache"))
+    monkeypatch.setattr(cache.Cache, "SHARD", 2)
+    cache.load_examples(recordings, [data.BLANK], "log-mel", "", cache.Cache(tmp_path / "cache"))
     before = set((tmp_path / "cache").glob("*.safetensors"))
     write_wav(recordings[0].audio, noise(4000))
     os.utime(recordings[0].audio, ns=(1, 1))
-    examples = data.load_examples(recordings, [data.BLANK], "log-mel", "", data.Cache(tmp_path / "cache"))
+    examples = cache.load_examples(recordings, [data.BLANK], "log-mel", "", cache.Cache(tmp_path / "cache"))
     assert examples[0].frames == 26
     assert len(set((tmp_path / "cache").glob("*.safetensors")) - before) == 1
 
 
 def test_a_damaged_cache_is_named(recordings, tmp_path):
-    examples = data.load_examples(recordings, [data.BLANK], "log-mel", "", data.Cache(tmp_path / "cache"))
+    examples = cache.load_examples(recordings, [data.BLANK], "log-mel", "", cache.Cache(tmp_path / "cache"))
     (path,) = (tmp_path / "cache").glob("*.safetensors")
     whole = path.read_bytes()
-    data._opened.cache_clear()
+    cache._opened.cache_clear()
     path.write_bytes(whole[:-1000] + bytes(1000))
     with pytest.raises(data.DataError, match=rf"{path.name}: damaged: delete it"):
         [example.features for example in examples]
-    data._opened.cache_clear()
+    cache._opened.cache_clear()
     path.write_bytes(whole[:-1000])
     with pytest.raises(data.DataError, match=rf"{path.name}: damaged .*: delete it"):
-        data.load_examples(recordings, [data.BLANK], "log-mel", "", data.Cache(tmp_path / "cache"))
-    data._opened.cache_clear()
+        cache.load_examples(recordings, [data.BLANK], "log-mel", "", cache.Cache(tmp_path / "cache"))
+    cache._opened.cache_clear()
     path.unlink()
     for index in ("[1, 2", "[1, 2]", "7", json.dumps({str(recordings[0].audio): 5})):  # only slows the next start
         (tmp_path / "cache" / "hashes.json").write_text(index)
-        again = data.load_examples(recordings, [data.BLANK], "log-mel", "", data.Cache(tmp_path / "cache"))
-        assert torch.equal(again[0].features, data.load_examples(recordings[:1], [data.BLANK], "log-mel")[0].features)
+        again = cache.load_examples(recordings, [data.BLANK], "log-mel", "", cache.Cache(tmp_path / "cache"))
+        assert torch.equal(again[0].features, cache.load_examples(recordings[:1], [data.BLANK], "log-mel")[0].features)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_recording_is_named_from_a_worker_too(recordings, tmp_path, workers):
     recordings[3].audio.write_text("no audio")
-    for cache in ("memory", data.Cache(tmp_path / "cache")):
+    for kept_in in ("memory", cache.Cache(tmp_path / "cache")):
         with pytest.raises(data.DataError, match=r"3.wav: cannot decode the audio"):
-            data.load_examples(recordings, [data.BLANK], "log-mel", "", cache, workers)
+            cache.load_examples(recordings, [data.BLANK], "log-mel", "", kept_in, workers)
     assert not list((tmp_path / "cache").glob("*.tmp"))
     (tmp_path / "file").touch()
     with pytest.raises(data.DataError, match=r"--cache .*file: cannot make the folder"):
-        data.Cache(tmp_path / "file")
+        cache.Cache(tmp_path / "file")
 
 
 def test_lengths_by_header_are_never_above_what_is_decoded(tmp_path):
@@ -409,4 +410,4 @@ def test_lengths_by_header_are_never_above_what_is_decoded(tmp_path):
             soundfile.write(tmp_path / name, noise(samples), rate)
             utterance = data.Utterance(tmp_path / name, "a")
             frames = len(data.features_of(utterance, "log-mel")[0])
-            assert 0 <= frames - data.length(utterance)[0] <= 30, name
+            assert 0 <= frames - cache.length(utterance)[0] <= 30, name

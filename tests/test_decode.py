@@ -15,10 +15,10 @@ from test_train import refused
 from torchaudio.models import RNNTBeamSearch
 
 import data
-import decode
-import files
 import models
 import train
+from audio_lottery import files
+from lab import decode
 
 ROOT = Path(train.__file__).parent
 needs_flashlight = pytest.mark.skipif(

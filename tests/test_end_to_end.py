@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import data
-import files
-import ledger
 import lottery
 import models
 import train
 import transcribe
+from audio_lottery import files, ledger
+from runner import cache
 
 ROOT = Path(train.__file__).parent
 
@@ -67,7 +67,7 @@ def test_from_speech_to_a_ticket(backbone, corpus, tmp_path, capsys):
     model.load_state_dict(trained)
     assert all((trained[name][~mask] == 0).all() for name, mask in masks.items())
     utterances = data.read_corpus(corpus)["test"]
-    examples = data.load_examples(utterances, info["tokens"], info["features"])
+    examples = cache.load_examples(utterances, info["tokens"], info["features"])
     hypotheses = train.recognise(model, examples, info["tokens"], 3, "cpu")
     assert train.score([u.text for u in utterances], hypotheses)["errors"] == rows[-1]["test_errors"]
 

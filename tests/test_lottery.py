@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-import files
 import lottery
+from audio_lottery import counting, files
 
 NAN, INF = float("nan"), float("inf")
 
@@ -521,10 +521,12 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
 def test_masks_as_bits():
     for n in (0, 1, 7, 8, 9, 1000):
         mask = torch.rand(n) < 0.5
-        assert len(files.pack(mask)) == (n + 7) // 8 and torch.equal(files.unpack(files.pack(mask), [n]), mask)
+        assert len(files.pack_bits(mask)) == (n + 7) // 8 and torch.equal(
+            files.unpack_bits(files.pack_bits(mask), [n]), mask
+        )
     for packed, shape in ((torch.tensor([255], dtype=torch.uint8), [7]), (torch.zeros(2, dtype=torch.uint8), [8])):
         with pytest.raises(ValueError, match="bytes of mask for the shape"):
-            files.unpack(packed, shape)
+            files.unpack_bits(packed, shape)
 
 
 def test_weight_uses_in_attention_and_packed_sequences():
@@ -537,7 +539,7 @@ def test_weight_uses_in_attention_and_packed_sequences():
         model.attention(x, x, x)
         model.lstm(nn.utils.rnn.pack_padded_sequence(x, torch.tensor([3, 2]), batch_first=True))
 
-    uses = lottery.weight_uses(model, call)
+    uses = counting.weight_uses(model, call)
     assert uses["attention.in_proj_weight"] == uses["attention.out_proj.weight"] == 6
     assert uses["lstm.weight_ih_l0"] == uses["lstm.weight_hh_l0"] == 5
 
@@ -552,6 +554,6 @@ def test_weight_uses_by_hand():
         model.linear(x[:, :4])
         model.both(model.lstm(x)[0])
 
-    uses = lottery.weight_uses(model, call)
+    uses = counting.weight_uses(model, call)
     assert uses.pop("conv.weight") == 10 and uses.pop("linear.weight") == 8
     assert set(uses.values()) == {10} and len(uses) == 2 + 4  # recurrent weights: each of 5 steps of 2 utterances

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-import flags
 import lottery
 import models
+from runner import flags, recipes
 
 BACKBONES = list(models.BACKBONES)
 
@@ -121,7 +121,7 @@ def test_wide_sizes_are_the_demo_with_that_many_times_its_widths(backbone, size,
     demo, wide = (models.BACKBONES[backbone].SIZES[size] for size in ("demo", size))
     widths = {"channels", "hidden", "predictor", "joiner", "width", "heads"}
     assert wide == {key: factor * value if key in widths else value for key, value in demo.items()}
-    assert flags.parse(["--backbone", backbone, "--size", size]).recipe == flags.RECIPES[backbone, "demo"]
+    assert flags.parse(["--backbone", backbone, "--size", size]).recipe == recipes.RECIPES[backbone, "demo"]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

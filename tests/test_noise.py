@@ -13,11 +13,11 @@ import torch
 from test_train import refused
 
 import data
-import flags
-import ledger
 import models
-import noise
 import train
+from audio_lottery import ledger
+from lab import noise
+from runner import cache, flags
 
 SHARED = Path(noise.__file__).parent.parent / "shared" / "corpora" / "noise"
 
@@ -184,7 +184,7 @@ def noisy_features(examples, here, seed, epoch, batch_size=3, workers=0, **how):
 
 def test_batches_workers_processes_and_caches_hear_the_same(folder, utterances, tmp_path):
     here, tokens = noise.Noise(folder, (0.0, 10.0)), [data.BLANK, "a"]
-    examples = data.load_examples(utterances, tokens, "log-mel", fresh=True)
+    examples = cache.load_examples(utterances, tokens, "log-mel", fresh=True)
     assert examples[2].frames == 1 + 12_345 // 160 and examples[0].source.waveform is not None
     expected = noisy_features(examples, here, 1, 2)
     mixed = here.for_training(data.load_audio(utterances[4].audio), seed=1, epoch=2, index=4)
@@ -192,8 +192,8 @@ def test_batches_workers_processes_and_caches_hear_the_same(folder, utterances, 
     shares = [noisy_features(examples, here, 1, 2, 2, process=p, processes=2) for p in (0, 1)]
     others = [noisy_features(examples, here, 1, 2, 8), noisy_features(examples, here, 1, 2, 3, 2)]
     others.append(shares[0] | shares[1])
-    for cache in ("none", data.Cache(tmp_path / "cache")):
-        again = data.load_examples(utterances, tokens, "log-mel", cache=cache, fresh=True)
+    for kept_in in ("none", cache.Cache(tmp_path / "cache")):
+        again = cache.load_examples(utterances, tokens, "log-mel", cache=kept_in, fresh=True)
         assert [e.frames for e in again] == [e.frames for e in examples]
         others.append(noisy_features(again, here, 1, 2))
     for got in others:
@@ -206,8 +206,8 @@ def test_noisy_test_features_are_the_same_in_memory_and_computed_anew(folder, ut
     here = noise.Noise(folder, None, (5.0,))
     mixes = [lambda waveform, i=i: here.for_test(waveform, 5.0, i) for i in range(len(utterances))]
     found = []
-    for cache, workers in (("memory", 0), ("memory", 2), ("none", 0), (data.Cache(tmp_path / "cache"), 0)):
-        examples = data.load_examples(utterances, [data.BLANK, "a"], "log-mel", "", cache, workers, mixes=mixes)
+    for kept_in, workers in (("memory", 0), ("memory", 2), ("none", 0), (cache.Cache(tmp_path / "cache"), 0)):
+        examples = cache.load_examples(utterances, [data.BLANK, "a"], "log-mel", "", kept_in, workers, mixes=mixes)
         found.append([example.features for example in examples])
     for got in found[1:]:
         assert all(map(torch.equal, got, found[0]))
@@ -287,7 +287,7 @@ def test_a_run_with_noise(folder, tmp_path, capsys, monkeypatch):
         self.save(*state)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train.Keeper, "after_step", stop_once)
+        patched.setattr(train.Checkpointer, "after_step", stop_once)
         assert train.main([*flags, "--out", str(tmp_path / "stopped")]) == 143
     assert train.main([*flags, "--out", str(tmp_path / "stopped"), "--workers", "1"]) == 0
     assert soak.result(tmp_path / "stopped") == soak.result(tmp_path / "whole")

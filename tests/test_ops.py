@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-import bench
 import lottery
-import operators
+from bench.__main__ import main
+from bench.ops import falls_back
 
-pytestmark = pytest.mark.skipif("pure" in lottery.ops.path, reason=f"the extension is not built: {lottery.ops.path}")
+if not lottery.ops.compiled:
+    pytest.skip(f"the extension is not built: {lottery.ops.path}", allow_module_level=True)
+import _lottery  # there, since it is compiled
+
 compiled = torch.ops.audio_lottery
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 DEVICES = [
@@ -18,7 +21,8 @@ DEVICES = [
     pytest.param(
         "cuda",
         marks=pytest.mark.skipif(
-            not (torch.cuda.is_available() and "CUDA" in lottery.ops.path), reason="no GPU here, or built without CUDA"
+            not (torch.cuda.is_available() and _lottery.build_facts()["cuda"]),
+            reason="no GPU here, or built without CUDA",
         ),
     ),
 ]
@@ -38,7 +42,7 @@ def random_masks(weights, share=0.7, seed=0):
 
 def same_masks(weights, masks, keep):
     got = compiled.global_magnitude_masks(weights, masks, keep)
-    want = operators.reference_global_magnitude_masks(weights, masks, keep)
+    want = lottery.reference_global_magnitude_masks(weights, masks, keep)
     assert sum(int(g.sum()) for g in got) == keep
     for i, (g, w) in enumerate(zip(got, want, strict=True)):
         assert g.dtype == torch.bool and g.device == w.device and torch.equal(g, w), (i, weights[i].shape, keep)
@@ -67,7 +71,7 @@ def test_hold_equals_reference(dtype, device):
         reference = [t.clone() for t in weights], [t.clone() for t in grads] if with_grads else []
         for _ in range(2):  # the second time the weights are clean already
             compiled.hold_ticket_(*ours, masks)
-            operators.reference_hold_ticket_(*reference, masks)
+            lottery.reference_hold_ticket_(*reference, masks)
             for a, b in zip(ours[0] + ours[1], reference[0] + reference[1], strict=True):
                 assert torch.equal(bits(a), bits(b))
 
@@ -180,7 +184,7 @@ def test_pruning_falls_back(dtype, device):
     """Inputs that overflow the list, that defeat the sample, and both."""
     torch.manual_seed(6)
     weights = [(torch.randn(n, device=device) * 0.1).to(dtype) for n in (300_001, 0, 1_700_000)]
-    cases = bench.falls_back(weights)
+    cases = falls_back(weights)
     misled, keep = cases["misled"]
     cases["tied"] = [torch.where(w.abs() > 500, w, torch.where(w > 0, 1.0, 2.0).to(dtype)) for w in misled], keep
     half = [torch.where((w.abs() > 500) & (torch.rand(w.shape, device=device) < 0.5), w * 0, w) for w in misled]
@@ -197,10 +201,10 @@ def test_pruning_falls_back(dtype, device):
 @pytest.mark.parametrize("flags, said", [("ops --repeats 0", "--repeats must be at least 1, got 0"), ("nap", "'nap'")])
 def test_a_wrong_measurement_is_one_line(flags, said, capsys):
     with pytest.raises(SystemExit) as stopped:
-        bench.main(flags.split())
+        main(flags.split())
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1
-    assert error.startswith("bench.py: error: ") and said in error
+    assert error.startswith("python -m bench: error: ") and said in error
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -216,12 +220,12 @@ def test_any_byte_but_zero_is_true(dtype, device):
         mask, clean = raw.view(torch.bool), raw != 0
         for keep in (1, len(weight) // 2, int(clean.sum())):
             got = compiled.global_magnitude_masks([weight], [mask], keep)[0]
-            want = operators.reference_global_magnitude_masks([weight], [clean], keep)[0]
+            want = lottery.reference_global_magnitude_masks([weight], [clean], keep)[0]
             assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
         for step in (1, 3):  # the second is not contiguous
             held, want = weight.clone(), weight.clone()
             compiled.hold_ticket_([held[::step]], [], [mask[::step]])
-            operators.reference_hold_ticket_([want[::step]], [], [clean[::step]])
+            lottery.reference_hold_ticket_([want[::step]], [], [clean[::step]])
             assert torch.equal(held, want)
 
 
@@ -271,7 +275,7 @@ def test_rounds_are_nested(device):
 
 # ---------------------------------------------------------------------------- block_norms
 
-NORMS = [compiled.block_norms, operators.reference_block_norms]
+NORMS = [compiled.block_norms, lottery.reference_block_norms]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -306,7 +310,7 @@ BLOCKS = [(1, 1), (1, 2), (1, 4), (1, 8), (8, 1), (16, 1), (2, 4), (3, 5)]
 
 
 def same_norms(weights, rows, columns):
-    got, want = compiled.block_norms(weights, rows, columns), operators.reference_block_norms(weights, rows, columns)
+    got, want = compiled.block_norms(weights, rows, columns), lottery.reference_block_norms(weights, rows, columns)
     for i, (g, w) in enumerate(zip(got, want, strict=True)):
         assert g.dtype == torch.float64 and g.device == w.device and g.shape == w.shape
         assert torch.equal(bits(g), bits(w)), (i, weights[i].shape, rows, columns)
@@ -425,12 +429,12 @@ def test_mixed_devices_are_refused(device, other):
     far_w, far_m = W.to(other), M.to(other)
     message = rf"\[1\] must be on the device of weights\[1\], got {other}(:0)? and {device}"
     one_device = rf"all weights must be on one device: weights\[0\] is on {device}(:0)?, weights\[1\] on {other}"
-    for prune in (compiled.global_magnitude_masks, operators.reference_global_magnitude_masks):
+    for prune in (compiled.global_magnitude_masks, lottery.reference_global_magnitude_masks):
         with pytest.raises(ValueError, match="masks" + message):
             prune([w, w], [m, far_m], 1)
         with pytest.raises(ValueError, match=one_device):
             prune([w, far_w], [m, m], 1)
-    for hold in (compiled.hold_ticket_, operators.reference_hold_ticket_):
+    for hold in (compiled.hold_ticket_, lottery.reference_hold_ticket_):
         with pytest.raises(ValueError, match="masks" + message):
             hold([w, w], [], [m, far_m])
         with pytest.raises(ValueError, match="grads" + message):
@@ -471,7 +475,7 @@ def test_pruning_refuses(error, message, arguments, device):
         compiled.global_magnitude_masks(*arguments)
     if "one dtype" not in message:  # which the reference compares by value
         with pytest.raises(error, match=message):
-            operators.reference_global_magnitude_masks(*arguments)
+            lottery.reference_global_magnitude_masks(*arguments)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -11,10 +11,9 @@ import pytest
 import soak
 import torch
 
-import files
-import ledger
 import lottery
 import train
+from audio_lottery import files, ledger
 
 ROOT = Path(lottery.__file__).parent
 SCRIPT = f"""
@@ -96,7 +95,7 @@ def test_processes_that_pruned_differently_are_refused(corpus, tmp_path, monkeyp
         other = ("0" * 64, value[1]) if isinstance(value, tuple) else value
         return [value, other] if isinstance(value, tuple) else [value]
 
-    monkeypatch.setattr(train.parallel, "gather", gather)
+    monkeypatch.setattr(train.processes, "gather", gather)
     argv = ["--data", str(corpus), "--out", str(tmp_path / "run"), "--epochs", "1", "--sparsity", "0.2"]
     assert train.main(argv) == 2
     assert "round 0: the processes have other masks or weights" in capsys.readouterr().err

@@ -6,12 +6,10 @@ import json
 import pytest
 import torch
 
-import compare
-import ledger
 import lottery
 import models
-import plan
-import report
+from audio_lottery import ledger
+from lab import compare, plan, report
 
 with torch.device("meta"):
     WEIGHTS = {n: w.numel() for n, w in lottery.prunable(models.build("cnn-lstm", "demo", 29)).items()}
@@ -216,7 +214,7 @@ def test_a_second_run_of_one_seed_is_named(tmp_path, capsys):
     runs = [write_run(tmp_path / name, [ROUND_0, [n, 3, 3, 3]]) for name, n in (("a", 3), ("b", 2), ("c", 3))]
     assert report.main([str(run) for run in runs]) == 0
     (said,) = capsys.readouterr().err.splitlines()
-    assert said == f"report.py: {runs[1]}: left out where a run before it is imp, seed 0, too"
+    assert said == f"lab.report: {runs[1]}: left out where a run before it is global magnitude, seed 0, too"
 
 
 def edit(path, old, new):
@@ -240,13 +238,15 @@ def test_a_damaged_run_is_one_line(damage, said, tmp_path, capsys):
     damage(run)
     assert report.main([str(run)]) == 2
     *_, error = capsys.readouterr().err.splitlines()
-    assert error.startswith("report.py: error: ") and said in error
+    assert error.startswith("lab.report: error: ") and said in error
 
 
 def test_a_ledger_chained_with_wrong_values_is_one_line(tmp_path, capsys):
     run = write_run(tmp_path / "run", [ROUND_0, ROUND_0], row={"interval": "x"})
     assert report.main([str(run)]) == 2
-    assert capsys.readouterr().err.startswith(f"report.py: error: {run}: a value is missing or of the wrong kind (Type")
+    assert capsys.readouterr().err.startswith(
+        f"lab.report: error: {run}: a value is missing or of the wrong kind (Type"
+    )
 
 
 def test_multiply_adds_by_hand():

@@ -13,11 +13,10 @@ import pytest
 import soak
 import torch
 
-import files
-import ledger
 import lottery
-import runs
 import train
+from audio_lottery import files, ledger
+from runner import folder
 
 ROOT = Path(train.__file__).parent
 
@@ -164,25 +163,28 @@ def test_no_more_than_one_checkpoint_and_the_rewind_state(corpus, tmp_path, monk
 # ---------------------------------------------------------------------------- verify
 
 
-def verified(run, *flags):
+def verified(run):
     return subprocess.run(
-        [sys.executable, "lottery.py", "verify", str(run), *flags], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "audio_lottery", "verify", str(run)], capture_output=True, text=True, cwd=ROOT
     )
 
 
 def test_verify_and_retrain(copy_of_run):
+    done = verified(copy_of_run)
+    assert done.returncode == 0 and done.stdout.count("ok ") == 4, done.stdout + done.stderr
+    again = [sys.executable, "train.py", "--retrain", str(copy_of_run)]
     for number in ("0", "2"):
-        done = verified(copy_of_run, "--retrain", number)
+        done = subprocess.run([*again, number], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.count("ok ") == 5 and f"round {number} trained again" in done.stdout
+        assert f"ok      round {number} trained again" in done.stdout
         assert ("mask_sha256" in done.stdout) == (number == "0")  # round 2 is the last: nothing was pruned after it
-    done = verified(copy_of_run, "--retrain", "9")
-    assert done.returncode == 1 and "the ledger has rounds 0, 1, 2" in done.stderr
+    done = subprocess.run([*again, "9"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "the ledger has rounds 0, 1, 2" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_copy_without_rewind(copy_of_run, tmp_path):
     ticket, new = copy_of_run / "ticket.safetensors", tmp_path / "small.safetensors"
-    arguments = [sys.executable, "lottery.py", "copy", str(ticket), str(new), "--without-rewind"]
+    arguments = [sys.executable, "-m", "audio_lottery", "copy", str(ticket), str(new), "--without-rewind"]
     assert subprocess.run(arguments, cwd=ROOT).returncode == 0
     whole, small = files.load_ticket(ticket), files.load_ticket(new)
     assert small.rewind is None and lottery.sha256(small.trained) == lottery.sha256(whole.trained)
@@ -383,13 +385,13 @@ def test_an_unwritable_folder_ends_in_one_line(corpus, tmp_path, capsys):
 def test_checkpoints_that_are_slow_to_write_are_written_less_often(tmp_path, monkeypatch):
     """At the default saving takes 1 % of the time at most; a stated --save-every is kept."""
     now = [0.0]
-    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(folder.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(files, "write_sealed", lambda *_: now.__setitem__(0, now[0] + 20))
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters())
     rest = lottery.Ticket(model), optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), train.Progress()
     for minutes, seconds in ((None, 2000), (1, 60)):
-        keeper = train.Keeper(tmp_path, "", minutes, train.Signals(), None)
+        keeper = train.Checkpointer(tmp_path, "", minutes, train.Signals(), None)
         keeper.save(*rest)  # twenty seconds each, of two files
         keeper.save(*rest)
         assert keeper.seconds == seconds
@@ -399,8 +401,8 @@ def test_a_checkpoint_of_another_version_is_refused_in_a_line(tmp_path):
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters())
     rest = lottery.Ticket(model), optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), train.Progress(epoch=3)
-    train.Keeper(tmp_path, "", None, train.Signals(), None).save(*rest)
-    kept = runs.Kept(tmp_path, "")
+    train.Checkpointer(tmp_path, "", None, train.Signals(), None).save(*rest)
+    kept = folder.Checkpoint(tmp_path, "")
     assert kept.restore(model, *rest[1:3], "cpu").epoch == 3
     kept.about["progress"]["best_wer"] = 0.5  # what it said before it kept the valid WER of every epoch
     with pytest.raises(lottery.LotteryError, match="the checkpoint is of another version"):
@@ -410,8 +412,8 @@ def test_a_checkpoint_of_another_version_is_refused_in_a_line(tmp_path):
 def test_only_the_process_that_writes_decides_when_to_save(tmp_path, monkeypatch):
     """The others do not know how long writing takes."""
     saved = []
-    monkeypatch.setattr(train.Keeper, "save", lambda *_: saved.append(1))
+    monkeypatch.setattr(train.Checkpointer, "save", lambda *_: saved.append(1))
     for process, expected in ((1, 0), (0, 1)):
-        monkeypatch.setattr(runs.parallel, "index", lambda: process)  # noqa: B023
-        train.Keeper(tmp_path, "", 0, train.Signals(), None).after_step(None, None, None, None)
+        monkeypatch.setattr(folder.processes, "index", lambda: process)  # noqa: B023
+        train.Checkpointer(tmp_path, "", 0, train.Signals(), None).after_step(None, None, None, None)
         assert len(saved) == expected

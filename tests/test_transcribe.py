@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 import data
-import files
 import lottery
 import models
 import transcribe
+from audio_lottery import files
+from lab import plan, streaming
 from models import Emission
 from transcribe import Word
 
@@ -286,8 +287,8 @@ def test_beam_search_says_when(tickets, speech, capsys):
 @pytest.mark.parametrize("chunk", [97, 1000, 16_001])
 def test_features_in_pieces_are_those_of_the_whole(samples, chunk):
     waveform = torch.randn(samples, generator=torch.Generator().manual_seed(0)) / 10
-    whole = data.Running().push(data.log_mel(waveform), last=True)
-    stream = data.Stream()
+    whole = streaming.Running().push(data.log_mel(waveform), last=True)
+    stream = streaming.FeatureStream()
     parts = [stream.push(part) for part in waveform.split(chunk)] + [stream.push(waveform[:0], last=True)]
     assert torch.cat(parts).shape == whole.shape == (1 + samples // 160, 80)
     torch.testing.assert_close(torch.cat(parts), whole, atol=2e-5, rtol=0)
@@ -296,16 +297,16 @@ def test_features_in_pieces_are_those_of_the_whole(samples, chunk):
 def test_running_normalisation_by_hand():
     x = torch.full((150, 1), 1.0)
     x[:50], x[100:] = 3.0, 4.0
-    found = data.Running().push(x, last=True)[:, 0]
+    found = streaming.Running().push(x, last=True)[:, 0]
     torch.testing.assert_close(found[:100], torch.tensor([1.0] * 50 + [-1.0] * 50))  # mean 2, deviation 1: one second
     # After 50 frames of 4: mean (50 * 3 + 50 * 1 + 50 * 4) / 150 = 8 / 3, variance 26 / 3 - 64 / 9 = 14 / 9.
     assert found[149].item() == pytest.approx((4 - 8 / 3) / (14 / 9) ** 0.5)
-    running = data.Running()
+    running = streaming.Running()
     assert len(running.push(x[:99])) == 0 and len(running.push(x[99:101])) == 101  # nothing before the second is there
-    assert len(data.Running().push(x[:7], last=True)) == 7
-    moments = data.Running.moments([x[:50], x[100:]])  # 3 and 4, mean 3.5, mean square 12.5, as of 300 frames
+    assert len(streaming.Running().push(x[:7], last=True)) == 7
+    moments = streaming.Running.moments([x[:50], x[100:]])  # 3 and 4, mean 3.5, mean square 12.5, as of 300 frames
     assert moments.tolist() == [[3.5], [12.5]]
-    found = data.Running(moments).push(x[:2])[:, 0]  # at once: (1050 + 6) / 302, (3750 + 18) / 302
+    found = streaming.Running(moments).push(x[:2])[:, 0]  # at once: (1050 + 6) / 302, (3750 + 18) / 302
     assert found[1].item() == pytest.approx((3 - 1056 / 302) / (3768 / 302 - (1056 / 302) ** 2) ** 0.5)
 
 
@@ -423,8 +424,8 @@ def test_export_without_its_packages_is_one_line(tickets, tmp_path, capsys, monk
 
 def test_size_by_hand(tmp_path, capsys):
     path = ticket(tmp_path, "conformer")
-    command = [sys.executable, str(DEMO.parent / "lottery.py"), "size", str(path)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-m", "audio_lottery", "size", str(path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=DEMO.parent).stdout
     masks, _, trained, _ = files.load_ticket(path)
     # Convolutions 18 + 36, input 640; a block: 4 feed-forward of 16 x 64, attention 16 x 48 + 16 x 16, pointwise
     # 16 x 32 + 16 x 16, depthwise 16 x 5; output 16 x 12.
@@ -436,8 +437,13 @@ def test_size_by_hand(tmp_path, capsys):
     assert sizes["the file"] == path.stat().st_size == sizes["without its rewind state"]
     assert sizes["dense float32 checkpoint"] == 4 * sum(v.numel() for v in trained.values()) + 4  # a counter is int64
     assert f"remaining: {kept / 6854:.1%} of 6,854 prunable weights" in out
+    assert plan.main([str(path)]) == 0
+    out = capsys.readouterr().out
+    everything = sum(p.numel() for p in models.of(files.load_ticket(path).info).parameters())
+    assert f"remaining: {kept / 6854:.1%} of 6,854 prunable weights, " in out
+    assert f"{1 - (6854 - kept) / everything:.1%} of all {everything:,} parameters" in out
     assert "multiply-adds a second of audio: dense " in out
     for name, message in (("none", "none: cannot read the ticket"), ("other", "other: not a recogniser's ticket")):
         files.save_ticket(tmp_path / "other", masks, None, trained, {})
-        assert lottery.main(["size", str(tmp_path / name)]) == 2
+        assert plan.main([str(tmp_path / name)]) == 2
         assert message in capsys.readouterr().err

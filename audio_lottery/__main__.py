@@ -1,0 +1,71 @@
+"""Check runs, copy and weigh tickets: python -m audio_lottery verify|copy|size"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from audio_lottery import files, ledger
+from audio_lottery.console import Parser, fail
+from lottery import LotteryError
+
+PROGRAM = "audio-lottery"
+
+
+def parser() -> Parser:
+    p = Parser(prog=PROGRAM, description="Check runs, copy and weigh tickets.")
+    commands = p.add_subparsers(dest="command", required=True, metavar="verify|copy|size")
+    command = commands.add_parser("verify", help="print a line a check; exit code 0 if all hold, 1 if not")
+    command.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    command.set_defaults(function=verify)
+    command = commands.add_parser("copy", help="copy a ticket, checked on the way")
+    command.add_argument("ticket", type=Path, metavar="TICKET")
+    command.add_argument("new", type=Path, metavar="NEW")
+    command.add_argument("--without-rewind", action="store_true", help="leave the rewind state out: half the size")
+    command.set_defaults(function=copy)
+    command = commands.add_parser("size", help="bytes by part beside the dense checkpoint, and what remains")
+    command.add_argument("ticket", type=Path, metavar="TICKET")
+    command.set_defaults(function=size)
+    return p
+
+
+def verify(args: argparse.Namespace) -> int:
+    if not args.run.is_dir():
+        raise LotteryError(f"{args.run}: no such run folder")
+    failed = False
+    for name, wrong in ledger.verify(args.run):
+        print(f"{'FAILED' if wrong else 'ok':6}  {name}{f': {wrong}' if wrong else ''}", flush=True)
+        failed |= bool(wrong)
+    return int(failed)
+
+
+def copy(args: argparse.Namespace) -> int:
+    file = files.load_ticket(args.ticket)
+    rewind = None if args.without_rewind else file.rewind
+    files.save_ticket(args.new, file.masks, rewind, file.trained, file.info)
+    return 0
+
+
+def size(args: argparse.Namespace) -> int:
+    """Bytes of each part of the file against the dense float32 checkpoint, and the share of weights that remain."""
+    file = files.load_ticket(args.ticket)
+    dense, found = files.dense_bytes(file.trained), files.parts(args.ticket, file)
+    whole = sum(found.values())
+    rewind = sum(count for what, count in found.items() if what.startswith("rewind"))
+    found |= {"the file": whole, "without its rewind state": whole - rewind, "dense float32 checkpoint": dense}
+    for what, count in found.items():
+        print(f"{what:38} {count:13,} bytes {count / dense:7.1%} of dense")
+    kept, total = (sum(int(f(mask)) for mask in file.masks.values()) for f in (lambda m: m.sum(), lambda m: m.numel()))
+    print(f"remaining: {kept / total:.1%} of {total:,} prunable weights")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        return args.function(args)
+    except (LotteryError, OSError) as error:
+        return fail(PROGRAM, error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""Files of tensors: masks, checkpoints and tickets, each written whole or not at all.
+
+Every one is a safetensors file with one metadata entry, "about": a SHA-256 of the whole file, its own digits taken as
+zeros, and JSON. Nothing is parsed before the hash holds, so damage has one outcome: LotteryError.
+"""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from lottery import LotteryError, Masks, State, prunable, sha256
+
+FORMAT = "audio-lottery 1"
+SEAL = b'"about":"sha256:'
+
+
+def write_atomically(path: Path, content: bytes, suffix: str = ".tmp") -> None:
+    """Write to a temporary file, fsync, rename, fsync the folder: the file is whole, old or new, at any instant.
+
+    suffix: of the temporary file; processes that may write one file at once need one each.
+    """
+    temporary = path.with_name(path.name + suffix)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _digest(content: bytes, at: int) -> str:
+    """SHA-256 of content with the 64 digits at `at` as zeros."""
+    digest = hashlib.sha256(memoryview(content)[:at])
+    digest.update(b"0" * 64)
+    digest.update(memoryview(content)[at + 64 :])
+    return digest.hexdigest()
+
+
+def write_sealed(path: Path, kind: str, tensors: dict[str, Tensor], about: dict) -> None:
+    """Write tensors and JSON to one file, whole or not at all."""
+    metadata = {"about": f"sha256:{'0' * 64} " + json.dumps({"format": FORMAT, "kind": kind, **about})}
+    ready = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    content = safetensors.torch.save(ready, metadata)
+    at = content.index(SEAL) + len(SEAL)
+    digest = _digest(content, at).encode()
+    write_atomically(path, content[:at] + digest + content[at + 64 :])
+
+
+def read_sealed(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
+    """Returns tensors and JSON. Raises LotteryError, naming the file, unless it is whole, and of this kind."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise LotteryError(f"{path}: cannot read the {kind} ({error.strerror})") from None
+    try:
+        at = content.index(SEAL) + len(SEAL)
+        if content[at : at + 64] != _digest(content, at).encode():
+            raise ValueError("its content does not have the hash it states")
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        about = json.loads(header["__metadata__"]["about"][len("sha256:") + 65 :])
+        if (about["format"], about["kind"]) != (FORMAT, kind):
+            raise ValueError(f"it is a {about['kind']} of format {about['format']!r}, not a {kind} of {FORMAT!r}")
+        return safetensors.torch.load(content), about
+    except Exception as error:  # whatever damage makes the readers above raise
+        raise LotteryError(f"{path}: not a whole {kind}: {error}") from None
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A mask as bits, (ceil(n / 8),) uint8, the lowest bit first."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy(), bitorder="little"))
+
+
+def unpack_bits(bits: Tensor, shape: list[int]) -> Tensor:
+    """Raises ValueError unless `bits` are as many as the shape needs, the unused ones 0."""
+    mask = torch.from_numpy(np.unpackbits(bits.numpy(), bitorder="little").astype(bool))
+    n = math.prod(shape)
+    if bits.dim() != 1 or len(bits) != (n + 7) // 8 or mask[n:].any():
+        raise ValueError(f"{len(bits)} bytes of mask for the shape {shape}")
+    return mask[:n].view(shape)
+
+
+def save_masks(path: Path, masks: Masks) -> None:
+    """Write masks alone, as bits."""
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    write_sealed(path, "masks", {name: pack_bits(mask) for name, mask in masks.items()}, {"shapes": shapes})
+
+
+def load_masks(path: Path) -> Masks:
+    tensors, about = read_sealed(path, "masks")
+    return _unpacked(path, tensors, about["shapes"])
+
+
+def _unpacked(path: Path, tensors: dict[str, Tensor], shapes: dict[str, list[int]]) -> Masks:
+    try:
+        return {name: unpack_bits(tensors[name], shape) for name, shape in shapes.items()}
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise LotteryError(f"{path}: masks and shapes do not fit: {error}") from None
+
+
+class TicketFile(NamedTuple):
+    masks: Masks
+    rewind: State | None  # full tensors, 0 where pruned; None in a ticket without it
+    trained: State
+    info: dict
+
+
+def save_ticket(path: Path, masks: Masks, rewind: State | None, trained: State, info: dict) -> None:
+    """Write a ticket: masks as bits, rewind and trained values at kept places only, all else (biases, norms) whole.
+
+    rewind: None leaves it out.  info: whatever rebuilds the model (JSON), kept in the file's metadata.
+    """
+    tensors = {f"mask/{name}": pack_bits(mask) for name, mask in masks.items()}
+    for part, state in (("rewind", rewind or {}), ("trained", trained)):
+        for name, value in state.items():
+            tensors[f"{part}/{name}"] = value[masks[name]] if name in masks else value
+    about = {
+        "shapes": {name: list(mask.shape) for name, mask in masks.items()},
+        "mask_sha256": {name: sha256({name: mask}) for name, mask in masks.items()},
+        "info": info,
+    }
+    write_sealed(path, "ticket", tensors, about)
+
+
+def load_ticket(path: Path, model: nn.Module | None = None) -> TicketFile:
+    """Read and check a ticket: its hash, its masks' hashes and shapes, and, given a model, the model's scope.
+
+    A parameter with two names is masked under its first alone: hold the ticket after loading a state into such a model.
+    Raises LotteryError, naming the file, for anything that is not a whole, finite ticket (for this model).
+    """
+    tensors, about = read_sealed(path, "ticket")
+    try:
+        file = _ticket_of(path, tensors, about)
+    except LotteryError:
+        raise
+    except Exception as error:  # metadata that a seal was put on again
+        raise LotteryError(f"{path}: not a whole ticket: {type(error).__name__}: {error}") from None
+    if model is not None:
+        check_fit(path, file, model)
+    return file
+
+
+def check_fit(path: Path, file: TicketFile, model: nn.Module) -> None:
+    """Raise LotteryError, naming the file, unless the ticket is of this model's scope and has this model's state."""
+    shapes = {name: tuple(w.shape) for name, w in prunable(model).items()}
+    if shapes != {name: tuple(mask.shape) for name, mask in file.masks.items()}:
+        raise LotteryError(f"{path}: the ticket's masks are not of this model's prunable weights")
+    expected = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
+    for state in filter(None, (file.trained, file.rewind)):
+        if expected != {name: (value.shape, value.dtype) for name, value in state.items()}:
+            raise LotteryError(f"{path}: the ticket's parameters are not this model's")
+
+
+def check_finite(path: Path, state: State) -> None:
+    """Raise LotteryError, naming the file and the tensor, for a NaN or infinite value."""
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise LotteryError(f"{path}: {name} has a NaN or infinite value")
+
+
+def _ticket_of(path: Path, tensors: dict[str, Tensor], about: dict) -> TicketFile:
+    masks = _unpacked(path, {n[5:]: t for n, t in tensors.items() if n.startswith("mask/")}, about["shapes"])
+    if about["mask_sha256"] != {name: sha256({name: mask}) for name, mask in masks.items()}:
+        raise LotteryError(f"{path}: a mask does not have the hash the ticket states")
+    states: dict[str, State] = {"rewind": {}, "trained": {}}
+    for key, value in tensors.items():
+        part, name = key.split("/", 1)
+        if part not in states:
+            continue
+        if name in masks:
+            kept = int(masks[name].sum())
+            if value.shape != (kept,):
+                raise LotteryError(f"{path}: {key} has {tuple(value.shape)} values for {kept} kept places")
+            value = torch.zeros(masks[name].shape, dtype=value.dtype).masked_scatter_(masks[name], value)
+        states[part][name] = value
+    for state in states.values():
+        check_finite(path, state)
+    return TicketFile(masks, states["rewind"] or None, states["trained"], about["info"])
+
+
+# ---------------------------------------------------------------------------- what a ticket weighs
+
+
+def parts(path: Path, file: TicketFile) -> dict[str, int]:
+    """Bytes of each part of the ticket's file, in all as many as the file has."""
+    found = {"masks, as bits": sum((mask.numel() + 7) // 8 for mask in file.masks.values())}
+    for what, state in (("trained", file.trained), ("rewind", file.rewind or {})):
+        kept = {name: int(file.masks[name].sum()) if name in file.masks else v.numel() for name, v in state.items()}
+        size = {name: count * state[name].element_size() for name, count in kept.items()}
+        found[f"{what}: kept weights"] = sum(size[name] for name in size if name in file.masks)
+        found[f"{what}: all else (biases, norms, ...)"] = sum(size[name] for name in size if name not in file.masks)
+    found["names, shapes, hashes, info"] = path.stat().st_size - sum(found.values())
+    return found
+
+
+def dense_bytes(state: State) -> int:
+    """Of a checkpoint of the whole network, its floating-point numbers as float32."""
+    return sum(v.numel() * (4 if v.is_floating_point() else v.element_size()) for v in state.values())

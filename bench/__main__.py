@@ -1,0 +1,52 @@
+"""Side-by-side measurements: `python -m bench ops` validates first and then times. Tables go to results/bench/*.txt.
+
+All figures of a row come from one process, in turns, as medians; what counts is the ratio.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import models
+from audio_lottery.console import Parser, fail
+from bench.infer import bench_infer
+from bench.loading import bench_data, bench_save
+from bench.measure import PROGRAM
+from bench.ops import bench_ops
+from bench.training import bench_train
+from data import DataError
+from lottery import LotteryError
+
+MEASUREMENTS = {"ops": bench_ops, "train": bench_train, "data": bench_data, "save": bench_save, "infer": bench_infer}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog=PROGRAM, description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("what", choices=list(MEASUREMENTS))
+    add("--size", choices=["demo", "paper"], default="paper", help="of train and save")
+    add("--backbone", choices=list(models.BACKBONES), help="of save (default: rnnt) and infer (all)")
+    add("--repeats", type=int, default=21, help="turns a median is taken over (default: 21)")
+    without_peers = "without torch.nn.utils.prune, which takes minutes"
+    add("--no-peers", dest="peers", action="store_false", help=without_peers)
+    add("--short", action="store_true", help="infer: one thread and 90 %% sparsity only")
+    tickets = "infer: files ticket.safetensors on the test set of --data, with WER"
+    add("--ticket", type=Path, nargs="+", help=tickets)
+    add("--data", type=Path, default=Path("demo"), help="of --ticket (default: demo)")
+    args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {args.repeats}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        MEASUREMENTS[args.what](args)
+    except (LotteryError, DataError, OSError) as error:
+        return fail(PROGRAM, error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,409 @@
+"""`python -m bench infer`: tickets at work on a CPU, beside dense torch, torch.ao's int8 and onnxruntime.
+
+Everything is validated first. A table's rows take turns in one process; times are medians, what counts is the ratio.
+Masks are drawn at random, in whole blocks of their layout; `--ticket` measures a real one, and its WER.
+"""
+
+import argparse
+import copy
+import functools
+import io
+import math
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+import lottery
+import models
+import train
+from audio_lottery import compression, files, sparse
+from bench.measure import in_turns, must_be_compiled, stop
+from runner.cache import load_examples
+from transcribe import load
+
+SECONDS = 5  # of audio in an utterance
+FRAMES = 100  # that a stream is measured on at once
+SPARSITIES = (0.8, 0.9, 0.956)
+
+
+def random_mask(shape: tuple[int, ...], sparsity: float, layout: str, seed: int) -> Tensor:
+    """Each block kept with probability 1 - sparsity."""
+    (r, c), rows, columns = sparse.LAYOUTS[layout], shape[0], math.prod(shape[1:])
+    grid = torch.rand(-(-rows // r), -(-columns // c), generator=torch.Generator().manual_seed(seed))
+    kept = grid >= sparsity
+    return kept.repeat_interleave(r, 0).repeat_interleave(c, 1)[:rows, :columns].reshape(shape)
+
+
+def random_masks(model: nn.Module, sparsity: float, layout: str) -> lottery.Masks:
+    weights = lottery.prunable(model).items()
+    return {name: random_mask(tuple(w.shape), sparsity, layout, seed) for seed, (name, w) in enumerate(weights)}
+
+
+def close(name: str, got: Tensor, want: Tensor, tolerance: float = 1e-3) -> None:
+    if not (got - want).abs().max() <= tolerance * max(1.0, float(want.abs().max())):
+        stop(f"{name} differs from what it should say by {(got - want).abs().max():.2g}")
+
+
+def validate() -> None:
+    torch.manual_seed(0)
+    for layout in sparse.LAYOUTS:
+        weight, mask = torch.randn(1024, 256), random_mask((1024, 256), 0.9, layout, 0)
+        for dtype in sparse.DTYPES:
+            matrix = sparse.to_matrix(weight, mask, layout, dtype)
+            for columns in (1, 100):
+                x = torch.randn(columns, 256)
+                want = F.linear(x, sparse.to_dense(*matrix, 1024, 256))
+                close(f"sparse_linear {layout} {dtype}", sparse.sparse_linear(x, *matrix, None, 1024), want, 1e-4)
+            arguments = torch.randn(1, 20, 1024), *matrix, torch.zeros(1, 256), torch.zeros(1, 256), None, False
+            for got, want in zip(sparse.sparse_lstm(*arguments), sparse.reference_sparse_lstm(*arguments)):
+                close(f"sparse_lstm {layout} {dtype}", got, want, 1e-4)
+    print("validated against dense masked products: every layout and dtype")
+
+
+def bench_products(columns: int, repeats: int, sparsity: float = 0.9) -> None:
+    """A 4096x1024 gate matrix times `columns` columns; matrices take turns, so each comes from the outer cache."""
+    weight, x = torch.randn(4096, 1024), torch.randn(columns, 1024)
+    dense = {
+        "F.linear": lambda: F.linear(x, weight),
+        "prepacked oneDNN": functools.partial(sparse.DenseProduct(weight, None, columns), x),
+    }
+    if columns == 1:
+        dense["torch.mv"] = lambda: torch.mv(weight, x[0])
+    csr, x_t = (weight * random_mask((4096, 1024), sparsity, "unstructured", 0)).to_sparse_csr(), x.t().contiguous()
+    functions = {**dense, "torch CSR": lambda: csr @ x_t}
+    for layout in sparse.LAYOUTS:
+        mask = random_mask((4096, 1024), sparsity, layout, 0)
+        for dtype in sparse.DTYPES:
+            product = sparse.Product(sparse.to_matrix(weight, mask, layout, dtype), None, 4096)
+            functions[f"{layout} {dtype}"] = functools.partial(product, x)
+    t = in_turns("cpu", repeats, **functions)
+    best = min(dense, key=t.get)
+    print(f"\n4096x1024, {sparsity:.1%} sparse, {columns} columns; times over {best}")
+    for name, seconds in t.items():
+        print(f"  {name:24} {seconds * 1e6:9.1f} us  {t[best] / seconds:6.2f} x")
+
+
+# ---------------------------------------------------------------------------- streaming
+
+
+class DenseSteps:
+    """An LSTM stack frame by frame in torch, with care: one product a layer, gates in one buffer, nothing copied."""
+
+    def __init__(self, lstm: nn.LSTM):
+        self.weights, self.biases, hidden = [], [], lstm.hidden_size
+        order = torch.arange(4 * hidden).view(4, hidden)[[0, 1, 3, 2]].flatten()  # i, f, o, g: one sigmoid for three
+        for ih, hh, bias_ih, bias_hh in lstm.all_weights:
+            self.weights.append(torch.cat((ih, hh), 1)[order].contiguous())
+            self.biases.append((bias_ih + bias_hh)[order].contiguous())
+        self.inputs = [torch.zeros(w.shape[1]) for w in self.weights]  # a layer's input, then its own last output
+        self.cells, self.hidden = [torch.zeros(hidden) for _ in self.weights], hidden
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for weight, bias, both, cell in zip(self.weights, self.biases, self.inputs, self.cells):
+            both[: len(x)] = x
+            gates = torch.addmv(bias, weight, both)
+            i, f, o = gates[: 3 * self.hidden].sigmoid_().view(3, -1)
+            cell.mul_(f).addcmul_(i, gates[3 * self.hidden :].tanh_())
+            x = torch.mul(o, cell.tanh(), out=both[len(both) - self.hidden :])
+        return x
+
+
+def stream(lstm: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """Each call is the next frame."""
+    state = [None]
+
+    def frame() -> Tensor:
+        out, state[0] = lstm(x, state[0])
+        return out[0, 0]
+
+    return frame
+
+
+def stream_cells(lstm: nn.LSTM, x: Tensor) -> Callable[[], Tensor]:
+    cells = []
+    for weights in lstm.all_weights:
+        cells.append(nn.LSTMCell(lstm.input_size, lstm.hidden_size))
+        for to, given in zip(cells[-1].parameters(), weights):
+            to.data = given.data
+    states = [(torch.zeros(1, lstm.hidden_size), torch.zeros(1, lstm.hidden_size))] * len(cells)
+
+    def frame() -> Tensor:
+        out = x[0]
+        for i, cell in enumerate(cells):
+            states[i] = cell(out, states[i])
+            out = states[i][0]
+        return out[0]
+
+    return frame
+
+
+def bench_streaming(repeats: int, sparsities: tuple[float, ...], hidden: int = 1664, layers: int = 5) -> None:
+    """Microseconds a frame through the LSTMs of the paper-size Transducer's encoder, one utterance, one frame a call.
+
+    A turn is FRAMES frames of one way, as in a stream: what fits the caches is in them. (nn.LSTM: 3, it fits none.)
+    """
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, hidden)
+    dense = nn.LSTM(hidden, hidden, layers, batch_first=True).requires_grad_(False)
+    steps = DenseSteps(dense)
+    functions = {
+        "nn.LSTM": stream(dense, x), "nn.LSTMCell": stream_cells(dense, x), "dense steps": lambda: steps(x[0, 0]),
+    }  # fmt: skip
+    for _ in range(3):
+        a, b, c = (function() for function in functions.values())
+        close("nn.LSTMCell", b, a), close("dense steps", c, a)
+    sizes = dict.fromkeys(functions, compression.resident_bytes(dense))
+    model = nn.Sequential(dense)
+    for sparsity in sparsities:
+        for layout in sparse.LAYOUTS:
+            masks = random_masks(model, sparsity, layout)
+            for dtype in sparse.DTYPES if sparsity == 0.9 else ("float32",):
+                compressed, rows = compression.compress(model, masks, lambda m: m(x), layout=layout, dtype=dtype)
+                stayed = " (dense)" if all(row.layout.startswith("dense") for row in rows) else ""
+                name = f"{sparsity:.1%} {layout} {dtype}{stayed}"
+                functions[name], sizes[name] = stream(compressed[0], x), compression.resident_bytes(compressed)
+    frames = {name: 3 if name == "nn.LSTM" else FRAMES for name in functions}
+    turns = {name: lambda f=f, n=frames[name]: [f() for _ in range(n)] for name, f in functions.items()}
+    t = {name: seconds / frames[name] for name, seconds in in_turns("cpu", repeats, **turns).items()}
+    print(f"\n{layers} LSTM layers of {hidden}, frame by frame; times over nn.LSTMCell and over the dense steps;")
+    print("real-time factor at 40 ms a frame; resident")
+    for name, seconds in t.items():
+        ratios = f"{t['nn.LSTMCell'] / seconds:7.2f} x {t['dense steps'] / seconds:7.2f} x"
+        print(f"  {name:28} {seconds * 1e6:9.1f} us {ratios}  {seconds / 0.04:.4f}  {sizes[name] / 1e6:6.1f} MB")
+
+
+# ---------------------------------------------------------------------------- whole utterances
+
+
+def utterance_of(backbone: str) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """A model of paper size and one utterance. The transducer emits a token every 80 ms, as letters are spoken."""
+    torch.manual_seed(0)
+    model = models.build(backbone, "paper", 29).eval().requires_grad_(False)
+    if backbone == "rnnt":
+        model.MAX_SYMBOLS = 1
+        model.output.bias[models.BLANK] = -1e9
+    return model, (torch.randn(1, 100 * SECONDS, 161 if model.features == "log1p-stft" else 80), torch.tensor([500]))
+
+
+def transcribe(model: nn.Module, utterance: tuple[Tensor, Tensor]) -> list[list[int]]:
+    with torch.inference_mode():
+        return model.transcribe(*utterance)
+
+
+def with_parts(model: nn.Module, wrap: Callable[[Callable, tuple], Callable], utterance: tuple) -> nn.Module:
+    """A copy whose heavy parts go through wrap(part, an example of its arguments)."""
+    other = copy.copy(model)
+    if isinstance(model, models.Transducer):
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        first = model.predict(token)[1]
+        step = wrap(
+            lambda token, h, c: (lambda out, state: (out, *state))(*model.predict(token, (h, c))), (token, *first)
+        )
+
+        def predict(tokens: Tensor, state=None) -> tuple:
+            out, *state = step(tokens, *(state or (torch.zeros_like(first[0]), torch.zeros_like(first[1]))))
+            return out, tuple(state)
+
+        other.encode, other.predict = wrap(model.encode, utterance), predict
+    else:
+        other.forward = wrap(model.forward, utterance)
+    return other
+
+
+def compiled(part: Callable, example: tuple) -> Callable:
+    """Frozen, so that weights are prepacked; compiled at its first call."""
+    return torch.compile(part, options={"freezing": True})
+
+
+def in_onnxruntime(part: Callable, example: tuple) -> Callable:
+    """One utterance has no padding, so that its masking may be left out of the graph."""
+    import onnxruntime
+
+    class Whole(nn.Module):
+        def forward(self, *arguments):
+            return part(*arguments)
+
+    file, names = io.BytesIO(), [f"in{i}" for i in range(len(example))]
+    plain = mock.patch.multiple(
+        models, on_rows=lambda layer, x, rows: layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]),
+        without_padding=lambda features, lengths: features, valid_rows=lambda lengths, frames: None,
+    )  # fmt: skip
+    with plain, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(Whole().eval(), example, file, input_names=names, opset_version=17, dynamo=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else its threads spin into others' turns
+    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    takes = {value.name for value in session.get_inputs()}  # lengths that nothing depends on are no input
+
+    def run(*arguments: Tensor) -> tuple:
+        given = {name: value.numpy() for name, value in zip(names, arguments) if name in takes}
+        return tuple(torch.from_numpy(np.asarray(value)) for value in session.run(None, given))
+
+    return run
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.Linear}, torch.qint8)
+
+
+def saved_bytes(model: nn.Module) -> int:
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return file.tell()
+
+
+def ticket_bytes(model: nn.Module, masks: lottery.Masks) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ticket.safetensors"
+        files.save_ticket(path, masks, None, model.state_dict(), {})
+        return path.stat().st_size
+
+
+class Way(NamedTuple):
+    """A model as it is used, and its bytes on the disk and in memory."""
+
+    model: nn.Module
+    disk: int
+    resident: int
+
+
+def peers_of(model: nn.Module, utterance: tuple[Tensor, Tensor], run: Callable) -> dict[str, Way]:
+    """The dense ways to run a model. Says which cannot, or say something else."""
+    wanted, size = run(model), saved_bytes(model)
+    ways = {"dense torch": Way(model, size, size)}
+    all_kept = {name: torch.ones_like(w, dtype=torch.bool) for name, w in lottery.prunable(model).items()}
+    makers = {
+        "torch.compile": lambda: with_parts(model, compiled, utterance),
+        "ours, nothing left out": lambda: compression.compress(model, all_kept, run)[0],
+        "torch.ao dynamic int8": lambda: quantized(model),
+        "onnxruntime float32": lambda: with_parts(model, in_onnxruntime, utterance),
+    }
+    for name, make in makers.items():
+        try:
+            made = make()
+            said = run(made)
+        except ImportError as error:
+            print(f"  {name}: not here ({error})")
+        except Exception as error:
+            print(f"  {name}: cannot run this model ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+        else:
+            if said != wanted and "int8" not in name:
+                print(f"  {name}: says something else than dense torch")
+            disk = saved_bytes(made) if "int8" in name else size
+            ways[name] = Way(made, disk, compression.resident_bytes(made) if "ours" in name else disk)
+    return ways
+
+
+def tickets_of(model: nn.Module, backbone: str, run: Callable, sparsities: tuple[float, ...]) -> dict[str, Way]:
+    """The model compressed, with masks of each sparsity in blocks of each layout."""
+    ways = {}
+    for sparsity in sparsities:
+        for layout in ("unstructured", "1x4", "8x1", "16x1"):
+            masks, name = random_masks(model, sparsity, layout), f"{sparsity:.1%} {layout}"
+            masked = copy.deepcopy(model)
+            lottery.ops.hold_ticket_(list(lottery.prunable(masked).values()), [], list(masks.values()))
+            if layout == "unstructured":  # the layout makes no difference there
+                disk = ticket_bytes(masked, masks)
+            compressed, rows = compression.compress(model, masks, run)
+            if run(compressed) != run(masked):
+                print(f"  {name}: says something else than the dense masked model")
+            ways[name] = Way(compressed, disk, compression.resident_bytes(compressed))
+            if sparsity == 0.9 and layout in ("unstructured", "16x1"):
+                print(f"\n{backbone}: what {name} took, and why (milliseconds of what was tried)")
+                print("\n".join(map(str, rows)), flush=True)
+    return ways
+
+
+def bench_utterance(backbone: str, repeats: int, sparsities: tuple[float, ...]) -> None:
+    """One utterance through transcribe at paper size."""
+    model, utterance = utterance_of(backbone)
+    run = functools.partial(transcribe, utterance=utterance)
+    ways = peers_of(model, utterance, run)
+    ways |= tickets_of(model, backbone, run, sparsities)
+    t = in_turns("cpu", repeats, **{name: functools.partial(run, way.model) for name, way in ways.items()})
+    best = min((name for name in ("dense torch", "torch.compile") if name in t), key=t.get)
+    print(f"\n{backbone} at paper size, one utterance of {SECONDS} s, masks in blocks of the layout named:")
+    print(
+        f"real-time factor; times over {best}, over ours with nothing left out, torch.ao dynamic int8 and onnxruntime;"
+    )
+    print("MB on the disk and resident")
+    for name, took in t.items():
+        peers = (best, "ours, nothing left out", "torch.ao dynamic int8", "onnxruntime float32")
+        ratios = " ".join(f"{t[peer] / took:6.2f} x" if peer in t else "       -" for peer in peers)
+        sizes = f"{ways[name].disk / 1e6:7.1f} {ways[name].resident / 1e6:7.1f}"
+        print(f"  {name:32} {took * 1e3:8.1f} ms  {took / SECONDS:.4f}  {ratios}  {sizes}", flush=True)
+
+
+# ---------------------------------------------------------------------------- real tickets
+
+
+def bench_tickets(paths: list[Path], corpus: Path, repeats: int) -> None:
+    """Tickets on their test set, one utterance at a time: texts, WER, bytes and time, dense and of each dtype."""
+    runs, cells = {}, {}
+    for path in paths:
+        model, ticket = load(path)
+        tokens = ticket.info["tokens"]
+        examples = load_examples(data.read_corpus(corpus)["test"], tokens, model.features)
+        texts, seconds = [example.text for example in examples], sum(e.frames for e in examples) * data.FRAME_SECONDS
+        middle = sorted(examples, key=lambda e: e.frames)[len(examples) // 2].features[None]
+        run = functools.partial(transcribe, utterance=(middle, torch.tensor([middle.shape[1]])))
+        remaining = sum(int(m.sum()) for m in ticket.masks.values()) / sum(m.numel() for m in ticket.masks.values())
+        about = f"{ticket.info['backbone']}, {remaining:.1%} remaining"
+        print(f"\n{path}: {about}, {len(texts)} utterances, {seconds:.0f} s")
+        wanted = None
+        for dtype in ("dense", *sparse.DTYPES):
+            user, rows = (
+                (model, []) if dtype == "dense" else compression.compress(model, ticket.masks, run, dtype=dtype)
+            )
+            said = train.recognise(user, examples, tokens, 1, "cpu")
+            wanted = wanted or said
+            if dtype == "float32":
+                print("\n".join(f"    {row}" for row in rows))
+                if said != wanted:
+                    stop("the float32 texts are not those of the dense masked model")
+            if rows and all(row.layout.startswith("dense") for row in rows):
+                print(f"    {dtype}: all of it stays dense")
+            disk = saved_bytes(model) if dtype == "dense" else ticket_bytes(model, ticket.masks)
+            cells[path, dtype] = (
+                f"WER {train.score(texts, said)['wer']:.3f}  {sum(map(str.__eq__, said, wanted)):3} texts equal  "
+                f"{disk / 1e3:7.0f} kB  {compression.resident_bytes(user) / 1e3:7.0f} kB resident"
+            )
+            runs[f"{path} {dtype}"] = functools.partial(train.recognise, user, examples, tokens, 1, "cpu")
+    t = in_turns("cpu", repeats, **runs)
+    print("\nkB: dense checkpoint, or ticket without its rewind state; real-time factor, times over dense")
+    for (path, dtype), cell in cells.items():
+        took, dense = t[f"{path} {dtype}"], t[f"{path} dense"]
+        print(f"  {path.parent.name:28} {dtype:9} {cell}  {took / seconds:.5f}  {dense / took:5.2f} x")
+
+
+def bench_infer(args: argparse.Namespace) -> None:
+    print(f"torch {torch.__version__}, ops: {lottery.ops.path}, {torch.backends.cpu.get_cpu_capability()}")
+    must_be_compiled()
+    torch.set_num_threads(1)
+    validate()
+    if args.ticket:
+        return bench_tickets(args.ticket, args.data, max(3, args.repeats // 4))
+    for threads in (1,) if args.short else (1, 2):
+        sparsities = SPARSITIES if threads == 1 and not args.short else (0.9,)
+        torch.set_num_threads(threads)
+        print(f"\n---------------- {threads} thread{'s' * (threads > 1)}")
+        if not args.short:
+            for columns in (1, 100):
+                bench_products(columns, args.repeats)
+        for hidden in (1664,) if args.short else (1664, 1024):
+            bench_streaming(max(3, args.repeats // 4), sparsities, hidden)
+        for backbone in [args.backbone] if args.backbone else models.BACKBONES:
+            bench_utterance(backbone, max(3, args.repeats // 4), sparsities)

@@ -1,0 +1,274 @@
+"""Runs merged into methods: seeds pooled at each round, a method beside its dense model and beside another method."""
+
+import itertools
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import lottery
+import models
+from audio_lottery import ledger
+from lab import plan
+
+
+class Run(NamedTuple):
+    config: dict
+    rows: list[dict]
+    path: Path = Path()
+
+    @property
+    def data(self) -> str:
+        return Path(self.config["machine"]["data"]).name
+
+
+CONFIG = {"backbone", "size", "seed", "sparsity", "prune_rate", "margin", "data_sha256", "machine"}
+ROW = {"round", "remaining", "remaining_all", "kept_per_layer", "mask_sha256", "valid_wer"}
+ROW |= {"test_wer", "test_cer", "test_errors", "test_words"}
+
+
+def load(path: Path) -> Run:
+    """The finished rounds of a run folder. Raises LotteryError unless they are one chain from the settings on."""
+    config, rows = ledger.read_run(path)
+    missing = (CONFIG - config.keys()).union(*(ROW - row.keys() for row in rows))
+    if not isinstance(config.get("machine"), dict) or not isinstance(config["machine"].get("data"), str):
+        missing |= {"data"}
+    if missing:
+        raise lottery.LotteryError(f"{path}: not a run of train.py: it has no {', '.join(sorted(missing))}")
+    return Run(config, rows, path)
+
+
+# ---------------------------------------------------------------------------- a round, over seeds
+
+
+def of_test(row: dict, test: str) -> dict:
+    """What a row says of the first test set (test ""), or of another one by name."""
+    return row["other_tests"][test] if test else row
+
+
+@dataclass
+class Point:
+    """A round of a method: a ledger row a seed, each beside the row it is compared with, of the same seed."""
+
+    margin: float
+    seeds: list[int] = field(default_factory=list)
+    rows: list[dict] = field(default_factory=list)
+    others: list[dict] = field(default_factory=list)  # the dense round of the same run, or another method's round
+
+    def add(self, seed: int, row: dict, other: dict) -> None:
+        self.seeds.append(seed)
+        self.rows.append(row)
+        self.others.append(other)
+
+    @property
+    def round(self) -> int:
+        return self.rows[0]["round"]
+
+    def tests(self) -> list[str]:
+        return ["", *self.rows[0].get("other_tests", {})]
+
+    def values(self, key: str, test: str = "") -> list[float]:
+        """One a seed."""
+        return [of_test(row, test)[key] for row in self.rows]
+
+    def mean(self, key: str, test: str = "") -> float:
+        return statistics.fmean(self.values(key, test))
+
+    def mean_other(self, key: str, test: str = "") -> float:
+        return statistics.fmean(of_test(row, test)[key] for row in self.others)
+
+    def differences(self, key: str, test: str = "") -> list[float]:
+        """rows less others, one a seed."""
+        return [of_test(row, test)[key] - of_test(other, test)[key] for row, other in zip(self.rows, self.others)]
+
+    def verdict(self, test: str = "") -> lottery.Verdict:
+        """rows against others, seeds pooled; of one seed against its dense round, the ledger's own."""
+        rows, others = ([of_test(row, test) for row in part] for part in (self.rows, self.others))
+        if len(rows) == 1 and self.others[0]["round"] == 0:
+            return lottery.Verdict(rows[0]["verdict"], *rows[0]["interval"])
+        words = rows[0]["test_words"]
+        if any(row["test_words"] != words for row in rows + others):
+            raise lottery.LotteryError("runs on other test utterances cannot be compared (same data, other words)")
+        errors = ([row["test_errors"] for row in part] for part in (rows, others))
+        return lottery.verdict(*errors, words, self.margin)
+
+    def empty_layers(self) -> list[str]:
+        """Layers without a weight, in any seed."""
+        return [
+            name for name in self.rows[0]["kept_per_layer"] if any(not r["kept_per_layer"][name] for r in self.rows)
+        ]
+
+
+# ---------------------------------------------------------------------------- methods
+
+# What a method leaves open, or tells in other words: ticket and init by the data that they come from.
+OPEN = ("seed", "sparsity", "rounds", "dense", "ticket_sha256", "init_sha256")
+# Values of settings that a configuration does not name, and the paper's prune rate; names of methods leave them out.
+PLAIN = {"control": None, "ticket": None, "ticket_weights": "rewind", "init": None, "rewind_step": 0}
+PLAIN |= {"prune_rate": 0.2, "block": [1, 1], "scope": "global", "min_remaining": 0.0, "snr": None, "test_snr": None}
+
+
+@dataclass
+class Method:
+    """Runs whose settings differ in nothing but seed and sparsity."""
+
+    settings: dict  # what they share, without the values of PLAIN
+    data: str
+    points: dict[tuple, Point] = field(default_factory=dict)  # by step(): dense, then sparser and sparser
+    name: str = ""
+    left_out: list[Run] = field(default_factory=list)  # with other results in rounds that a seed has already
+
+    def get(self, key: str):
+        return self.settings.get(key, PLAIN.get(key))
+
+    def dense(self) -> Point:
+        return next(iter(self.points.values()))
+
+    def tickets(self) -> list[Point]:
+        return list(self.points.values())[1:]
+
+    def sparsest(self) -> Point | None:
+        """The sparsest winning or matching ticket."""
+        good = [point for point in self.tickets() if point.verdict().word in ("winning", "matching")]
+        return min(good, key=lambda point: point.mean("remaining"), default=None)
+
+    def best(self) -> Point | None:
+        """The ticket of the best valid WER, less dense's, as rounds may have other seeds. The test selects nothing."""
+
+        def loss(point: Point) -> tuple[float, float]:
+            return point.mean("valid_wer") - point.mean_other("valid_wer"), point.mean("remaining")
+
+        return min(self.tickets(), key=loss, default=None)
+
+    def multiply_adds(self, point: Point) -> tuple[float, float]:
+        """A second of audio, dense and with zeros skipped, mean over seeds."""
+        backbone, size = self.settings["backbone"], self.settings["size"]
+        sizes = models.BACKBONES[backbone].SIZES[size]
+
+        def mean(rows: list[dict]) -> float:  # a narrower network's row has its own sizes
+            return statistics.fmean(
+                plan.multiply_adds(backbone, row.get("sizes", sizes), row["kept_per_layer"]) for row in rows
+            )
+
+        return mean(point.others), mean(point.rows)
+
+    def layer_shares(self) -> dict[str, list[float]]:
+        """The share of its weights that each layer keeps, a point, mean over seeds."""
+        return {
+            name: [
+                statistics.fmean(
+                    r["kept_per_layer"][name] / o["kept_per_layer"][name] for r, o in zip(p.rows, p.others)
+                )
+                for p in self.points.values()
+            ]
+            for name in self.dense().rows[0]["kept_per_layer"]
+        }
+
+
+def step(row: dict, config: dict) -> tuple[int, float]:
+    """What makes rounds of two seeds the same: the number and, of a last round that is cut short, the sparsity."""
+    total, rate = 10**9, config["prune_rate"]
+    counts = lottery.kept_counts(total, config["sparsity"], rate)
+    cut = row["round"] == len(counts) - 1 and counts[-1] != lottery.kept_after(total, row["round"], rate)
+    return row["round"], config["sparsity"] if cut else 0.0
+
+
+def origin(run: Run, what: str, sources: dict[str, Run]) -> str | None:
+    """Data of the run that this one's ticket or init is of: found by mask among the runs given, else by its folder."""
+    path = run.config["machine"].get(what)
+    if not path:
+        return None
+    source = sources.get(run.rows[-1].get("source_mask_sha256")) if what == "ticket" else None
+    if source:
+        return source.data
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    try:
+        return Run(json.loads((folder / "config.json").read_text(encoding="utf-8")), []).data
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another run"
+
+
+def merge(runs: list[Run]) -> dict[str, list[Method]]:
+    """Methods by backbone, data and size. Of two runs of one method and seed, a round counts once: the first given."""
+    sources = {row["mask_sha256"]: r for r in runs if not r.config["machine"].get("ticket") for row in r.rows[1:]}
+    groups: dict[tuple[str, str], dict[str, Method]] = {}
+    for run in runs:
+        config = run.config
+        settings = {key: value for key, value in ledger.settings_of(config).items() if key not in OPEN}
+        settings |= {what: origin(run, what, sources) for what in ("ticket", "init")}
+        settings = {key: value for key, value in settings.items() if key not in PLAIN or value != PLAIN[key]}
+        methods = groups.setdefault(
+            (f"{config['backbone']} on {run.data}, {config['size']} size", config["data_sha256"]), {}
+        )
+        method = methods.setdefault(ledger.hash_json(settings), Method(settings, run.data))
+        for row in run.rows:
+            point = method.points.setdefault(step(row, config), Point(config["margin"]))
+            if config["seed"] not in point.seeds:
+                point.add(config["seed"], row, run.rows[0])
+            elif row["test_errors"] != point.rows[point.seeds.index(config["seed"])]["test_errors"]:
+                method.left_out += [run] if run not in method.left_out else []
+    titles, named = [title for title, _ in groups], {}
+    for (title, sha256), methods in groups.items():
+        for method in methods.values():
+            method.points = dict(sorted(method.points.items(), key=lambda p: (p[0][0] > 0, -p[1].mean("remaining"))))
+        named[title + f", data {sha256[:8]}" * (titles.count(title) > 1)] = list(methods.values())
+        give_names(list(methods.values()))
+    return named
+
+
+def give_names(methods: list[Method]) -> None:
+    """Name each by what differs among them or from PLAIN, in the words of the flags; by hashes if nothing else does."""
+    keys = sorted({key for method in methods for key in method.settings} - {"control", "ticket"})
+    shown = PLAIN.keys() - {"test_snr"}  # which says how a ticket is tested, not what it is
+    keys = [key for key in keys if key in shown or any(m.get(key) != methods[0].get(key) for m in methods)]
+    plain = methods[0].settings | PLAIN
+    for with_hashes in (False, True):
+        for method in methods:
+            words, source = [method.get("control")] if method.get("control") else [], method.get("ticket")
+            if source and (source != method.data or not words):
+                words.append("ticket" + (f" of {source}" if source != method.data else ""))
+            for key in keys:
+                value = method.get(key)
+                if value != plain.get(key) and (with_hashes or not key.endswith("sha256")):
+                    between = {"block": "x", "snr": ":", "seconds": ":"}.get(key, ",")
+                    words.append(f"{key} {between.join(map(str, value)) if isinstance(value, list) else value}")
+            method.name = ", ".join(words) or "global magnitude"
+        if len({method.name for method in methods}) == len(methods):
+            return
+
+
+# ---------------------------------------------------------------------------- a method against another
+
+
+def rivals(methods: list[Method]) -> list[tuple[Method, Method]]:
+    """Pairs, all else the same, of which the first is said to be better.
+
+    A ticket and its control; another corpus' ticket and the target's own; rewinding to a later step and to step 0; a
+    start from trained weights and from new ones; weights ranked by layer or LAMP and globally.
+    """
+    pairs = []
+    for a, b in itertools.permutations(methods, 2):
+        keys = (a.settings.keys() | b.settings.keys()) - {"ticket"}
+        different = {key for key in keys if a.get(key) != b.get(key)}
+        fits = a.get("ticket") == b.get("ticket")
+        if different == {"control"}:  # the control of a retrained ticket, or of a search's
+            fits = fits or (a.get("ticket") is None and b.get("ticket") == a.data)
+        elif different in ({"rewind_step"}, {"init"}, {"scope"}):
+            fits = fits and all(b.get(key) == PLAIN[key] for key in different)
+        else:
+            fits = not different and a.get("ticket") not in (None, a.data) and b.get("ticket") is None
+        pairs += [(a, b)] if fits and not a.get("control") else []
+    return pairs
+
+
+def compared(a: Method, b: Method) -> list[Point]:
+    """a's tickets, b's as the others, at every round that both have with a seed in common; sparser and sparser."""
+    found = []
+    for at, ours in list(a.points.items())[1:]:
+        theirs, point = b.points.get(at, Point(0.0)), Point(0.0)
+        for seed, row in zip(ours.seeds, ours.rows):
+            if seed in theirs.seeds:
+                point.add(seed, row, theirs.rows[theirs.seeds.index(seed)])
+        found += [point] if point.seeds else []
+    return found

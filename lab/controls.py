@@ -1,0 +1,236 @@
+"""Tickets of another run, and the controls that they are compared with.
+
+A source is a search, of which the finished rounds count, or one ticket file. Of it are trained, with one recipe and one
+data order:
+
+    (no control)           its masks with its rewind state, or with its trained weights
+    random-mask            as many weights (or blocks), anywhere
+    random-mask-matched    as many in each layer, anywhere in it: only which weights differs
+    random-init            its masks on a new draw of the initial weights, another one each round
+    dense-small            no mask: a narrower network with at most as many parameters
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import lottery
+import models
+from audio_lottery import files, ledger
+
+CONTROLS = ("random-mask", "random-mask-matched", "random-init", "dense-small")
+RANDOM = ("random-mask", "random-mask-matched")  # which keep weights that the ticket does not
+PATHS = ("data", "noise", "lm", "init")  # flags of a run that name files
+WIDTHS = {  # the sizes that dense-small scales
+    "cnn-lstm": ("channels", "hidden"),
+    "rnnt": ("channels", "hidden", "predictor", "joiner"),
+    "conformer": ("channels", "width"),
+}
+
+
+@dataclass
+class Source:
+    """Another run's tickets."""
+
+    path: Path
+    settings: dict  # the run's
+    tokens: list[str]
+    masks: dict[int, lottery.Masks]  # by round
+    rewind: lottery.State | None  # whole in a run folder; 0 where pruned in a file
+    trained: lottery.State  # of the last round
+    paths: dict[str, str | None]  # of PATHS; a file does not say them
+    dense: dict | None = None  # the run's round 0 in its ledger
+
+    def state(self, weights: str) -> lottery.State:
+        """The "rewind" or "trained" weights."""
+        state = self.trained if weights == "trained" else self.rewind
+        if state is None:
+            raise lottery.LotteryError(
+                f"{self.path}: it has no rewind state: --ticket-weights trained, or another ticket"
+            )
+        return state
+
+    def identity(self, rounds: list[int], weights: str) -> str:
+        """Hash of all that trainings take from it."""
+        masks = [lottery.sha256(self.masks[number]) for number in rounds if number]
+        return ledger.hash_json([masks, lottery.sha256(self.state(weights)), self.tokens])
+
+
+def read_source(path: Path) -> Source:
+    """A run folder, with the tickets of all of its rounds, or a ticket file, with one. Raises LotteryError."""
+    file = files.load_ticket(path / "ticket.safetensors" if path.is_dir() else path)
+    try:
+        settings, tokens = dict(file.info), file.info["tokens"]
+        for key in ("tokens", "sizes", "features"):
+            del settings[key]
+        if not path.is_dir():
+            pruning = lottery.Pruning(tuple(settings.get("block", (1, 1))))
+            units = [pruning.units(mask) for mask in file.masks.values()]
+            total, kept = sum(unit.numel() for unit in units), sum(int(unit.sum()) for unit in units)
+            counts = lottery.kept_counts(total, settings["sparsity"], settings["prune_rate"])
+            # The nearest, as layers made new for other tokens are whole.
+            number = min(range(1, len(counts)), key=lambda r: abs(counts[r] - kept), default=1)
+            masks = {number: file.masks} if kept < total else {}
+            return Source(path, settings, tokens, masks, file.rewind, file.trained, {})
+        (config, rows), masks = ledger.read_run(path), {}
+        if "rounds" in config:
+            raise lottery.LotteryError(f"{path}: it searched for no ticket, but trained another run's: name that run")
+        for row in rows[1:]:
+            masks[row["round"]] = files.load_masks(path / "masks" / f"{row['round']:02d}.safetensors")
+            if lottery.sha256(masks[row["round"]]) != row["mask_sha256"]:
+                raise lottery.LotteryError(f"{path}: the masks of round {row['round']} are not the ledger's")
+        if lottery.sha256(file.trained) != rows[-1]["trained_sha256"]:
+            raise lottery.LotteryError(f"{path}: ticket.safetensors is not of the ledger's last round")
+        rewind = files.read_sealed(path / "rewind.safetensors", "rewind state")[0]
+        files.check_finite(path / "rewind.safetensors", rewind)
+        if lottery.sha256(rewind) != rows[-1]["rewind_sha256"]:
+            raise lottery.LotteryError(f"{path}: rewind.safetensors is not the ledger's rewind state")
+        paths = {key: path and str(path) for key, path in config["machine"].items() if key in PATHS}
+        return Source(path, ledger.settings_of(config), tokens, masks, rewind, file.trained, paths, rows[0])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        if isinstance(error, lottery.LotteryError):
+            raise
+        why = f"{type(error).__name__}: {error}"
+        raise lottery.LotteryError(f"{path}: not the tickets of a run ({why})") from None
+
+
+def adopt(model: nn.Module, state: lottery.State, same_tokens: bool, path: Path) -> tuple[lottery.State, list[str]]:
+    """`state` for this model, and the names of the token layers that are the model's own because the tokens differ.
+
+    Raises LotteryError if any other layer is not of the same shape.
+    """
+    own, renewed = lottery.copy_state(model), []
+    found = {}
+    if more := sorted(state.keys() - own.keys()):
+        raise lottery.LotteryError(f"{path}: it is of another network: {more[0]} is not in this one")
+    for name, value in own.items():
+        if not same_tokens and name.split(".")[0] in model.TOKEN_LAYERS:
+            renewed.append(name)
+            found[name] = value
+        elif name not in state or state[name].shape != value.shape:
+            raise lottery.LotteryError(f"{path}: it is of another network: {name} is not there in this shape")
+        else:
+            found[name] = state[name].to(value.device)
+    return found, renewed
+
+
+def masks_for(source: Source, number: int, model: nn.Module, renewed: list[str]) -> lottery.Masks:
+    """The source's masks of a round for this model, the `renewed` layers whole.
+
+    Raises LotteryError if any other layer is not of the same shape.
+    """
+    shapes = {name: weight.shape for name, weight in lottery.prunable(model).items()}
+    there = {name: mask for name, mask in source.masks[number].items() if name not in renewed}
+    for name in sorted((shapes.keys() - renewed) | there.keys()):
+        if name not in there or shapes.get(name) != there[name].shape:
+            raise lottery.LotteryError(f"{source.path}: its masks are of another network: {name} does not fit")
+    return {name: there.get(name, torch.ones(shape, dtype=torch.bool)) for name, shape in shapes.items()}
+
+
+def check_source(
+    source: Source, rounds: list[int], model: nn.Module, tokens: list[str], *,
+    control: str | None, weights: str, backbone: str, size: str,
+) -> None:  # fmt: skip
+    """Raise LotteryError, before anything is trained, unless the source's weights and masks are of this network.
+
+    And, of the control dense-small, unless there is a network for each round.
+    """
+    _, renewed = adopt(model, source.state(weights), source.tokens == tokens, source.path)
+    for number in filter(None, rounds):
+        masks = masks_for(source, number, model, renewed)
+        if control == "dense-small":
+            small_sizes(backbone, size, len(tokens), parameters_left(model, masks))
+
+
+def random_masks(masks: lottery.Masks, renewed: list[str], pruning: lottery.Pruning, seed: int, matched: bool):
+    """As many units as `masks` keeps, drawn uniformly: from all together, or (matched) from each layer as many.
+
+    The order is drawn once from the seed, so that the masks of fewer are subsets. `renewed` layers stay as they are.
+    """
+    generator = torch.Generator().manual_seed(int(np.random.default_rng([seed, 3]).integers(2**63)))
+    units = {name: pruning.units(mask).cpu() for name, mask in masks.items()}
+    order = {name: torch.rand(unit.shape, dtype=torch.float64, generator=generator) for name, unit in units.items()}
+    drawn = [name for name in masks if name not in renewed]
+    groups = [[name] for name in drawn] if matched else [drawn]
+    new = dict(masks)
+    for names in groups:
+        keep = sum(int(units[name].sum()) for name in names)
+        every = [torch.ones_like(units[name]) for name in names]
+        chosen = lottery.ops.global_magnitude_masks([order[name] for name in names], every, keep)
+        new |= {n: pruning.weights(unit.to(masks[n].device), masks[n]) for n, unit in zip(names, chosen)}
+    return new
+
+
+def fresh(backbone: str, sizes: dict, tokens: int, seed: int, number: int, device) -> nn.Module:
+    """A new draw of the initial weights, for round `number`."""
+    torch.manual_seed(int(np.random.default_rng([seed, number, 4]).integers(2**63)))
+    return models.BACKBONES[backbone](tokens, **sizes).to(device)
+
+
+def parameters_left(model: nn.Module, masks: lottery.Masks) -> int:
+    """All parameters of the model, those never pruned too, less the weights that the masks remove."""
+    return sum(p.numel() for p in model.parameters()) - sum(int((~mask).sum()) for mask in masks.values())
+
+
+def small_sizes(backbone: str, size: str, tokens: int, most: int) -> dict:
+    """The sizes of the largest network with at most `most` parameters, all of its widths scaled alike.
+
+    A Conformer's width is an even number a head, so that fewer heads are tried too: half, a quarter, ...
+    """
+    whole = models.BACKBONES[backbone].SIZES[size]
+
+    def at(scale: float, heads: int | None) -> dict:
+        sizes = whole | {key: max(1, round(scale * whole[key])) for key in WIDTHS[backbone]}
+        if heads:
+            sizes |= {"heads": heads, "width": max(1, round(scale * whole["width"] / (2 * heads))) * 2 * heads}
+        return sizes
+
+    def count(sizes: dict) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in models.BACKBONES[backbone](tokens, **sizes).parameters())
+
+    found, most_heads = [], whole.get("heads")
+    for heads in [most_heads >> i for i in range(most_heads.bit_length())] if most_heads else [None]:
+        low, high = 0, 1000  # thousandths
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if count(at(middle / 1000, heads)) <= most else (low, middle)
+        found.append(at(low / 1000, heads))
+    found = [sizes for sizes in found if count(sizes) <= most]
+    if not found:
+        raise lottery.LotteryError(f"--control dense-small: no {backbone} has {most} parameters or fewer")
+    return max(found, key=count)
+
+
+def ticket_of_round(
+    source: Source, number: int, model: nn.Module, tokens: list[str], pruning: lottery.Pruning, seed: int, *,
+    control: str | None, weights: str, backbone: str, size: str,
+) -> tuple[lottery.Ticket, dict, list[str]]:  # fmt: skip
+    """What round `number` trains, rewound and ready; what its row says of its origin; the layers made new.
+
+    model: a network as theta_0 of this run; dense-small has its own instead. weights: "rewind" or "trained".
+    """
+    device = next(model.parameters()).device
+    start, renewed = adopt(model, source.state(weights), source.tokens == tokens, source.path)
+    masks = {name: mask.to(device) for name, mask in masks_for(source, number, model, renewed).items()}
+    about = {"source_mask_sha256": lottery.sha256(source.masks[number])}
+    if control == "dense-small":
+        everything, total = sum(p.numel() for p in model.parameters()), sum(mask.numel() for mask in masks.values())
+        sizes = small_sizes(backbone, size, len(tokens), parameters_left(model, masks))
+        ticket = lottery.Ticket(fresh(backbone, sizes, len(tokens), seed, number, device))
+        ticket.round = number
+        about |= {"sizes": sizes, "total": total, "remaining": ticket.kept / total}
+        about["remaining_all"] = sum(p.numel() for p in ticket.model.parameters()) / everything
+        return ticket, about, []
+    if control in RANDOM:
+        masks = random_masks(masks, renewed, pruning, seed, control == "random-mask-matched")
+    if control == "random-init":
+        sizes = models.BACKBONES[backbone].SIZES[size]
+        start = lottery.copy_state(fresh(backbone, sizes, len(tokens), seed, number, device))
+    ticket = lottery.Ticket(model, pruning=pruning)
+    ticket.round, ticket.masks, ticket.rewind_state = number, masks, start
+    ticket.rewind()
+    return ticket, about, renewed

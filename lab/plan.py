@@ -1,0 +1,131 @@
+"""Multiply-adds of a network, and what a search for a ticket costs before it is begun.
+
+python -m lab.plan TICKET      multiply-adds a second of audio, dense and with zeros skipped
+python train.py --plan         what a search costs
+"""
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import lottery
+import models
+from audio_lottery import counting, files
+from audio_lottery.console import Parser, fail
+
+HOURS = {"LibriSpeech": 960, "TED-LIUM 1": 118, "Common Voice (as in the paper)": 582}  # of training speech
+SPARSITIES = (0.79, 0.9, 0.956)  # the paper's sparsest matching tickets of CNN-LSTM: 21 %, (10 %) and 4.4 % remain
+TERAFLOPS = 20  # sustained by one GPU: an assumption; recurrent layers run far below the peak
+SECONDS, TOKENS_A_SECOND = 4, 15  # of the utterance that is counted; characters of read English
+TOKENS = 29  # the paper's; how often a weight multiplies does not depend on them
+
+
+def multiply_adds(backbone: str, sizes: dict | None = None, kept: dict[str, int] | None = None) -> float:
+    """Multiply-adds of the loss per second of speech, forward: convolutions, LSTMs (each step), linear layers, joiner.
+
+    sizes: of the network (default: the paper's).  kept: weights by layer, as in a row of a ledger, so that zeros are
+    skipped (default: all, with the paper's 29 tokens).  Raises LotteryError if they are of other layers.
+    The utterance is of 4 s and 15 tokens a second; a transducer's joiner is counted over its whole lattice, as the
+    loss computes it. Products of two activations, as in attention, are not counted.
+    """
+    uses, weights = _uses_and_weights(backbone, json.dumps(sizes or models.BACKBONES[backbone].SIZES["paper"]))
+    kept = weights if kept is None else kept
+    if kept.keys() != uses.keys():
+        raise lottery.LotteryError(f"{backbone} has the prunable layers {', '.join(uses)}, not {', '.join(kept)}")
+    return sum(uses[name] * kept[name] for name in uses) / SECONDS
+
+
+@functools.cache
+def _uses_and_weights(backbone: str, sizes: str) -> tuple[dict[str, int], dict[str, int]]:
+    """How often each weight multiplies in an utterance, and how many weights each layer has; sizes: JSON."""
+    with torch.random.fork_rng(devices=[]):
+        model = models.BACKBONES[backbone](TOKENS, **json.loads(sizes)).eval()  # eval: no statistics of other processes
+        uses = per_utterance(model, SECONDS, TOKENS)
+    return uses, {name: weight.numel() for name, weight in lottery.prunable(model).items()}
+
+
+def per_utterance(model: torch.nn.Module, seconds: int, tokens: int) -> dict[str, int]:
+    """How often each weight multiplies in the loss of one utterance."""
+    frames, text = torch.tensor([100 * seconds]), torch.tensor([TOKENS_A_SECOND * seconds])
+    bins = models.CnnLstm.BINS[model.features]
+    targets = torch.randint(1, tokens, (1, int(text)))
+    with torch.no_grad():
+        return counting.weight_uses(model, lambda: model.loss(torch.randn(1, int(frames), bins), frames, targets, text))
+
+
+def markdown(columns: list[str], rows: list[list[str]], right: int = 0) -> list[str]:
+    """The lines of a table, its first `right` columns aligned to the right."""
+    rule = ["---:"] * right + ["---"] * (len(columns) - right)
+    return [f"| {' | '.join(texts)} |" for texts in (columns, rule, *rows)]
+
+
+def table(epochs: int, prune_rate: float) -> str:
+    """Markdown: what one search costs at each of SPARSITIES."""
+    columns = ["backbone", "multiply-adds a second of speech", "training speech", *(f"{s:.1%}" for s in SPARSITIES)]
+    rows = []
+    for backbone in models.BACKBONES:
+        forward = multiply_adds(backbone)
+        for corpus, hours in HOURS.items():
+            row = [backbone, f"{forward / 1e9:.2f} G", f"{corpus}, {hours} h"]
+            for sparsity in SPARSITIES:
+                trainings = len(lottery.kept_counts(10**9, sparsity, prune_rate))
+                audio = trainings * epochs * hours
+                total = 3 * forward * 3600 * audio  # backward() takes two products for each of the forward pass
+                gpu_hours = 2 * total / (TERAFLOPS * 1e12) / 3600
+                row.append(f"{trainings} trainings, {audio:,} h of audio, {total:.1e}, {gpu_hours:,.0f} GPU h")
+            rows.append(row)
+    return "\n".join(markdown(columns, rows))
+
+
+def explained(epochs: int) -> str:
+    return (
+        f"Paper size, {epochs} epochs a training, by target sparsity. Multiply-adds: products with weights of forward "
+        f"and backward pass (3 times the forward pass), characters as tokens, {TOKENS_A_SECOND} a second. GPU hours: "
+        f"at {TERAFLOPS} TFLOP/s sustained, an assumption, not a measurement; a pruned weight is multiplied all the "
+        "same in training."
+    )
+
+
+# ---------------------------------------------------------------------------- a ticket
+
+
+def of_ticket(path: Path) -> str:
+    """What remains of all parameters, and multiply-adds a second of audio, dense and with zeros skipped.
+
+    Raises LotteryError, naming the file, for anything that is not a whole ticket of a backbone of models.py.
+    """
+    file = files.load_ticket(path)
+    try:
+        with torch.device("meta"):
+            model = models.of(file.info)
+    except ValueError as error:
+        raise lottery.LotteryError(f"{path}: {error}") from None
+    files.check_fit(path, file, model)
+    kept = {name: int(mask.sum()) for name, mask in file.masks.items()}
+    total = {name: mask.numel() for name, mask in file.masks.items()}
+    everything, removed = sum(p.numel() for p in model.parameters()), sum(total.values()) - sum(kept.values())
+    dense, ticket = (multiply_adds(file.info["backbone"], file.info["sizes"], counts) for counts in (total, kept))
+    return (
+        f"remaining: {1 - removed / sum(total.values()):.1%} of {sum(total.values()):,} prunable weights, "
+        f"{1 - removed / everything:.1%} of all {everything:,} parameters\n"
+        f"multiply-adds a second of audio: dense {dense / 1e6:.1f} M, ticket {ticket / 1e6:.1f} M with zeros skipped "
+        f"({ticket / dense:.1%})"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="lab.plan", description="What a ticket multiplies, by the second of audio.")
+    parser.add_argument("ticket", type=Path, metavar="TICKET", help="ticket.safetensors of a run")
+    args = parser.parse_args(argv)
+    try:
+        print(of_ticket(args.ticket))
+    except (lottery.LotteryError, OSError) as error:
+        return fail("lab.plan", error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

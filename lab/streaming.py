@@ -1,0 +1,66 @@
+"""Features of a stream, which arrives in pieces and cannot know the mean of what is to come."""
+
+import torch
+from torch import Tensor
+
+from data import log_mel
+
+
+class Running:
+    """Normalisation of features that arrive in pieces, since a stream cannot know the mean of what is to come.
+
+    Mean and variance of a frame are those of all frames up to it; the first SECOND frames share those of them all, so
+    that nothing comes out before a second is there. The pieces make no difference, up to rounding.
+    moments: of similar audio, (2, F); they count as KNOWN frames heard before, and nothing waits.
+    """
+
+    SECOND, KNOWN = 100, 300  # frames
+
+    def __init__(self, moments: Tensor | None = None):
+        self.held, self.count, self.sums = None, 0, None  # sums of x and of x squared, (2, F) float64
+        if moments is not None:
+            self.count, self.sums = self.KNOWN, self.KNOWN * moments
+
+    @staticmethod
+    def moments(recordings: list[Tensor]) -> Tensor:
+        """The mean of x and of x squared over the frames of all recordings, each (T, F). Returns (2, F) float64."""
+        x = torch.cat(recordings).double()
+        return torch.stack((x.mean(0), x.square().mean(0)))
+
+    def push(self, features: Tensor, last: bool = False) -> Tensor:
+        """(T, F), T may be 0 -> (T', F), those now known. last: nothing follows."""
+        x = features if self.held is None else torch.cat([self.held, features])
+        if not len(x) or (self.count + len(x) < self.SECOND and not last):
+            self.held = x
+            return x[:0]
+        values = torch.stack((x, x.square()), 1).double()  # (T, 2, F)
+        if self.sums is not None:
+            values[0] += self.sums
+        sums = values.cumsum(0)
+        # whose sums a frame takes: its own, in the first second the last one's of that
+        at = torch.arange(len(x)).clamp(min=min(self.SECOND - self.count, len(x)) - 1)
+        mean, square = (sums[at] / (self.count + 1 + at)[:, None, None]).unbind(1)
+        deviation = (square - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3)
+        self.held, self.count, self.sums = x[:0], self.count + len(x), sums[-1]
+        return ((x - mean) / deviation).float()
+
+
+class FeatureStream:
+    """Log-mel features of audio that arrives in pieces, normalised by Running: those of all of it, up to rounding."""
+
+    EDGE = 2  # frames: a window ends 256 samples, 1.6 frames, from its middle
+
+    def __init__(self, moments: Tensor | None = None):
+        self.samples, self.running = torch.zeros(0), Running(moments)
+        self.known = 0  # frames in samples, given already
+
+    def push(self, samples: Tensor, last: bool = False) -> Tensor:
+        """(N,) at 16 kHz, N may be 0 -> (T, 80), the frames that are now known. last: nothing follows."""
+        self.samples = torch.cat([self.samples, samples])
+        whole = 1 + (len(self.samples) - (0 if last else 256)) // 160  # frames whose window is there
+        if whole <= self.known or not len(self.samples):
+            return self.running.push(torch.zeros(0, 80), last)
+        features = log_mel(self.samples)[self.known : whole]
+        start = max(0, whole - self.EDGE)
+        self.samples, self.known = self.samples[160 * start :], whole - start
+        return self.running.push(features, last)

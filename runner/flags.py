@@ -1,0 +1,501 @@
+"""The command line of train.py. Each flag stands once, in TABLE; parser, configuration and messages follow from it."""
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import lottery
+import models
+from audio_lottery.console import Parser
+from lab import controls, corpora, decode
+from runner import processes
+from runner.recipes import RECIPES
+
+HERE = Path(__file__).resolve().parent.parent  # the repository
+NONE = Path("none")  # as --lm, --noise and --init: without, where --ticket's run has it
+SCOPE_OF_BLOCKS = "lamp"  # measured: results/blocks.md
+
+
+# ---------------------------------------------------------------------------- values
+
+
+def low_high(text: str) -> tuple[float, float]:
+    """LO:HI, two numbers with 0 <= LO < HI."""
+    try:
+        low, high = map(float, text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be LO:HI, two numbers of seconds, got {text!r}") from None
+    if not 0 <= low < high:
+        raise argparse.ArgumentTypeError(f"must be LO:HI with 0 <= LO < HI, got {text!r}")
+    return low, high
+
+
+def rows_by_columns(text: str) -> tuple[int, int]:
+    """RxC, two whole numbers of at least 1."""
+    if not re.fullmatch("[1-9][0-9]{0,8}x[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(f"must be RxC, rows and columns of a block, both at least 1, got {text!r}")
+    rows, columns = map(int, text.split("x"))
+    return rows, columns
+
+
+def decibels(text: str, separator: str) -> tuple[float, ...]:
+    """Numbers between the separators, each in [-100, 100]."""
+    values = tuple(float(value) + 0.0 for value in text.split(separator))  # -0 is 0
+    if not all(-100 <= value <= 100 for value in values):
+        raise ValueError
+    return values
+
+
+def snr_range(text: str) -> tuple[float, float]:
+    """LO:HI, in dB."""
+    try:
+        low, high = decibels(text, ":")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be LO:HI, two numbers of dB in [-100, 100], got {text!r}") from None
+    if low > high:
+        raise argparse.ArgumentTypeError(f"must be LO:HI with LO <= HI, got {text!r}")
+    return low, high
+
+
+def snr_list(text: str) -> tuple[float, ...]:
+    """A,B,..., in dB."""
+    try:
+        values = decibels(text, ",")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be A,B,..., numbers of dB in [-100, 100], got {text!r}") from None
+    if len({f"{value:g}" for value in values}) < len(values):
+        raise argparse.ArgumentTypeError(f"must not name an SNR twice, got {text!r}")
+    return values
+
+
+# ---------------------------------------------------------------------------- the table
+
+TRAIN, DATA, PRUNE = "what to train", "on what (data)", "how to prune"
+TEST, MACHINE = "how to test (decoding, noise)", "the machine"
+IN_CONFIG = ("always", "recipe", "changed")
+
+
+@dataclass(frozen=True)
+class Flag:
+    name: str  # in the configuration; on the command line --name, with - for _
+    group: str  # of --help
+    # Where its value stands in config.json, and so whether it is part of the run's identity. "always": by its name;
+    # "recipe": as the field of the recipe that it changes; "changed": by its name, if it is not the default (or
+    # `absent`); "machine": in config["machine"], which is no part of the identity; "no": nowhere.
+    identity: Literal["always", "recipe", "changed", "machine", "no"]
+    value: Callable | tuple[str, ...]  # what reads it, or the words that it may be; bool: a switch
+    _: dataclasses.KW_ONLY
+    help: str
+    default: object = None  # None: none, the recipe's, or one that hangs on other flags (`otherwise` says which)
+    otherwise: str = ""  # the default in words, where `default` does not say it
+    absent: object = None  # what a configuration without it means, where that is not the default
+    rule: str = ""  # what it must be, for the help; or
+    least: int | None = None  # what it is checked for, with
+    below: int = 2**31
+    metavar: str | tuple[str, ...] | None = None
+    count: int | str | None = None  # argparse's nargs
+    between: str = ""  # what stands between the numbers of its value
+    part_of: str = ""  # the flag without which it means nothing
+    masks: bool = False  # says how masks are made, so that --ticket's run fixes it
+    with_ticket: bool = False  # goes with --ticket only
+
+    @property
+    def option(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def range(self) -> str:
+        if self.least is None:
+            return self.rule
+        return f"at least {self.least}" + (f" and at most {self.below - 1}" if self.below < 2**31 else "")
+
+    @property
+    def when_absent(self) -> object:
+        return self.default if self.absent is None else self.absent
+
+    @property
+    def taken_over(self) -> bool:
+        """Is its default with --ticket what that run had?"""
+        return not self.with_ticket and (self.identity in IN_CONFIG or self.name in controls.PATHS)
+
+    def written(self, value) -> str:
+        return self.between.join(f"{v}" for v in value) if self.between else str(value)
+
+
+# name, group, identity, what reads it; then default, rule and how it is written; then the help.
+TABLE = (
+    Flag("backbone", TRAIN, "always", tuple(models.BACKBONES), default="rnnt",
+         help="kind of network: a CNN-LSTM or a Conformer trained with CTC, or a transducer (rnnt)"),
+    Flag("size", TRAIN, "always", ("demo", "wide", "wider", "paper"), default="demo",
+         help="size of the network and its recipe; wide and wider are demo with 2 and 3 times the widths"),
+    Flag("epochs", TRAIN, "recipe", int, least=1, metavar="N", help="passes over the training speech in each round"),
+    Flag("batch_size", TRAIN, "recipe", int, least=1, metavar="N", help="utterances in a batch"),
+    Flag("batch_seconds", TRAIN, "recipe", float, otherwise="none", least=1, metavar="S",
+         help="seconds of audio in a batch, padding counted, in place of --batch-size"),
+    Flag("accumulate", TRAIN, "recipe", int, least=1, metavar="N",
+         help="batches whose gradients make one optimizer step"),
+    Flag("lr", TRAIN, "recipe", float, rule="above 0", metavar="RATE", help="highest learning rate"),
+    Flag("seconds", TRAIN, "recipe", low_high, rule="0 <= LO < HI", between=":", metavar="LO:HI",
+         help="train only on utterances between LO and HI seconds long"),
+    Flag("amp", TRAIN, "recipe", bool, otherwise="no",
+         help="compute the forward pass in 16-bit floats (bfloat16), on CUDA only"),
+    Flag("seed", TRAIN, "always", int, default=0, least=0, metavar="N",
+         help="what all random draws follow from: initial weights, data order, dropout, augmentation"),
+    Flag("init", TRAIN, "machine", Path, otherwise="random weights", metavar="FILE|none",
+         help="search from the trained weights of this ticket"),
+    Flag("ticket", TRAIN, "machine", Path, otherwise="none", metavar="RUN|FILE",
+         help="do not search, but train the tickets of this run, or this one; its settings are the defaults"),
+    Flag("rounds", TRAIN, "changed", int, otherwise="all", count="+", metavar="R", with_ticket=True,
+         help="with --ticket, the rounds to train, besides round 0, which always is"),
+    Flag("ticket_weights", TRAIN, "changed", ("rewind", "trained"), default="rewind", with_ticket=True,
+         help="with --ticket, the weights to start from: those it rewinds to, or its trained ones"),
+    Flag("control", TRAIN, "changed", controls.CONTROLS, otherwise="none", with_ticket=True,
+         help="with --ticket, train this control in its place, with all else the same"),
+    Flag("dense", TRAIN, "machine", Path, otherwise="--ticket's, if its settings are the same", metavar="RUN",
+         with_ticket=True, help="with --ticket, take round 0 from this run"),
+    Flag("plan", TRAIN, "no", bool, help="train nothing: print what a search costs at paper size"),
+
+    Flag("data", DATA, "machine", str, otherwise="demo", metavar="demo|DIR",
+         help="folder with train.jsonl, valid.jsonl and test.jsonl, or with the corpus that --corpus names"),
+    Flag("corpus", DATA, "always", ("manifests", *corpora.CORPORA), default="manifests",
+         help="what is in --data: those three manifests, or a corpus as it is unpacked"),
+    Flag("train_sets", DATA, "always", str, otherwise="all its train sets", count="+", metavar="SET",
+         help="sets of --corpus to train on, e.g. train-960"),
+    Flag("valid_sets", DATA, "always", str, otherwise="its dev set", count="+", metavar="SET",
+         help="sets of --corpus to choose epochs on, e.g. dev-clean"),
+    Flag("test_sets", DATA, "always", str, otherwise="its test sets", count="+", metavar="SET",
+         help="sets of --corpus to test on, each by itself, e.g. test-clean"),
+    Flag("download", DATA, "no", bool, help="fetch what of LibriSpeech or TED-LIUM is not in --data"),
+    Flag("tokens", DATA, "always", str, default="chars", metavar="chars|bpe:N",
+         help="what texts are spelled with: characters, or N pieces of words that sentencepiece finds"),
+
+    Flag("sparsity", PRUNE, "always", float, default=0.9, rule="at least 0, below 1", metavar="SHARE", masks=True,
+         help="share of the prunable weights that the last round has removed"),
+    Flag("prune_rate", PRUNE, "always", float, default=0.2, rule="above 0, below 1", metavar="SHARE", masks=True,
+         help="share of the surviving weights that each round removes"),
+    Flag("rewind_step", PRUNE, "always", int, default=0, least=0, metavar="K", masks=True,
+         help="optimizer step whose weights every round starts from; 0 is the initial weights"),
+    Flag("block", PRUNE, "changed", rows_by_columns, default=(1, 1), rule="both at least 1", between="x",
+         metavar="RxC", masks=True, help="prune blocks of R rows and C columns, e.g. 8x1; 1x1 is single weights"),
+    Flag("scope", PRUNE, "changed", lottery.SCOPES, otherwise=f"global, with --block {SCOPE_OF_BLOCKS}",
+         absent="global", masks=True, help="rank weights over all layers, within each layer, or by their LAMP score"),
+    Flag("min_remaining", PRUNE, "changed", float, default=0.0, rule="at least 0, below 1", metavar="SHARE",
+         masks=True, help="share of its weights that every layer keeps at least"),
+
+    Flag("margin", TEST, "always", float, default=0.01, least=0, metavar="WER",
+         help="word error rate (WER) that a matching ticket may lose"),
+    Flag("beam", TEST, "always", int, otherwise=f"1, with --lm {decode.BEAM}", least=1, metavar="N", part_of="lm",
+         help="texts that decoding keeps side by side; 1 keeps the likeliest token of each frame"),
+    Flag("lm", TEST, "machine", Path, otherwise="none", metavar="FILE.arpa|none",
+         help="language model for decoding, n-grams of words, for networks trained with CTC"),
+    Flag("lm_weight", TEST, "always", float, otherwise=f"{decode.LM_WEIGHT}", rule="finite", metavar="W", part_of="lm",
+         help="with --lm, what its log-probability counts beside the network's"),
+    Flag("word_score", TEST, "always", float, otherwise=f"{decode.WORD_SCORE}", rule="finite", metavar="S",
+         part_of="lm", help="with --lm, what every word of a text adds to its score"),
+    Flag("noise", TEST, "machine", Path, otherwise="none", metavar="DIR|none",
+         help="recordings of noise: DIR/train is mixed into training, DIR/test into the test"),
+    Flag("snr", TEST, "changed", snr_range, otherwise="none", rule="-100 to 100", between=":", metavar="LO:HI",
+         part_of="noise", help="with --noise, signal-to-noise ratio in training, drawn between LO and HI dB"),
+    Flag("test_snr", TEST, "changed", snr_list, otherwise="none", rule="-100 to 100", between=",", metavar="A,B,...",
+         part_of="noise", help="with --noise, signal-to-noise ratios in dB, one more test each, e.g. 20,10,0"),
+
+    Flag("device", MACHINE, "machine", ("auto", "cpu", "cuda"), default="auto",
+         help="where to compute; auto is CUDA where there is one, else the CPU"),
+    Flag("threads", MACHINE, "machine", int, otherwise="torch's own", least=1, below=1025, metavar="N",
+         help="threads that compute on the CPU"),
+    Flag("workers", MACHINE, "no", int, default=0, least=0, metavar="N",
+         help="processes that prepare features and batches"),
+    Flag("cache", MACHINE, "machine", str, default="memory", metavar="memory|none|DIR", help="where features are kept"),
+    Flag("out", MACHINE, "no", Path, otherwise="runs/BACKBONE-DATA-SIZE-SPARSITY-seedSEED", metavar="DIR",
+         help="run folder"),
+    Flag("save_every", MACHINE, "no", float, otherwise="5, more if slow to write", least=0, metavar="MINUTES",
+         help="time between checkpoints"),
+    Flag("tensorboard", MACHINE, "no", bool, help="write losses and error rates for TensorBoard to the run folder"),
+    Flag("retrain", MACHINE, "no", str, rule="ROUND at least 0", count=2, metavar=("RUN", "ROUND"),
+         help="train a round of a finished run again and compare it bit for bit with the ledger"),
+)  # fmt: skip
+
+NAMES = tuple(flag.name for flag in TABLE if flag.identity in IN_CONFIG)
+NOT_OF_DENSE = tuple(flag.name for flag in TABLE if flag.masks or flag.with_ticket)  # round 0 is the same without them
+DECODING = tuple(flag.name for flag in TABLE if flag.part_of == "lm")
+
+
+# ---------------------------------------------------------------------------- from the table to the parser
+
+
+def default_said(flag: Flag) -> str:
+    """The default as the help gives it; "" for none."""
+    if flag.otherwise or flag.identity != "recipe":
+        return flag.otherwise or ("" if flag.default is None else flag.written(flag.default))
+    demo, paper = (getattr(RECIPES["rnnt", size], flag.name) for size in ("demo", "paper"))
+    if flag.between:
+        demo, paper = (flag.between.join(f"{number:g}" for number in pair) for pair in (demo, paper))
+    return f"{demo}" if demo == paper else f"the recipe's: {demo} for rnnt, {paper} at --size paper"
+
+
+def described(flag: Flag) -> str:
+    """The flag's help, with its rule and its default."""
+    default = default_said(flag)
+    told = "; ".join(filter(None, (flag.range, default and f"default: {default}")))
+    return f"{flag.help} ({told})" if told else flag.help
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="train.py", usage="train.py [flags]",
+        description="Find winning tickets of a speech recogniser: train, prune, rewind, repeat, and test every round.",
+        epilog="Words: docs/glossary.md.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
+    )  # fmt: skip
+    groups = {title: p.add_argument_group(title) for title in (TRAIN, DATA, PRUNE, TEST, MACHINE)}
+    for flag in TABLE:
+        options = {"help": described(flag)}
+        if flag.value is bool:  # what --ticket's run may have needs a --no- as well
+            options["action"] = argparse.BooleanOptionalAction if flag.taken_over else "store_true"
+        else:
+            reads = {"choices": flag.value} if isinstance(flag.value, tuple) else {"type": flag.value}
+            options |= {"default": flag.default, "metavar": flag.metavar, "nargs": flag.count} | reads
+        groups[flag.group].add_argument(flag.option, **options)
+    return p
+
+
+# ---------------------------------------------------------------------------- from the command line to the settings
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags with their defaults and the recipe filled in. What cannot be is one line and exit code 2.
+
+    Sets torch's threads to --threads.
+    """
+    p = parser()
+    args = p.parse_args(argv)
+    args.source = None
+    if args.ticket:
+        args = parse_with_source(p, args, argv)
+    args.data = "demo" if args.data is None else args.data
+    args.lm, args.noise, args.init = (None if path == NONE else path for path in (args.lm, args.noise, args.init))
+    args.recipe = RECIPES[args.backbone, "paper" if args.plan else args.size]
+    chosen = {flag.name: getattr(args, flag.name) for flag in TABLE if flag.identity == "recipe"}
+    args.recipe = dataclasses.replace(args.recipe, **{key: v for key, v in chosen.items() if v is not None})
+    check_values(p, args)
+    check_pruning(p, args)
+    check_ticket(p, args)
+    check_packages(p, args)
+    args.cache = args.cache if args.cache in ("memory", "none") else Path(args.cache)
+    args.data = HERE / "demo" if args.data == "demo" else Path(args.data)
+    args.out = args.out or default_out(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+def parse_with_source(p: Parser, alone: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
+    """Parse again, with the settings of --ticket's run as defaults. alone: what the command line says without them."""
+    try:
+        source = controls.read_source(alone.ticket)
+    except lottery.LotteryError as error:
+        p.error(f"--ticket {error}")
+    p.set_defaults(**defaults_of(source, alone))
+    args = p.parse_args(argv, argparse.Namespace(source=source))
+    if args.corpus != source.settings.get("corpus"):  # whose sets are no other's
+        args.train_sets, args.valid_sets, args.test_sets = alone.train_sets, alone.valid_sets, alone.test_sets
+    if (args.backbone, args.size) not in RECIPES:
+        p.error(f"--ticket {args.ticket}: there is no backbone {args.backbone} of {args.size} size")
+    if args.data is None:
+        p.error(f"--ticket {args.ticket}: a ticket file does not say what it was trained on: give --data")
+    return args
+
+
+def defaults_of(source: controls.Source, alone: argparse.Namespace) -> dict:
+    """Every setting of a source's run, as defaults of the flags; less what those that are given stand in place of."""
+    there = source.settings | {key: path for key, path in source.paths.items() if path}
+    seconds = alone.batch_seconds or (alone.batch_size is None and there.get("batch_seconds"))
+    instead = ["batch_size" if seconds else "batch_seconds"]
+    instead += [flag.name for flag in TABLE if flag.part_of and getattr(alone, flag.part_of) == NONE]
+    defaults = {}
+    for flag in TABLE:
+        value = there.get(flag.name, flag.when_absent)
+        if flag.taken_over and flag.name not in instead and value is not None:
+            defaults[flag.name] = tuple(value) if flag.between else value
+    return defaults
+
+
+def default_out(args: argparse.Namespace) -> Path:
+    parts = [args.backbone, args.data.resolve().name, args.size, f"{args.sparsity:g}", f"seed{args.seed}"]
+    if args.block != (1, 1):
+        parts.append(f"block{args.block[0]}x{args.block[1]}")
+    if args.source:
+        ticket = args.ticket.resolve()
+        parts.append(args.control or f"ticket-of-{ticket.name if ticket.is_dir() else ticket.stem}")
+    return Path("runs") / "-".join(parts)
+
+
+# ---------------------------------------------------------------------------- what cannot be
+
+
+def check_values(p: Parser, args: argparse.Namespace) -> None:
+    """What each flag may be by itself and beside others; --device auto becomes cpu or cuda."""
+    for flag in TABLE:
+        value = getattr(args, flag.name)
+        if flag.least is not None and value is not None and not flag.least <= value < flag.below:
+            p.error(f"{flag.option} must be {flag.range}{' and below 2^31' * (flag.below == 2**31)}, got {value}")
+    check_decoding(p, args)
+    if not 0 < args.recipe.lr < math.inf:
+        p.error(f"--lr must be above 0, got {args.recipe.lr}")
+    try:
+        lottery.check_rates(args.sparsity, args.prune_rate)
+    except lottery.LotteryError as error:
+        p.error(str(error))
+    if args.corpus == "manifests" and (args.download or args.train_sets or args.valid_sets or args.test_sets):
+        p.error("--download and --train-sets, --valid-sets, --test-sets go with --corpus, not with manifests")
+    if args.corpus != "manifests" and args.data == "demo":
+        p.error(f"--corpus {args.corpus} wants --data DIR, the folder with the unpacked corpus")
+    if args.batch_seconds and args.batch_size:
+        p.error("--batch-size and --batch-seconds: only one of them can say how large a batch is")
+    if args.noise and args.snr is None and args.test_snr is None:
+        p.error("--noise needs --snr LO:HI (training), --test-snr A,B,... (test) or both")
+    if not args.noise and not (args.snr is None and args.test_snr is None):
+        there = f" (those of {args.ticket}: give that or --noise none)" if args.source else ""
+        p.error(f"--snr and --test-snr need --noise DIR{there}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda: torch finds no CUDA device here")
+    args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    if args.amp and args.device == "cpu":
+        p.error("--amp needs CUDA: on a CPU bfloat16 is no faster")
+    if args.retrain:
+        run, number = args.retrain
+        if not re.fullmatch("[0-9]{1,9}", number):
+            p.error(f"--retrain RUN ROUND: ROUND must be a whole number of at least 0, got {number!r}")
+        args.retrain = Path(run), int(number)
+
+
+def check_pruning(p: Parser, args: argparse.Namespace) -> None:
+    """--block, --scope and --min-remaining: their rules, and the scope of blocks."""
+    if args.scope is None:
+        args.scope = "global" if args.block == (1, 1) else SCOPE_OF_BLOCKS
+    args.pruning = lottery.Pruning(args.block, args.scope, args.min_remaining)
+    try:
+        args.pruning.check()
+    except lottery.LotteryError as error:
+        p.error(f"--{str(error).replace('_', '-', 1)}")
+
+
+def check_ticket(p: Parser, args: argparse.Namespace) -> None:
+    """The flags of --ticket, and those that its run fixes; --rounds become those that are trained."""
+    if not args.source:
+        if args.control or args.rounds or args.dense or args.ticket_weights != "rewind":
+            p.error("--control, --rounds, --dense and --ticket-weights go with --ticket")
+        return
+    if args.init and str(args.init.resolve()) != args.source.paths.get("init"):  # which round 0 starts from
+        p.error("--init and --ticket: only one of them can say what is trained from")
+    for flag in TABLE:
+        there = p.get_default(flag.name)
+        if flag.masks and getattr(args, flag.name) != there:
+            p.error(f"{flag.option} is {flag.written(there)} in {args.ticket}, whose masks were made so: leave it out")
+    there = args.source.masks
+    if not there:
+        p.error(f"--ticket {args.ticket}: it has no ticket: nothing in it is pruned yet")
+    last = {max(there)} if args.ticket_weights == "trained" else set(there)  # trained weights are kept of one round
+    args.rounds = sorted({0, *(args.rounds or last)})
+    missing = set(args.rounds) - last - {0}
+    if args.rounds == [0]:
+        p.error("--rounds 0: round 0 is the dense network, which is there with any other round: name one")
+    if missing:
+        p.error(f"--rounds {min(missing)}: {args.ticket} has {', '.join(map(str, sorted(last))) or 'none'}")
+    if args.control and args.ticket_weights != "rewind":
+        p.error(f"--control {args.control} and --ticket-weights trained: controls start from initial weights")
+    if args.control in controls.RANDOM and not args.ticket.is_dir():
+        why = "a ticket file has 0 where it is pruned: name the run folder"
+        p.error(f"--control {args.control} keeps weights that the ticket does not, and {why}")
+
+
+def check_decoding(p: Parser, args: argparse.Namespace) -> None:
+    """--tokens, and the flags of decoding in the test."""
+    if not re.fullmatch("chars|bpe:[1-9][0-9]{0,8}", args.tokens):
+        p.error(f"--tokens must be chars or bpe:N, N a number of tokens, got {args.tokens!r}")
+    if args.lm is not None and args.backbone == "rnnt":
+        p.error("--lm goes with CTC (--backbone cnn-lstm or conformer); rnnt has --beam alone")
+    check_beam(p, args, f" (those of {args.ticket}: give --lm FILE or --lm none)" if args.source else "")
+
+
+def check_beam(p: Parser, args: argparse.Namespace, hint: str = "") -> None:
+    """--beam, --lm and its scores, of train.py and transcribe.py: their rules and, with --lm, their defaults."""
+    scores = {"lm_weight": decode.LM_WEIGHT, "word_score": decode.WORD_SCORE}
+    if args.lm is None and any(getattr(args, key) is not None for key in scores):
+        p.error(f"--lm-weight and --word-score need --lm{hint}")
+    if args.lm is not None and not args.lm.is_file():
+        p.error(f"--lm {args.lm}: no such file")
+    if args.beam is None:
+        args.beam = decode.BEAM if args.lm else 1
+    if not 1 <= args.beam < 2**31:
+        p.error(f"--beam must be at least 1 and below 2^31, got {args.beam}")
+    for key, default in scores.items() if args.lm else ():
+        if getattr(args, key) is None:
+            setattr(args, key, default)
+        if not math.isfinite(getattr(args, key)):
+            p.error(f"--{key.replace('_', '-')} must be a finite number, got {getattr(args, key)}")
+
+
+def check_packages(p: Parser, args: argparse.Namespace) -> None:
+    """What a flag asks for and only an extra installs: missed now, before anything is read."""
+    beam = args.backbone != "rnnt" and args.beam > 1
+    for wanted, flag, module, install in (
+        (args.lm or beam, "--lm" if args.lm else f"--beam {args.beam}", "flashlight.lib.text",
+         "flashlight-text==0.0.7, or 'audio-lottery[lm]'"),
+        (args.tensorboard, "--tensorboard", "tensorboard", "tensorboard, or 'audio-lottery[tensorboard]'"),
+        (args.tokens != "chars", f"--tokens {args.tokens}", "sentencepiece", "sentencepiece"),
+    ):  # fmt: skip
+        if wanted and not installed(module):
+            p.error(f"{flag}: the package is not there: pip install {install}")
+
+
+def installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even what it is in
+        return False
+
+
+# ---------------------------------------------------------------------------- to config.json and back
+
+
+def configuration(args: argparse.Namespace) -> dict:
+    """Everything that decides the result, as JSON: config.json."""
+    config = {flag.name: getattr(args, flag.name) for flag in TABLE if flag.identity == "always"}
+    config["lm_sha256"] = args.lm and hashlib.sha256(args.lm.read_bytes()).hexdigest()
+    config |= dataclasses.asdict(args.recipe) | {"processes": processes.count()}
+    for flag in TABLE:
+        value = getattr(args, flag.name)
+        if flag.identity == "changed" and value != flag.when_absent:
+            config[flag.name] = value
+    # Not compared when a run is met again (data_sha256 is): but results are equal bit for bit only on one machine.
+    machine = {flag.name: getattr(args, flag.name) for flag in TABLE if flag.identity == "machine"}
+    machine |= {key: str(value.resolve()) for key, value in machine.items() if isinstance(value, Path)}
+    machine |= {"threads": torch.get_num_threads()} | ({"data": "demo"} if args.data == HERE / "demo" else {})
+    return json.loads(json.dumps(config | {"machine": machine}))
+
+
+def command_line(config: dict) -> list[str]:
+    """The flags that give this configuration again, but for files and machine."""
+    argv = []
+    for flag in TABLE:
+        value = config.get(flag.name, flag.when_absent)
+        if flag.name not in NAMES or value is None or (flag.name == "batch_size" and config["batch_seconds"]):
+            continue
+        if isinstance(value, bool):
+            argv.append(flag.option if value else flag.option.replace("--", "--no-", 1))
+        elif flag.count:
+            argv += [flag.option, *map(str, value)]
+        else:
+            argv.append(f"{flag.option}={flag.written(value)}")
+    return argv

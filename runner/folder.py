@@ -1,0 +1,259 @@
+"""The run folder: signals, checkpoints, the lock, and what stands in it already. docs/runs.md names its files."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import torch
+
+import lottery
+from audio_lottery import files, ledger
+from runner import processes
+
+# ---------------------------------------------------------------------------- signals
+
+
+class Stopped(BaseException):
+    """A signal came; the run is saved. No Exception: a reader's `except Exception` must not take it for damage."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+class Signals:
+    """SIGINT and SIGTERM: noted while `deferred`, so that a step is finished and saved; else they end the program."""
+
+    def __init__(self):
+        self.deferred, self.number = False, 0
+
+    def __enter__(self) -> "Signals":
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, _frame) -> None:
+        if not self.deferred or self.number:  # the second one does not wait
+            raise Stopped(number)
+        self.number = number
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a round stands."""
+
+    epoch: int = 0
+    batch: int = 0  # of the epoch, done
+    loss: float = 0.0  # summed over the epoch's utterances so far, of all processes
+    losses: list[float] = dataclasses.field(default_factory=list)  # of each epoch: the mean over its utterances
+    valid_wers: list[float] = dataclasses.field(default_factory=list)  # behind each epoch
+    best: lottery.State = dataclasses.field(default_factory=dict)  # of the epoch of the best valid WER
+    seconds: float = 0.0
+    waited: float = 0.0  # of these, for the next batch
+    resumed: int = 0  # how often this round was taken up again
+
+
+class Checkpointer:
+    """Writes checkpoint.safetensors: everything that a run goes on from, in one file that is whole at any instant.
+
+    All processes call it in step; the first one writes, for all.
+    """
+
+    SHARE = 0.01  # of the time, for saving, at most
+
+    def __init__(
+        self, out: Path, run_sha256: str, minutes: float | None, signals: Signals, checkpoint: "Checkpoint | None",
+        keeps_rewind_state: bool = True,
+    ):  # fmt: skip
+        """minutes: between checkpoints; None: 5, or as many as keep saving below SHARE of the time.
+
+        keeps_rewind_state: False where each round has another one, which is not of this run's making.
+        """
+        self.out, self.run, self.signals = out, {"run": run_sha256}, signals
+        self.seconds, self.adapts = 300.0 if minutes is None else 60 * minutes, minutes is None
+        self.rewind_saved = checkpoint is not None and checkpoint.has_rewind_state
+        self.keeps_rewind_state = keeps_rewind_state
+        self.saved = time.monotonic()
+        self.parent = ""  # the hash of the masks of the round before
+
+    def after_step(self, ticket: lottery.Ticket, optimizer, schedule, at: Progress) -> None:
+        """Save if it is time, or if a signal came to any of the processes; after a signal, raise Stopped."""
+        due = not processes.index() and time.monotonic() - self.saved >= self.seconds  # the one that writes decides
+        number = processes.largest(self.signals.number)
+        if number or processes.largest(due):
+            self.save(ticket, optimizer, schedule, at)
+        if number:
+            raise Stopped(number)
+
+    def save(self, ticket: lottery.Ticket, optimizer, schedule, at: Progress) -> None:
+        generators, started = processes.gather(generator_states()), time.monotonic()
+        if processes.index():
+            return
+        model, tensors = ticket.model, {}
+        for process, states in enumerate(generators):
+            tensors |= {f"generator/{process}/{name}": state for name, state in states.items()}
+        tensors |= {f"model/{name}": value for name, value in model.state_dict().items()}
+        tensors |= {f"best/{name}": value for name, value in at.best.items()}
+        tensors |= {f"mask/{name}": files.pack_bits(mask) for name, mask in ticket.masks.items()}
+        for name, parameter in model.named_parameters():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{name}/{key}"] = value
+        (group,) = optimizer.param_groups
+        has_rewind_state = self.keeps_rewind_state and ticket.rewind_state is not None
+        about = self.run | {
+            "round": ticket.round,
+            "steps": ticket.steps,
+            "has_rewind_state": has_rewind_state,
+            "threshold": ticket.threshold,
+            "start": ticket.start_sha256,
+            "parent": self.parent,
+            "schedule": schedule.last_epoch,
+            "group": {key: value for key, value in group.items() if key != "params"},
+            "progress": {f.name: getattr(at, f.name) for f in dataclasses.fields(at) if f.name != "best"},
+        }
+        if has_rewind_state and not self.rewind_saved:
+            files.write_sealed(self.out / "rewind.safetensors", "rewind state", ticket.rewind_state, self.run)
+            self.rewind_saved = True
+        files.write_sealed(self.out / "checkpoint.safetensors", "checkpoint", tensors, about)
+        self.saved = time.monotonic()
+        if self.adapts:
+            self.seconds = max(300.0, (self.saved - started) / self.SHARE)
+
+
+def generator_states() -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
+
+
+class Checkpoint:
+    """A checkpoint as read back."""
+
+    def __init__(self, out: Path, run_sha256: str):
+        self.tensors, self.about = files.read_sealed(out / "checkpoint.safetensors", "checkpoint")
+        self.has_rewind_state, self.rewind_state = self.about["has_rewind_state"], None
+        belong = [("checkpoint", self.about)]
+        if self.has_rewind_state:
+            self.rewind_state, about = files.read_sealed(out / "rewind.safetensors", "rewind state")
+            belong.append(("rewind state", about))
+        for kind, about in belong:
+            if about["run"] != run_sha256:
+                raise lottery.LotteryError(f"--out {out}: the {kind} there is of another run")
+
+    def part(self, name: str) -> dict[str, torch.Tensor]:
+        return {key[len(name) + 1 :]: value for key, value in self.tensors.items() if key.startswith(f"{name}/")}
+
+    def resume(self, ticket: lottery.Ticket) -> str:
+        """What lottery.find_ticket asks for."""
+        device = next(iter(ticket.weights.values())).device
+        about, packed = self.about, self.part("mask")
+        ticket.round, ticket.steps, ticket.threshold = about["round"], about["steps"], about["threshold"]
+        ticket.masks = {n: files.unpack_bits(packed[n], list(w.shape)).to(device) for n, w in ticket.weights.items()}
+        ticket.start_sha256 = about["start"]
+        if self.has_rewind_state:
+            ticket.rewind_state = {name: value.to(device) for name, value in self.rewind_state.items()}
+        ticket.model.load_state_dict(self.part("model"))
+        return about["parent"]
+
+    def restore(self, model: torch.nn.Module, optimizer, schedule, device: str) -> Progress:
+        """Put optimizer, schedule and generators where they were; the model is there already."""
+        try:
+            at = Progress(**self.about["progress"], best={n: v.to(device) for n, v in self.part("best").items()})
+        except TypeError:
+            raise lottery.LotteryError("the checkpoint is of another version: choose another --out") from None
+        parameters = dict(model.named_parameters())
+        for key, value in self.part("optimizer").items():
+            name, entry = key.rsplit("/", 1)
+            optimizer.state[parameters[name]][entry] = value if entry == "step" else value.to(device)
+        group = {k: tuple(v) if isinstance(v, list) else v for k, v in self.about["group"].items()}
+        optimizer.param_groups[0].update(group)
+        schedule.last_epoch = self.about["schedule"]
+        states = self.part(f"generator/{processes.index()}")
+        torch.set_rng_state(states["cpu"])
+        if device == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"])
+        at.resumed += 1
+        return at
+
+
+def checkpoint_there(
+    out: Path, rows: list[dict], rounds: list[int], run_sha256: str, dense_taken_over: bool
+) -> Checkpoint | None:
+    """What the run goes on from. Raises LotteryError if it is not of the ledger's last round or the one behind it."""
+    checkpoint = Checkpoint(out, run_sha256) if (out / "checkpoint.safetensors").exists() else None
+    if len(rows) > dense_taken_over and not checkpoint:
+        raise lottery.LotteryError(f"--out {out}: {len(rows)} rounds in the ledger and no checkpoint to go on from")
+    if checkpoint and checkpoint.about["round"] not in rounds[max(0, len(rows) - 1) : len(rows) + 1]:
+        where = f"the checkpoint is in round {checkpoint.about['round']}, the ledger has {len(rows)} rounds"
+        raise lottery.LotteryError(f"--out {out}: {where}")
+    if checkpoint:
+        at = checkpoint.about["progress"]
+        print(f"going on in round {checkpoint.about['round']}, after {at['epoch']} epochs and {at['batch']} steps")
+    return checkpoint
+
+
+def scalars_to(folder: Path):
+    """A writer for TensorBoard. It writes by itself every two minutes, and at its close."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise lottery.LotteryError("--tensorboard: the package is not there: pip install tensorboard") from None
+    return SummaryWriter(str(folder))
+
+
+@contextlib.contextmanager
+def locked(out: Path):
+    """Hold the run folder; the lock dies with this process. Raises LotteryError naming the process that has it.
+
+    lockf, not flock: worker processes do not inherit it, so that none of them outlives this one with it.
+    """
+    with open(out / "lock", "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise lottery.LotteryError(f"--out {out}: in use by {file.read().strip() or 'another process'}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def rows_there(out: Path, config: dict, flags: tuple[str, ...]) -> list[dict]:
+    """The ledger of the run in the folder `out`, [] if there is none yet. Writes nothing.
+
+    flags: the settings that are flags of the command line, for the message.
+    Raises LotteryError if the folder holds another run, or anything else.
+    """
+    if out.exists() and not out.is_dir():
+        raise lottery.LotteryError(f"--out {out}: is a file, not a folder")
+    if not out.exists() or {path.name for path in out.iterdir()} <= {"lock", "config.json.tmp"}:
+        return []
+    try:
+        old = dict(json.loads((out / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise lottery.LotteryError(f"--out {out}: the folder is not empty and holds no run: choose another") from None
+    for key, value in config.items():
+        if key != "machine" and old.get(key) != value:
+            hashes = {"data_sha256": "--data, by its hash", "lm_sha256": "--lm, by its hash"}
+            hashes["noise_sha256"] = "--noise, by its hash"
+            name = f"--{key.replace('_', '-')}" if key in flags else hashes.get(key, key)
+            what = f"{name} {old.get(key)} there, {value} now"
+            raise lottery.LotteryError(f"--out {out}: holds another run ({what}): choose another folder")
+    path = out / "ledger.jsonl"
+    rows = ledger.read_ledger(path) if path.exists() else []
+    try:
+        ledger.check_chain(rows, ledger.settings_of(config))
+    except lottery.LotteryError as error:
+        raise lottery.LotteryError(f"{path}: {error} (see python -m audio_lottery verify)") from None
+    return rows

@@ -1,0 +1,101 @@
+"""Training a round of a finished run again, to compare it bit for bit: python train.py --retrain RUN ROUND"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import lottery
+from audio_lottery import files, ledger
+from runner import flags, settings
+from runner.folder import Progress
+
+
+@dataclass
+class Recorded:
+    """A round that a ledger tells of."""
+
+    run: Path
+    config: dict
+    rows: list[dict]
+    row: dict
+    args: argparse.Namespace  # the command that trained it
+
+    @property
+    def number(self) -> int:
+        return self.row["round"]
+
+
+def read(run: Path, number: int) -> Recorded:
+    """Raises LotteryError if there is no such round, or its command cannot be made again."""
+    try:
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        rows = ledger.read_ledger(run / "ledger.jsonl")
+        if number not in [row["round"] for row in rows]:
+            raise IndexError(f"the ledger has rounds {', '.join(str(row['round']) for row in rows)}")
+        row = next(row for row in rows if row["round"] == number)
+        paths = {key: config["machine"].get(key) for key in ("lm", "noise", "ticket", "dense", "init")}
+        paths |= {key: paths[key] or str(flags.NONE) for key in ("lm", "noise", "init")}
+        argv = flags.command_line(config) + [f"--{key}={path}" for key, path in paths.items() if path]
+        where = ["--data", config["machine"]["data"], "--device", row["device"], "--cache", config["machine"]["cache"]]
+        args = flags.parse([*argv, *where, "--out", str(run)])
+        torch.set_num_threads(row["threads"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise lottery.LotteryError(f"{run}: no round {number} to train again ({why})") from None
+    return Recorded(run, config, rows, row, args)
+
+
+def prepare(there: Recorded) -> tuple[settings.Setting, lottery.Ticket]:
+    """The round's setting and its ticket, rewound and ready. Raises LotteryError if a setting is another one now."""
+    setting, args = settings.prepare(there.args), there.args
+    for key, value in setting.config.items():
+        if key != "machine" and there.config.get(key) != value:
+            raise lottery.LotteryError(f"{there.run}: {key} is {value} now, {there.config.get(key)} in the run")
+    if args.source:
+        setting, ticket, _ = settings.ticket_of(setting, there.number)
+        return setting, ticket
+    ticket = lottery.Ticket(setting.model, args.rewind_step, args.pruning)
+    if there.number:
+        ticket.round = there.number
+        state, _ = files.read_sealed(there.run / "rewind.safetensors", "rewind state")
+        ticket.rewind_state = {name: value.to(args.device) for name, value in state.items()}
+        masks = files.load_masks(there.run / "masks" / f"{there.number:02d}.safetensors")
+        ticket.masks = {name: mask.to(args.device) for name, mask in masks.items()}
+        ticket.rewind()
+    return setting, ticket
+
+
+def found(there: Recorded, ticket: lottery.Ticket, at: Progress) -> dict:
+    """What the trained ticket has to be compared in; the masks that follow from it too, under "next_mask_sha256"."""
+    values = {
+        "rewind_sha256": lottery.sha256(ticket.rewind_state),
+        "start_sha256": ticket.start_sha256,
+        "last_sha256": lottery.sha256(ticket.model.state_dict()),
+        "trained_sha256": lottery.sha256(at.best),
+        "valid_wer": ledger.best_epoch(at.valid_wers)[0],
+    }
+    if there.args.source and not there.number:  # whoever trained it may have kept a later step
+        del values["rewind_sha256"]
+    if after := next_row(there):
+        ticket.prune(after.get("kept_blocks", after["kept"]))
+        values["next_mask_sha256"] = lottery.sha256(ticket.masks)
+    return values
+
+
+def next_row(there: Recorded) -> dict | None:
+    """The row of the round whose masks follow from this one's weights."""
+    rows = [] if there.args.source else there.rows
+    return next((row for row in rows if row["round"] == there.number + 1), None)
+
+
+def compare(there: Recorded, values: dict) -> str:
+    """One line that all are the ledger's. Raises LotteryError naming the first that is not."""
+    after = next_row(there)
+    for what, value in values.items():
+        stated = after["mask_sha256"] if what == "next_mask_sha256" else there.row.get(what)
+        if value != stated:
+            raise lottery.LotteryError(f"round {there.number} trained again differs from the ledger in {what}")
+    return f"ok      round {there.number} trained again: {', '.join(values)} are the ledger's, bit for bit"

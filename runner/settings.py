@@ -1,0 +1,196 @@
+"""What a run is, before anything is trained: corpus, network, tokens, noise, another run's tickets, configuration."""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import lottery
+import models
+from audio_lottery import files, ledger
+from lab import controls, corpora, decode
+from lab.noise import Noise
+from runner import flags, processes
+from runner.cache import Cache
+
+HERE = Path(__file__).resolve().parents[1]
+IN_MEMORY = 8e9  # bytes of recordings whose features are kept in memory, at most
+
+
+def code_sha256() -> str:
+    """Hash of the sources that decide a result."""
+    names = (
+        "lottery", "models", "data", "train", "audio_lottery/files", "audio_lottery/ledger", "runner/flags",
+        "runner/recipes", "runner/settings", "runner/folder", "runner/cache", "runner/processes", "lab/controls",
+        "lab/corpora", "lab/decode", "lab/noise",
+    )  # fmt: skip
+    sources = [HERE / f"{name}.py" for name in names] + sorted((HERE / "csrc").rglob("*.*"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+@dataclasses.dataclass
+class Setting:
+    """What is built before anything is trained."""
+
+    args: argparse.Namespace
+    config: dict  # everything that decides the result, without "machine"
+    utterances: dict[str, list[data.Utterance]]
+    tokens: list[str]
+    model: torch.nn.Module
+    transcriber_of: Callable  # of a model: how the test transcribes
+    rounds: list[int]
+    cache: str | Cache
+    dense: dict | None = None  # round 0, if it is taken from another run
+    noise: Noise | None = None
+
+    def __post_init__(self):
+        self.loss, self.transcribe = processes.loss_of(self.model), self.transcriber_of(self.model)
+
+    def epoch(self, train: list[data.Example], number: int, augment: data.SpecAugment | None = None) -> data.Epoch:
+        """The batches of an epoch, of this process's share."""
+        recipe, process, count = self.args.recipe, processes.index(), processes.count()
+        mix = self.noise.for_training if self.noise and self.noise.snr is not None else None
+        return data.Epoch(
+            train, recipe.batch_size, self.args.seed, number, augment, recipe.batch_seconds, process, count, mix
+        )
+
+    def epoch_ends(self, train: list[data.Example]) -> list[int]:
+        """Steps after which each epoch of a round ends."""
+        recipe = self.args.recipe
+        steps = (math.ceil(len(self.epoch(train, e)) / recipe.accumulate) for e in range(recipe.epochs))
+        return list(itertools.accumulate(steps))
+
+    def facts(self) -> dict:
+        """What every row of the ledger says of where it comes from."""
+        settings = ledger.settings_of(self.config)
+        return {
+            "seed": self.args.seed,
+            "config_sha256": ledger.hash_json(settings),
+            "data_sha256": settings["data_sha256"],
+            "code_sha256": code_sha256(),
+            "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+            "device": self.args.device,
+            "threads": torch.get_num_threads(),
+        }
+
+    def info(self, row: dict) -> dict:
+        """What the ticket of a row says of itself: whatever rebuilds the network, and the run's settings."""
+        sizes = row.get("sizes") or models.BACKBONES[self.args.backbone].SIZES[self.args.size]
+        network = {"sizes": sizes, "tokens": self.tokens, "features": self.model.features}
+        return json.loads(json.dumps(ledger.settings_of(self.config) | network))  # as it is read back
+
+
+def prepare(args: argparse.Namespace) -> Setting:
+    """Read the corpus, build the network, make the configuration. What cannot be trained is refused here, by name."""
+    utterances = read_corpus(args)
+    cache = Cache(args.cache) if isinstance(args.cache, Path) else args.cache
+    tokens = data.tokens_of(utterances["train"], args.tokens)
+    torch.manual_seed(args.seed)  # the draw of theta_0
+    model = models.build(args.backbone, args.size, len(tokens)).to(args.device)
+    if args.init:
+        start_from(args.init, model, tokens)
+    if args.source:  # of another network: refused before anything is trained
+        what = {"control": args.control, "weights": args.ticket_weights, "backbone": args.backbone, "size": args.size}
+        controls.check_source(args.source, args.rounds, model, tokens, **what)
+    config = flags.configuration(args) | {"data_sha256": data.corpus_sha256(utterances, hashes_of(utterances, cache))}
+    config |= {"ticket_sha256": args.source.identity(args.rounds, args.ticket_weights)} if args.source else {}
+    config |= {"init_sha256": lottery.sha256(model.state_dict())} if args.init else {}
+    noise = Noise(args.noise, args.snr, args.test_snr or ()) if args.noise else None
+    config |= {"noise_sha256": noise.sha256} if noise else {}
+    dense = dense_of(args, config)
+    config |= {"dense": ledger.row_hash(dense)} if dense else {}
+    ticket = lottery.Ticket(model, pruning=args.pruning)
+    counts = lottery.kept_counts(ticket.kept_units, args.sparsity, args.prune_rate)
+    if not args.source:
+        lottery.check_least(ticket, counts[-1])
+    options = {key: getattr(args, key) for key in flags.DECODING} if args.lm else {"beam": args.beam}
+    words = {word for utterance in utterances["train"] for word in utterance.text.split()}
+    transcriber_of = functools.partial(decode.transcriber, tokens=tokens, lm=args.lm, words=words, **options)
+    rounds = args.rounds or list(range(len(counts)))
+    return Setting(args, config, utterances, tokens, model, transcriber_of, rounds, cache, dense, noise)
+
+
+def read_corpus(args: argparse.Namespace) -> dict[str, list[data.Utterance]]:
+    """The utterances of --data by split: manifests, or a --corpus as it is unpacked."""
+    if args.corpus == "manifests":
+        return data.read_corpus(args.data)
+    sets = (args.train_sets, args.valid_sets, args.test_sets)
+    if args.download and not processes.index():
+        corpora.download(args.corpus, args.data, *sets)
+    processes.gather(None)
+    return corpora.read(args.corpus, args.data, *sets)
+
+
+def hashes_of(utterances: dict[str, list[data.Utterance]], cache: str | Cache) -> dict[Path, str]:
+    """SHA-256 of every recording. Raises DataError if they are too many for --cache memory."""
+    recordings = data.audio_files(utterances)
+    if isinstance(cache, Cache):
+        return processes.first_then_others(lambda: cache.hash_files(recordings))
+    size = sum(path.stat().st_size for path in set(recordings))
+    if cache == "memory" and size > IN_MEMORY:
+        raise data.DataError(
+            f"--cache memory: {size / 1e9:.0f} GB of recordings are too many for it: name a folder for their features "
+            "(0.12 GB an hour of speech, log-mel; twice as much for --backbone cnn-lstm at paper size), or none"
+        )
+    return data.hash_files(recordings)
+
+
+def start_from(path: Path, model: torch.nn.Module, tokens: list[str]) -> None:
+    """Put a ticket's trained weights into the model, as theta_0."""
+    file = files.load_ticket(path)
+    state, renewed = controls.adopt(model, file.trained, file.info.get("tokens") == tokens, path)
+    model.load_state_dict(state)
+    said = f"; made new, for other tokens: {', '.join(renewed)}" if renewed else ""
+    removed = sum(int((~mask).sum()) for mask in file.masks.values())
+    print(f"theta_0: the trained weights of {path}{f', {removed:,} of them 0' if removed else ''}{said}")
+
+
+# ---------------------------------------------------------------------------- another run's round 0, and its tickets
+
+
+def dense_of(args: argparse.Namespace, config: dict) -> dict | None:
+    """Round 0 of --dense, or of --ticket's run, if it was trained with the same settings."""
+    if not args.source:
+        return None
+    run, settings, row = args.ticket, args.source.settings, args.source.dense
+    if args.dense:
+        run = args.dense
+        there, rows = ledger.read_run(run)
+        settings, row = ledger.settings_of(there), rows[0] if rows else None
+    ignored = {"machine", "margin", "ticket_sha256", "dense", *flags.NOT_OF_DENSE}
+    keys = sorted((config.keys() | settings.keys()) - ignored)
+    other = [key for key in keys if config.get(key) != settings.get(key)]
+    if row and not other:
+        config["machine"]["dense"] = str(run.resolve())
+        return {**row, "previous": row["config_sha256"]}  # as where it was trained: that run may have taken it over too
+    if args.dense:
+        why = f"other {', '.join(other)}" if row else "none is finished"
+        raise lottery.LotteryError(f"--dense {run}: it has no round 0 of these settings ({why})")
+    return None
+
+
+def ticket_of(setting: Setting, number: int) -> tuple[Setting, lottery.Ticket, dict]:
+    """The ticket of --ticket's round `number`, or its control, ready to be trained; the setting with its model; what
+    its row says of its origin."""
+    args, model = setting.args, setting.model
+    if number == 0:
+        return setting, lottery.Ticket(model), {}
+    ticket, about, renewed = controls.ticket_of_round(
+        args.source, number, model, setting.tokens, args.pruning, args.seed,
+        control=args.control, weights=args.ticket_weights, backbone=args.backbone, size=args.size,
+    )  # fmt: skip
+    if renewed:
+        print(f"  round {number}: made new and not pruned, for other tokens: {', '.join(renewed)}", flush=True)
+    if ticket.model is not model:
+        setting = dataclasses.replace(setting, model=ticket.model)
+    return setting, ticket, about

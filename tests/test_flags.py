@@ -1,0 +1,268 @@
+"""The table of flags: what is part of a run's identity, and that old configurations still mean the same."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import lottery
+from lab import controls
+from runner import flags, recipes
+
+RESULTS = flags.HERE / "results"
+WITH_TICKET = ["rounds", "ticket_weights", "control", "dense"]
+HASHES = {"data_sha256", "ticket_sha256", "lm_sha256", "init_sha256", "noise_sha256", "dense"}
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def refused(capsys, *argv) -> str:
+    """The one line on stderr, without the program's name; exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        flags.parse([str(word) for word in argv])
+    line = capsys.readouterr().err
+    assert stopped.value.code == 2 and line.count("\n") == 1 and line.startswith("train.py: error: ")
+    return line.removeprefix("train.py: error: ").strip()
+
+
+def identity(config: dict) -> dict:
+    return {key: value for key, value in config.items() if key != "machine" and key not in HASHES}
+
+
+def of(*argv) -> dict:
+    return flags.configuration(flags.parse([str(word) for word in argv]))
+
+
+def source_of(monkeypatch, config: dict, rounds=range(1, 40), **paths) -> None:
+    """--ticket reads a run of these settings, with a ticket of each round."""
+    settings = {key: value for key, value in config.items() if key not in ("machine", *WITH_TICKET)}
+    masks = {number: {} for number in rounds}
+    there = dict.fromkeys(controls.PATHS) | {"data": "demo"} | paths
+    found = controls.Source(Path("run"), settings, [], masks, {}, {}, there)
+    monkeypatch.setattr(controls, "read_source", lambda path: found)
+
+
+def again(config: dict, monkeypatch) -> dict:
+    """The configuration that the command line of this one gives."""
+    argv = flags.command_line(config)
+    argv += ["--noise", "x"] if "noise_sha256" in config else []
+    if config["machine"].get("ticket"):
+        source_of(monkeypatch, config)
+        argv += ["--ticket", str(RESULTS)]  # a folder: controls want one
+    return of(*argv)
+
+
+# ---------------------------------------------------------------------------- the table
+
+
+def test_each_flag_stands_once():
+    names = [flag.name for flag in flags.TABLE]
+    assert len(names) == len(set(names)) == 46
+    groups = list(dict.fromkeys(flag.group for flag in flags.TABLE))
+    assert groups == [flags.TRAIN, flags.DATA, flags.PRUNE, flags.TEST, flags.MACHINE]
+    fields = {field.name for field in dataclasses.fields(recipes.Recipe)}
+    assert {flag.name for flag in flags.TABLE if flag.identity == "recipe"} < fields
+
+
+def test_what_makes_the_identity():
+    by = {
+        kind: [flag.name for flag in flags.TABLE if flag.identity == kind] for kind in ("recipe", "changed", "machine")
+    }
+    assert by["recipe"] == ["epochs", "batch_size", "batch_seconds", "accumulate", "lr", "seconds", "amp"]
+    changed = ["rounds", "ticket_weights", "control", "block", "scope", "min_remaining", "snr", "test_snr"]
+    assert by["changed"] == changed
+    assert by["machine"] == ["init", "ticket", "dense", "data", "lm", "noise", "device", "threads", "cache"]
+    assert flags.DECODING == ("beam", "lm_weight", "word_score")
+    masks = ["sparsity", "prune_rate", "rewind_step", "block", "scope", "min_remaining"]
+    assert [flag.name for flag in flags.TABLE if flag.masks] == masks
+    assert [flag.name for flag in flags.TABLE if flag.with_ticket] == WITH_TICKET
+    assert flags.NOT_OF_DENSE == (*WITH_TICKET, *masks)
+
+
+# ---------------------------------------------------------------------------- configurations
+
+
+def test_the_configuration_without_flags():
+    assert of("--threads", 1, "--device", "cpu") == {
+        "backbone": "rnnt", "size": "demo", "seed": 0, "corpus": "manifests", "tokens": "chars",
+        "train_sets": None, "valid_sets": None, "test_sets": None,
+        "sparsity": 0.9, "prune_rate": 0.2, "rewind_step": 0,
+        "margin": 0.01, "beam": 1, "lm_weight": None, "word_score": None, "lm_sha256": None,
+        "epochs": 18, "batch_size": 8, "batch_seconds": None, "accumulate": 1, "lr": 0.004, "schedule": "one-cycle",
+        "clip": 5.0, "seconds": [0.0, 10.0], "weight_decay": 1e-05, "betas": [0.95, 0.999], "amp": False,
+        "augment": {"freq_masks": 1, "freq_width": 10, "time_masks": 1, "time_width": 10, "time_share": 0.1},
+        "processes": 1,
+        "machine": {
+            "device": "cpu", "threads": 1, "data": "demo", "cache": "memory",
+            "lm": None, "ticket": None, "dense": None, "init": None, "noise": None,
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "argv, more",
+    [
+        (["--block", "1x4"], {"block": [1, 4], "scope": "lamp"}),
+        (["--block", "8x1", "--scope", "global"], {"block": [8, 1]}),
+        (["--scope", "layer", "--min-remaining", ".1"], {"scope": "layer", "min_remaining": 0.1}),
+        (["--noise", "x", "--snr", "-5:10"], {"snr": [-5.0, 10.0]}),
+        (["--noise", "x", "--test-snr", "20,-0,-5"], {"test_snr": [20.0, 0.0, -5.0]}),
+        (["--batch-seconds", "60", "--accumulate", "4"], {"batch_seconds": 60.0, "accumulate": 4}),
+        (["--seconds", "0.5:7", "--lr", "1e-3"], {"seconds": [0.5, 7.0], "lr": 0.001}),
+        (["--block", "1x1", "--scope", "global", "--min-remaining", "0", "--lm", "none"], {}),
+        (["--threads", "1", "--workers", "2", "--cache", "none", "--out", "x", "--save-every", "1"], {}),
+    ],
+)
+def test_what_a_flag_adds(argv, more):
+    assert identity(of(*argv)) == identity(of()) | more
+    line = flags.command_line(of(*argv))
+    assert identity(of(*line, *(["--noise", "x"] if "--noise" in argv else []))) == identity(of(*argv))
+
+
+@pytest.mark.parametrize(
+    "run, of_ticket",
+    [
+        ("imp-cnn-lstm-0", {}),
+        ("lamp-rnnt-2", {"scope": "lamp"}),
+        ("b8x1-global-cnn-lstm-0", {"block": [8, 1]}),
+        ("b8x1-lamp36-cnn-lstm-1", {"block": [8, 1], "scope": "lamp"}),
+        ("conf48-late-lamp-2", {"scope": "lamp"}),
+        ("noise-lamp-cnn-lstm-1", {"scope": "lamp", "snr": [0.0, 20.0]}),
+        ("ep60-rnnt-0", {"rounds": [0, 10, 14]}),
+        ("random-init-imp-cnn-lstm-2", {"control": "random-init"}),
+    ],
+)
+def test_old_configurations_give_their_command_line(run, of_ticket, monkeypatch):
+    config = json.loads((RESULTS / run / "config.json").read_text())
+    assert of_ticket.items() <= config.items()
+    assert identity(again(config, monkeypatch)) == identity(config)
+
+
+def test_every_old_configuration_is_understood(monkeypatch):
+    configs = [json.loads(path.read_text()) for path in sorted(RESULTS.rglob("config.json"))]
+    assert len(configs) > 150
+    for config in configs:
+        assert identity(again(config, monkeypatch)) == identity(config)
+
+
+def test_a_command_line():
+    config = identity(of("--block", "1x4", "--batch-seconds", "9", "--seconds", "1:2", "--epochs", 3))
+    line = flags.command_line(config | {"rounds": [0, 2], "train_sets": ["a", "b"], "amp": True})
+    assert line == [
+        "--backbone=rnnt", "--size=demo", "--epochs=3", "--batch-seconds=9.0", "--accumulate=1", "--lr=0.004",
+        "--seconds=1.0:2.0", "--amp", "--seed=0", "--rounds", "0", "2", "--ticket-weights=rewind",
+        "--corpus=manifests", "--train-sets", "a", "b", "--tokens=chars", "--sparsity=0.9", "--prune-rate=0.2",
+        "--rewind-step=0", "--block=1x4", "--scope=lamp", "--min-remaining=0.0", "--margin=0.01", "--beam=1",
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- --ticket
+
+
+def test_a_ticket_s_run_gives_the_defaults(monkeypatch, capsys):
+    config = of("--block", "2x3", "--noise", "x", "--snr", "0:5", "--epochs", 3, "--lr", 0.1, "--seed", 7)
+    source_of(monkeypatch, config, [1, 2], noise="x")
+    assert identity(of("--ticket", "x")) == identity(config) | {"rounds": [0, 1, 2]}
+    assert "snr" not in of("--ticket", "x", "--noise", "none")
+    assert of("--ticket", "x", "--epochs", 4, "--rounds", 2)["epochs"] == 4
+    said = refused(capsys, "--ticket", "x", "--block", "1x1")
+    assert said == "--block is 2x3 in x, whose masks were made so: leave it out"
+    said = refused(capsys, "--ticket", "x", "--sparsity", 0.5)
+    assert said == "--sparsity is 0.9 in x, whose masks were made so: leave it out"
+    assert refused(capsys, "--ticket", "x", "--rounds", 7) == "--rounds 7: x has 1, 2"
+    source_of(monkeypatch, config, [1, 2], data=None)
+    assert "give --data" in refused(capsys, "--ticket", "x")
+
+
+# ---------------------------------------------------------------------------- what cannot be
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--threads", "0"], "--threads must be at least 1 and at most 1024, got 0"),
+        (["--threads", "1025"], "--threads must be at least 1 and at most 1024, got 1025"),
+        (["--threads", "two"], "argument --threads: invalid int value: 'two'"),
+        (["--seed", 2**31], "--seed must be at least 0 and below 2^31, got 2147483648"),
+        (["--save-every", "nan"], "--save-every must be at least 0 and below 2^31, got nan"),
+        (["--retrain", "run", "two"], "--retrain RUN ROUND: ROUND must be a whole number of at least 0, got 'two'"),
+        (["--retrain", "run", "-1"], "--retrain RUN ROUND: ROUND must be a whole number of at least 0, got '-1'"),
+        (["--retrain", "run", "1.5"], "--retrain RUN ROUND: ROUND must be a whole number of at least 0, got '1.5'"),
+        (["--retrain", "run"], "argument --retrain: expected 2 arguments"),
+        (["--rounds", "1"], "--control, --rounds, --dense and --ticket-weights go with --ticket"),
+        (["--beam", "0"], "--beam must be at least 1 and below 2^31, got 0"),
+    ],
+)
+def test_unusable_flags(capsys, argv, message):
+    assert refused(capsys, *argv) == message
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--backbone", "cnn-lstm", "--lm", __file__], "--lm: the package is not there: pip install flashlight-text=="),
+        (["--backbone", "conformer", "--beam", 4], "--beam 4: the package is not there: pip install flashlight-text=="),
+        (["--tensorboard"], "--tensorboard: the package is not there: pip install tensorboard, or 'audio-lottery[tens"),
+        (["--tokens", "bpe:9"], "--tokens bpe:9: the package is not there: pip install sentencepiece"),
+    ],
+)
+def test_a_package_is_missed_before_anything_is_read(capsys, monkeypatch, argv, message):
+    monkeypatch.setattr(flags, "installed", lambda module: True)
+    flags.parse([str(word) for word in argv])
+    monkeypatch.setattr(flags, "installed", lambda module: False)
+    assert refused(capsys, *argv).startswith(message)
+    assert flags.parse(["--beam", "4"]).beam == 4  # the transducer's search needs none
+
+
+def test_installed():
+    assert flags.installed("torch.nn") and not flags.installed("torch.nowhere.at_all")
+
+
+# ---------------------------------------------------------------------------- what flags do
+
+
+def test_threads():
+    torch.set_num_threads(1)
+    assert of("--threads", 2)["machine"]["threads"] == torch.get_num_threads() == 2
+    assert flags.parse([]).threads is None and torch.get_num_threads() == 2
+
+
+def test_retrain_is_a_path_and_a_number():
+    assert flags.parse(["--retrain", "runs/a", "02"]).retrain == (Path("runs/a"), 2)
+
+
+def test_the_scope_of_blocks():
+    assert flags.parse([]).pruning == lottery.Pruning((1, 1), "global", 0.0)
+    assert flags.parse(["--block", "1x4"]).pruning == lottery.Pruning((1, 4), "lamp", 0.0)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit) as stopped:
+        flags.parse(["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and "usage: train.py [flags]\n" in text
+    assert columns - 30 < max(map(len, text.splitlines())) < columns
+    titles = [line.rstrip(":") for line in text.splitlines() if line.endswith(":") and line[0] != " "]
+    assert titles == ["options", "what to train", "on what (data)", "how to prune", "how to test (decoding, noise)",
+                      "the machine"]  # fmt: skip
+    told = " ".join(text.split())
+    for part in (
+        "--sparsity SHARE share of the prunable weights that the last round has removed (at least 0, below 1; "
+        "default: 0.9)",
+        "passes over the training speech in each round (at least 1; default: the recipe's: 18 for rnnt, 16 at --size",
+        "--threads N threads that compute on the CPU (at least 1 and at most 1024; default: torch's own)",
+        "train a round of a finished run again and compare it bit for bit with the ledger (ROUND at least 0)",
+    ):
+        assert part in told
+    assert "None" not in text and "False" not in text and text.endswith("Words: docs/glossary.md.\n")
+    for flag in flags.TABLE:
+        assert f"  {flag.option}" in text
