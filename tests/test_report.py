@@ -15,6 +15,7 @@ with torch.device("meta"):
     WEIGHTS = {n: w.numel() for n, w in lottery.prunable(models.build("cnn-lstm", "demo", 29)).items()}
 TOTAL = sum(WEIGHTS.values())
 WORDS = [10, 10, 10, 10]
+GLOBAL = "global magnitude"
 ROUND_0 = [4, 4, 4, 4]  # errors: dense WER 16 / 40
 
 
@@ -58,7 +59,7 @@ def test_two_seeds_are_pooled(tmp_path):
     two = write_run(tmp_path / "b", [ROUND_0, [1, 1, 1, 1]], seed=1)
     ((method,),) = merged(one, two).values()
     dense, first, second = method.points.values()
-    assert method.name == "imp" and first.seeds == [0, 1] and second.seeds == [0]
+    assert method.name == GLOBAL and first.seeds == [0, 1] and second.seeds == [0]
     # 12 / 40 and 4 / 40 against 16 / 40; every utterance differs by (1 + 3) / 2 of its 10 words, in any resample
     assert first.mean("test_wer") == pytest.approx(0.2) and first.mean_other("test_wer") == 0.4
     assert first.verdict() == ("winning", pytest.approx(-0.2), pytest.approx(-0.2))
@@ -119,13 +120,13 @@ def test_methods_are_named_by_what_differs(tmp_path):
     assert list(methods) == ["cnn-lstm on demo, demo size", "cnn-lstm on es, demo size"]
     names = [method.name for method in methods["cnn-lstm on demo, demo size"]]
     assert names == [
-        "imp", "rewind_step 200", "scope lamp", "prune_rate 0.3, scope lamp", "epochs 30, snr 0:20", "random-mask",
+        GLOBAL, "rewind_step 200", "scope lamp", "prune_rate 0.3, scope lamp", "epochs 30, snr 0:20", "random-mask",
         "ticket", "ticket of es", "random-init, ticket of es", "ticket of another run",
     ]  # fmt: skip
     pairs = [(a.name, b.name) for a, b in compare.rivals(methods["cnn-lstm on demo, demo size"])]
     assert pairs == [
-        ("imp", "random-mask"), ("rewind_step 200", "imp"), ("scope lamp", "imp"), ("ticket", "random-mask"),
-        ("ticket of es", "imp"), ("ticket of es", "random-init, ticket of es"), ("ticket of another run", "imp"),
+        (GLOBAL, "random-mask"), ("rewind_step 200", GLOBAL), ("scope lamp", GLOBAL), ("ticket", "random-mask"),
+        ("ticket of es", GLOBAL), ("ticket of es", "random-init, ticket of es"), ("ticket of another run", GLOBAL),
     ]  # fmt: skip
 
 
@@ -148,18 +149,18 @@ def test_claims_say_what_holds(tmp_path):
     ).items()
     assert title == "cnn-lstm on demo, demo size"
     assert report.claims(title, methods) == [
-        f"- {title}: imp with 16.8% of the weights matches dense: **holds**, [-0.050, -0.050], 2 seeds (0, 1), "
+        f"- {title}: {GLOBAL} with 16.8% of the weights matches dense: **holds**, [-0.050, -0.050], 2 seeds (0, 1), "
         "4 test utterances.",
-        f"- {title}: imp is better than random-mask at 16.8%: **holds**, [-0.100, -0.100], 1 seed (1), "
+        f"- {title}: {GLOBAL} is better than random-mask at 16.8%: **holds**, [-0.100, -0.100], 1 seed (1), "
         "4 test utterances.",
     ]
     (pair,) = compare.rivals(methods)
     assert len(compare.compared(*pair)) == 8
     for row in methods[0].points[8, 0.0].rows:
         row["remaining"] = 0.20000026  # a fifth, rounded to whole weights
-    assert "imp with 20.0% of the weights matches dense: **holds**" in report.claims(title, methods)[0]
+    assert f"{GLOBAL} with 20.0% of the weights matches dense: **holds**" in report.claims(title, methods)[0]
     methods[0].points[8, 0.0].rows[:] = [methods[0].points[9, 0.0].rows[0]] * 2
-    assert "imp with 13.4% of the weights matches dense: **does not hold**" in report.claims(title, methods)[0]
+    assert f"{GLOBAL} with 13.4% of the weights matches dense: **does not hold**" in report.claims(title, methods)[0]
 
 
 def test_other_test_sets_have_their_rows_and_claims(tmp_path):
@@ -176,9 +177,10 @@ def test_other_test_sets_have_their_rows_and_claims(tmp_path):
     assert [row.split(" | ")[0] for row in rows] == ["| test set", "| test", "| test", *["| test at 10 dB"] * 2]
     assert "| 0.500 | 0.300 | 0.250 | -0.500 | winning [-0.500, -0.500] | 51.8 M, 41.4 M (80.0%) |" in rows[-1]
     assert report.claims("T", [method]) == [
-        "- T: imp with 20.0% of the weights matches dense: **holds**, [-0.100, -0.100], 1 seed (0), 4 test utterances.",
-        "- T: imp with 20.0% of the weights matches dense on test at 10 dB: **holds**, [-0.500, -0.500], 1 seed (0), "
-        "2 test utterances.",
+        f"- T: {GLOBAL} with 20.0% of the weights matches dense: **holds**, [-0.100, -0.100], 1 seed (0), "
+        "4 test utterances.",
+        f"- T: {GLOBAL} with 20.0% of the weights matches dense on test at 10 dB: **holds**, [-0.500, -0.500], "
+        "1 seed (0), 2 test utterances.",
     ]
 
 
@@ -202,7 +204,8 @@ def test_command_prints_and_writes(tmp_path, capsys):
     folders = [write_run(tmp_path / f"run{s}", [ROUND_0, [3, 3, 3, 3]], seed=s) for s in (0, 1)]
     assert report.main([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert "| imp | 0.400 ± 0.000 | 0.300 ± 0.000 at 80.0% (80.0% of all), winning [-0.100, -0.100], 2 seeds |" in said
+    shares = "0.300 ± 0.000 at 80.0% (80.0% of all)"
+    assert f"| {GLOBAL} | 0.400 ± 0.000 | {shares}, winning [-0.100, -0.100], 2 seeds |" in said
     assert "| paper: TED-LIUM | 15.93 | 15.70 at 4.4 % | 14.04 at 16.8 % | one second-hand summary, unchecked; " in said
     assert "None yet: no ticket is sparse enough." in said
     names = {"report.md", "cnn-lstm-on-demo-demo-size.png", "cnn-lstm-on-demo-demo-size-layers.png"}

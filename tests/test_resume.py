@@ -244,7 +244,8 @@ def test_retraining_finds_a_consistent_forgery(copy_of_run):
     changes = {"test_errors": errors, "test_wer": 0.0, "verdict": found.word, "interval": [found.low, found.high]}
     forge(copy_of_run, 2, **changes)
     assert not any(wrong for _, wrong in ledger.verify(copy_of_run))
-    done = verified(copy_of_run, "--retrain", "2")
+    again = [sys.executable, "train.py", "--retrain", str(copy_of_run), "2"]
+    done = subprocess.run(again, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "differs from the ledger in test_wer" in done.stderr
 
 
