@@ -48,7 +48,7 @@ def parser() -> Parser:
     add("--overlap", type=float, default=4.0, metavar="S", help="of two pieces of a longer file (default: 4)")
     add("--normalize", choices=["utterance", "running"], help="features by a whole piece's statistics, or as --stream")
     add("--calibrate", type=Path, metavar="AUDIO", help="file or folder whose statistics the running ones begin with")
-    add("--beam", type=int, help=f"width of the search, CTC (default: 1, greedy; with --lm {decode.BEAM})")
+    add("--beam", type=int, help=f"width of the beam search, CTC (default: 1, greedy; with --lm {decode.BEAM})")
     add("--lm", type=Path, metavar="FILE.arpa", help="n-gram model of words, CTC")
     add("--lm-weight", type=float, help=f"of its ln p (default: {decode.LM_WEIGHT})")
     add("--word-score", type=float, help=f"added a word, with --lm (default: {decode.WORD_SCORE})")
@@ -204,8 +204,8 @@ class Recogniser:
             print(f"{told}; measured in {time.monotonic() - started:.1f} s", file=sys.stderr)
         self.emissions = self.model.emissions
         if args.beam > 1 or args.lm:
-            search = (args.beam, args.lm, args.lm_weight, args.word_score)
-            self.emissions = decode.ctc_search(self.model, self.tokens, *search, words=())
+            how = (args.beam, args.lm, args.lm_weight, args.word_score)
+            self.emissions = decode.ctc_beam(self.model, self.tokens, *how, words=())
 
     def features(self, waveform: Tensor, path: Path) -> Tensor:
         """(N,) -> (T, F). Raises DataError naming the file if they are not finite."""

@@ -1,7 +1,7 @@
 """Beam search for the test: CTC with or without an n-gram language model, and the transducer.
 
 transcriber() returns a function like model.transcribe: (features, input_lengths) -> list of token id lists.
-torchaudio's decoders search; here words are spelled for the one and token ids shifted for the other.
+torchaudio's decoders do it; here words are spelled for the one and token ids shifted for the other.
 """
 
 import contextlib
@@ -33,15 +33,15 @@ def transcriber(
     if isinstance(model, models.Transducer):
         if beam >= len(tokens):
             raise data.DataError(f"--beam {beam}: for rnnt it must be below the number of tokens, {len(tokens)}")
-        return transducer_search(model, beam)
-    search = ctc_search(model, tokens, beam, lm, lm_weight, word_score, words)
-    return lambda *batch: [[emission.token for emission in found] for found in search(*batch)]
+        return transducer_beam(model, beam)
+    emissions = ctc_beam(model, tokens, beam, lm, lm_weight, word_score, words)
+    return lambda *batch: [[emission.token for emission in found] for found in emissions(*batch)]
 
 
 # ---------------------------------------------------------------------------- CTC
 
 
-def ctc_search(model, tokens: list[str], beam: int, lm: Path | None, lm_weight: float, word_score: float, words):
+def ctc_beam(model, tokens: list[str], beam: int, lm: Path | None, lm_weight: float, word_score: float, words):
     """A function like model.emissions, which knows of a token the first frame only, by flashlight's decoder.
 
     Maximises ln p(path) + lm_weight * ln p_lm(words) + word_score * number of words.
@@ -133,15 +133,15 @@ def silent_stderr():
 # ---------------------------------------------------------------------------- transducer
 
 
-def transducer_search(model: models.Transducer, beam: int):
+def transducer_beam(model: models.Transducer, beam: int):
     """torchaudio's RNNTBeamSearch: the best sum over alignments, divided by the number of tokens + 1."""
     last = model.output.out_features - 1
-    search = RNNTBeamSearch(BlankLast(model), blank=last, step_max_tokens=model.MAX_SYMBOLS)
+    beam_search = RNNTBeamSearch(BlankLast(model), blank=last, step_max_tokens=model.MAX_SYMBOLS)
 
     def transcribe(features: Tensor, input_lengths: Tensor) -> list[list[int]]:
         texts = []
         for utterance, length in zip(features, input_lengths):
-            ids = search(utterance[:length], length, beam)[0][0]  # the best hypothesis' tokens, behind a blank
+            ids = beam_search(utterance[:length], length, beam)[0][0]  # the best hypothesis' tokens, behind a blank
             texts.append([i + 1 for i in ids[1:]])
         return texts
 
