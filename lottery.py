@@ -54,13 +54,15 @@ def scope(model: nn.Module, exclude: Sequence[str] = ()) -> list[Scoped]:
     Pruned is every weight of two or more dimensions in convolution, recurrent, attention and linear layers. A weight
     shared between layers is judged by all of them and listed once.
     exclude: names of weights or layers, or patterns of them ("encoder.*"), that are not pruned.  Raises LotteryError
-    for one that matches no weight that would be pruned.
+    for one that matches no weight that would be pruned, and for a lazy layer.
     """
     found: dict[int, tuple[Tensor, list[str], list[str]]] = {}  # each parameter, its names, reasons not to prune it
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(recurse=False):
             _, names, reasons = found.setdefault(id(parameter), (parameter, [], []))
             names.append(f"{prefix}.{name}" if prefix else name)
+            if nn.parameter.is_lazy(parameter):
+                raise LotteryError(f"{names[0]} has no shape yet: run the model once, so that its lazy layers are made")
             reasons.append(why_not(module, name, parameter))
     rows, unused = [], set(exclude := (exclude,) if isinstance(exclude, str) else tuple(exclude))
     for parameter, names, reasons in found.values():
@@ -317,8 +319,6 @@ def check_model(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Raise LotteryError, naming the tensor, unless all state can be hashed and put back, and the weights be ranked."""
     own, (first, device) = state_of(model), next((name, weight.device) for name, weight in weights.items())
     for name, tensor in own.items():
-        if nn.parameter.is_lazy(tensor):
-            raise LotteryError(f"{name} has no shape yet: run the model once, so that its lazy layers are made")
         if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
             raise LotteryError(f"{name} is quantised, sparse or on the meta device: it cannot be hashed and put back")
     for name in sorted(model.state_dict().keys() - own.keys()):

@@ -23,8 +23,8 @@ def weight_uses(model: nn.Module, call: Callable[[], object]) -> dict[str, int |
     One number a parameter; where its rows differ (in_proj_weight of an nn.MultiheadAttention whose queries are not as
     many as its keys) int64 (rows, 1). The sum of uses * numel, or of (uses * ones).sum(), is the multiply-adds of all
     products with weights; of (uses * mask).sum(), with zeros skipped: see multiply_adds. Counted are convolutions
-    (padding included; transposed ones by their inputs), recurrent layers (each step), projections of attention and linear
-    layers, not products of two activations. (Counters of FLOPs take nn.LSTM for 0.)
+    (padding included; transposed ones by their inputs), recurrent layers (each step), linear layers and attention's
+    projections, not products of two activations. (Counters of FLOPs take nn.LSTM for 0.)
     Raises LotteryError, naming it, for a weight that is multiplied outside of its layer's forward: it is not seen here.
     """
     names = {id(weight): name for name, weight in prunable(model).items()}
@@ -41,8 +41,8 @@ def weight_uses(model: nn.Module, call: Callable[[], object]) -> dict[str, int |
         def __torch_function__(self, func, types, args=(), kwargs=None):
             if getattr(func, "__name__", "") in PRODUCTS:
                 within = {id(weight) for module in running for _, weight in own_weights(module)}
-                for key in {id(x) for tensor in tensors_in((args, kwargs)) for x in (tensor, tensor._base)} - within:
-                    if key in names:
+                for key in (id(x) for tensor in tensors_in((args, kwargs)) for x in (tensor, tensor._base)):
+                    if key in names and key not in within:
                         what = f"multiplies in {func.__name__} outside of its layer's forward"
                         raise LotteryError(f"{names[key]} {what}: its uses cannot be counted")
             return func(*args, **(kwargs or {}))

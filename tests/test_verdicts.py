@@ -1,5 +1,6 @@
 """The paired test of errors: its words, its interval, and what has none."""
 
+import numpy as np
 import pytest
 
 import lottery
@@ -25,3 +26,24 @@ def test_verdict_pools_seeds_and_pairs_utterances():
     assert seeds == ("matching", 0, 0)
     with pytest.raises(lottery.LotteryError, match="a paired test needs the same utterances"):
         verdicts.verdict([1] * 49, [1] * 50, words)
+
+
+def test_the_numbers_of_old_ledgers_stay():
+    words = [4, 5, 7, 8, 1, 2, 7, 8, 2, 3, 7, 4, 3, 7, 3, 4, 6, 5, 1, 1, 7, 7, 7, 5, 7, 3, 4, 7, 1, 3]
+    rng = np.random.default_rng(1)
+    rng.integers(1, 9, 30)
+    dense, ticket = rng.integers(0, 4, 30), rng.integers(0, 4, 30)
+    assert verdicts.verdict(ticket, dense, words) == ("undecided", -0.06711409395973154, 0.17424242424242425)
+
+
+def test_a_resample_without_words_is_drawn_again():
+    """In a quarter of them only the first utterance is drawn, which has no word: its rate would be 0 / 0."""
+    assert verdicts.verdict([0, 1], [0, 2], [0, 3]) == ("winning", -1 / 3, -1 / 3)
+    # (n1 - n0) / 3 n1 for n0 and n1 draws of the first two: -1/3 in 3 of 19 (0 0 1), 1/3 in 7 (without the first)
+    assert verdicts.verdict([0, 1, 0], [1, 0, 0], [0, 3, 0], margin=0.4) == ("matching", -1 / 3, 1 / 3)
+
+
+@pytest.mark.parametrize("words", [[0, 0], [0]])
+def test_references_without_any_word_are_refused(words):
+    with pytest.raises(lottery.LotteryError, match=rf"none of the {len(words)} references has a word"):
+        verdicts.verdict([0] * len(words), [1] * len(words), words)
