@@ -1,4 +1,4 @@
-"""Lottery tickets for any nn.Module: masks, magnitude pruning, rewinding, rounds, verdicts.
+"""Lottery tickets for any nn.Module: masks, magnitude pruning, rewinding, rounds.
 
 Algorithm 1 of "Audio Lottery" (Ding, Chen, Wang; ICLR 2022), whole, with the reference of each of its operators. Knows
 nothing of speech and imports nothing of ours but the compiled operators. In short:
@@ -13,22 +13,22 @@ where a weight is kept, round 0 is dense. The invariants that are asserted as it
     I2  kept counts are exact, ties included        I5  a NaN or infinite weight is refused by name
     I3  a rewound weight is theta_k * mask, bit for bit
 
-What leans on it: audio_lottery/ (files, the ledger, sparse inference).
+What leans on it: audio_lottery/ (files, verdicts, the ledger, sparse inference).
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Masks = dict[str, Tensor]  # parameter name -> bool, the parameter's shape, True = kept
-State = dict[str, Tensor]  # a state_dict: parameters and buffers
+State = dict[str, Tensor]  # parameters and buffers, by their names in a state_dict
 
 
 class LotteryError(ValueError):
@@ -48,38 +48,53 @@ class Scoped(NamedTuple):
     verdict: str  # "pruned", or why not
 
 
-def scope(model: nn.Module) -> list[Scoped]:
+def scope(model: nn.Module, exclude: Sequence[str] = ()) -> list[Scoped]:
     """Every parameter of the model, in order, with its shape and "pruned" or why not.
 
     Pruned is every weight of two or more dimensions in convolution, recurrent, attention and linear layers. A weight
     shared between layers is judged by all of them and listed once.
+    exclude: names of weights or layers, or patterns of them ("encoder.*"), that are not pruned.  Raises LotteryError
+    for one that matches no weight that would be pruned, and for a lazy layer.
     """
-    reasons: dict[int, list[str]] = {}
-    rows: dict[int, tuple[str, Tensor]] = {}
-    for prefix, module in model.named_modules():
+    found: dict[int, tuple[Tensor, list[str], list[str]]] = {}  # each parameter, its names, reasons not to prune it
+    for prefix, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(recurse=False):
-            if not isinstance(module, PRUNED_LAYERS):
-                reason = f"in {type(module).__name__}, not a convolution, recurrent, attention or linear layer"
-            elif "bias" in name:
-                reason = "a bias"
-            elif parameter.dim() < 2:
-                reason = f"{parameter.dim()}-D"
-            else:
-                reason = ""
-            reasons.setdefault(id(parameter), []).append(reason)
-            rows.setdefault(id(parameter), (f"{prefix}.{name}" if prefix else name, parameter))
-    return [
-        Scoped(name, tuple(parameter.shape), next(filter(None, reasons[key]), "pruned"))
-        for key, (name, parameter) in rows.items()
-    ]
+            _, names, reasons = found.setdefault(id(parameter), (parameter, [], []))
+            names.append(f"{prefix}.{name}" if prefix else name)
+            if nn.parameter.is_lazy(parameter):
+                raise LotteryError(f"{names[0]} has no shape yet: run the model once, so that its lazy layers are made")
+            reasons.append(why_not(module, name, parameter))
+    rows, unused = [], set(exclude := (exclude,) if isinstance(exclude, str) else tuple(exclude))
+    for parameter, names, reasons in found.values():
+        reason = next(filter(None, reasons), "")
+        for pattern in () if reason else exclude:
+            if any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for name in names):
+                unused.discard(pattern)
+                reason = reason or f"excluded by {pattern!r}"
+        rows.append(Scoped(names[0], tuple(parameter.shape), reason or "pruned"))
+    if unused:
+        raise LotteryError(f"exclude {min(unused)!r} matches no weight that would be pruned (see lottery.scope)")
+    return rows
 
 
-def prunable(model: nn.Module) -> dict[str, Tensor]:
-    """The pruned parameters by name, in order. Raises LotteryError if there are none."""
-    parameters = dict(model.named_parameters())
-    found = {row.name: parameters[row.name] for row in scope(model) if row.verdict == "pruned"}
+def why_not(module: nn.Module, name: str, parameter: Tensor) -> str:
+    """Why this module's parameter is not pruned; "" if it is."""
+    reparametrised = isinstance(module, nn.utils.parametrize.ParametrizationList)
+    if not isinstance(module, PRUNED_LAYERS) and not reparametrised:
+        return f"in {type(module).__name__}, not a convolution, recurrent, attention or linear layer"
+    computed = vars(module).get(name.rpartition("_")[0])  # weight, of weight_g and weight_v, or of weight_orig
+    if reparametrised or isinstance(computed, Tensor):
+        return "reparametrised: the layer computes its weight from this, and a 0 here need be none there"
+    return "a bias" if "bias" in name else f"{parameter.dim()}-D" if parameter.dim() < 2 else ""
+
+
+def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Tensor]:
+    """The pruned parameters by name, in order. Raises LotteryError if there are none, and as scope does."""
+    parameters, rows = dict(model.named_parameters()), scope(model, exclude)
+    found = {row.name: parameters[row.name] for row in rows if row.verdict == "pruned"}
     if not found:
-        raise LotteryError("the model has no weight to prune (see lottery.scope)")
+        why = next((f": {row.name} is {row.verdict}" for row in rows if len(row.shape) >= 2), "")
+        raise LotteryError(f"the model has no weight to prune (see lottery.scope){why}")
     return found
 
 
@@ -220,7 +235,14 @@ class Ops(NamedTuple):
     global_magnitude_masks: Callable[[list[Tensor], list[Tensor], int], list[Tensor]]
     block_norms: Callable[[list[Tensor], int, int], list[Tensor]]
     compiled: bool
-    path: str  # which path this is, for the line at start-up
+    path: str  # which path this is
+    devices: set[str] = set()  # kinds of devices that the compiled operators work on; the reference works on all
+
+    def path_on(self, device: str) -> str:
+        """Which path tensors on this device take, for the line at start-up."""
+        if not self.compiled or torch.device(device).type in self.devices:
+            return self.path
+        return f"pure PyTorch on {device}: this build is {self.path}, for {' and '.join(sorted(self.devices))} alone"
 
 
 def choose_ops() -> Ops:
@@ -231,22 +253,9 @@ def choose_ops() -> Ops:
         reference = reference_hold_ticket_, reference_global_magnitude_masks, reference_block_norms
         return Ops(*reference, False, f"pure PyTorch ({error})")
     compiled, facts = torch.ops.audio_lottery, _lottery.build_facts()
-    torch.library.register_fake("audio_lottery::hold_ticket_", _check_tensors)
-
-    @torch.library.register_fake("audio_lottery::global_magnitude_masks")
-    def fake_masks(weights, masks, keep):
-        _check_tensors(weights, [], masks)
-        return [mask.new_empty(mask.shape) for mask in masks]
-
-    @torch.library.register_fake("audio_lottery::block_norms")
-    def fake_norms(weights, rows, columns):
-        _check_blocks(weights, rows, columns)
-        matrices = [weight.flatten(1) for weight in weights]
-        shapes = [(-(-matrix.size(0) // rows), -(-matrix.size(1) // columns)) for matrix in matrices]
-        return [weight.new_empty(shape, dtype=torch.float64) for weight, shape in zip(weights, shapes)]
+    devices = {"cpu", "cuda"} if facts["cuda"] else {"cpu"}
 
     def on_its_devices(op, reference):  # a build without CUDA leaves tensors on a GPU to the reference
-        devices = {"cpu", "cuda"} if facts["cuda"] else {"cpu"}
         return lambda weights, *rest: (op if {w.device.type for w in weights} <= devices else reference)(weights, *rest)
 
     return Ops(
@@ -256,6 +265,7 @@ def choose_ops() -> Ops:
         True,
         f"compiled C++ ({facts['instructions']}, {'OpenMP' if facts['openmp'] else 'one thread'})"
         + (f" and CUDA ({facts['cuda']})" if facts["cuda"] else ""),
+        devices,
     )
 
 
@@ -265,9 +275,34 @@ ops = choose_ops()
 # ---------------------------------------------------------------------------- masks and rewinding
 
 
+def state_of(model: nn.Module) -> State:
+    """All parameters and buffers, by every name they have: the tensors of state_dict, and those that it leaves out."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
 def copy_state(model: nn.Module) -> State:
     """A copy of all parameters and buffers."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return {name: tensor.detach().clone() for name, tensor in state_of(model).items()}
+
+
+def load_state(model: nn.Module, state: State) -> None:
+    """Put parameters and buffers back, in place. What the model's state_dict leaves out may be missing.
+
+    Raises LotteryError, naming the tensor, for a state of another model.
+    """
+    own = state_of(model)
+    missing = own.keys() - state.keys() and model.state_dict().keys() - state.keys()
+    for name in sorted((state.keys() - own.keys()) | missing):
+        raise LotteryError(f"{name} is not in the {'state' if name in missing else 'model'}: it is of another model")
+    with torch.no_grad():
+        for name, value in state.items():
+            tensor, fits = own[name], value.shape == own[name].shape
+            if value.dtype != tensor.dtype or (not fits and isinstance(tensor, nn.Parameter)):
+                there, here = (f"{x.dtype} {list(x.shape)}" for x in (value, tensor))
+                raise LotteryError(f"{name} is {there} in the state, {here} in the model")
+            if not fits:  # a buffer that grows, as in a quantiser's observers
+                tensor.set_(torch.empty_like(value, device=tensor.device))
+            tensor.copy_(value)
 
 
 def sha256(tensors: dict[str, Tensor]) -> str:
@@ -275,8 +310,25 @@ def sha256(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        copied = tensor.detach().to("cpu", copy=True).contiguous()  # numpy() fixes the size of its storage for good
+        digest.update(copied.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def check_model(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Raise LotteryError, naming the tensor, unless all state can be hashed and put back, and the weights be ranked."""
+    own, (first, device) = state_of(model), next((name, weight.device) for name, weight in weights.items())
+    for name, tensor in own.items():
+        if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+            raise LotteryError(f"{name} is quantised, sparse or on the meta device: it cannot be hashed and put back")
+    for name in sorted(model.state_dict().keys() - own.keys()):
+        what = "neither a parameter nor a buffer (get_extra_state, a quantised layer)"
+        raise LotteryError(f"{name} is state, but {what}: it cannot be hashed and put back")
+    for name, weight in weights.items():
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise LotteryError(f"{name} must be float32, bfloat16, float16 or float64, got {weight.dtype}")
+        if weight.device != device:
+            raise LotteryError(f"{first} is on {device}, {name} on {weight.device}: all must be on one device")
 
 
 SCOPES = ("global", "layer", "lamp")
@@ -360,6 +412,8 @@ def prune(weights: dict[str, Tensor], masks: Masks, keep: int, pruning: Pruning 
                 f"{name} has a NaN or infinite weight: nothing was pruned (is the learning rate too high?)"
             )
     scores, units = [w.detach() for w in weights.values()], [pruning.units(masks[name]) for name in weights]
+    if len({score.dtype for score in scores}) > 1:
+        scores = [score.double() for score in scores]  # exact
     try:
         if pruning.block != (1, 1):
             scores = ops.block_norms(scores, *pruning.block)
@@ -388,18 +442,22 @@ class Ticket:
     """Masks held in place on a model, and the state it rewinds to.
 
     A training loop calls hold() once a step, after backward() and before clipping, and stepped() after
-    optimizer.step(). Parameters stay the leaf tensors they were: no hooks and no copies, so that optimizers,
-    state_dict, deepcopy, DDP and cuDNN's flat weights see nothing new.
+    optimizer.step(); in between after_step(), where the optimizer moves weights whose gradient is 0. Parameters stay
+    the leaf tensors they were: no hooks and no copies, so that optimizers, state_dict, deepcopy, DDP and cuDNN's flat
+    weights see nothing new. Raises LotteryError, by name, for a model that cannot be pruned, hashed and rewound.
     """
 
-    def __init__(self, model: nn.Module, rewind_step: int = 0, pruning: Pruning = BY_MAGNITUDE):
+    def __init__(
+        self, model: nn.Module, rewind_step: int = 0, pruning: Pruning = BY_MAGNITUDE, exclude: Sequence[str] = ()
+    ):
         pruning.check()
         self.model, self.rewind_step, self.steps, self.round = model, rewind_step, 0, 0
-        self.pruning = pruning
-        self.weights = prunable(model)
+        self.pruning, self.exclude = pruning, exclude
+        self.weights = prunable(model, exclude)
+        check_model(model, self.weights)
         self.masks: Masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in self.weights.items()}
         self.threshold = 0.0  # the smallest magnitude that the last pruning kept
-        self.start_sha256 = sha256(model.state_dict())  # of all that the round started from
+        self.start_sha256 = sha256(state_of(model))  # of all that the round started from
         self.rewind_state: State | None = copy_state(model) if rewind_step == 0 else None
 
     @property
@@ -412,14 +470,19 @@ class Ticket:
 
     def hold(self) -> None:
         """Zero pruned weights and their gradients, in one pass."""
-        with_grad = {name: w for name, w in self.weights.items() if w.grad is not None}
-        without = [name for name in self.weights if name not in with_grad]
-        with torch.no_grad():
-            if with_grad:
-                masks = [self.masks[name] for name in with_grad]
-                ops.hold_ticket_(list(with_grad.values()), [w.grad for w in with_grad.values()], masks)
-            if without:
-                ops.hold_ticket_([self.weights[n] for n in without], [], [self.masks[n] for n in without])
+        self.check_identities()
+        with_grad = [name for name, w in self.weights.items() if w.grad is not None]
+        self._zero(with_grad, [self.weights[name].grad for name in with_grad])
+        self._zero([name for name, w in self.weights.items() if w.grad is None], [])
+
+    def after_step(self) -> None:
+        """Zero pruned weights again, after a step that moved weights whose gradient is 0."""
+        self._zero(list(self.weights), [])
+
+    def _zero(self, names: list[str], grads: list[Tensor]) -> None:
+        if names:
+            with torch.no_grad():
+                ops.hold_ticket_([self.weights[n] for n in names], grads, [self.masks[n] for n in names])
 
     def stepped(self) -> None:
         """Count an optimizer step; in round 0 keep the state at `rewind_step`."""
@@ -429,6 +492,7 @@ class Ticket:
 
     def prune(self, keep: int) -> None:
         """Prune to `keep` units by the magnitudes the model has now; call it on the last epoch's."""
+        self.check_identities()
         self.masks = prune(self.weights, self.masks, keep, self.pruning)
         kept = (w.detach()[self.masks[name]].abs() for name, w in self.weights.items())
         self.threshold = min(float(w.min()) for w in kept if w.numel())
@@ -437,19 +501,39 @@ class Ticket:
         """Restore all parameters and buffers to the kept state and apply the masks (step 4)."""
         if self.rewind_state is None:
             raise LotteryError(f"rewind_step {self.rewind_step} was never reached: round 0 took {self.steps} steps")
-        self.model.load_state_dict(self.rewind_state)
+        self.check_scope()
+        load_state(self.model, self.rewind_state)
         self.model.zero_grad(set_to_none=True)
         self.hold()
         for name, weight in self.weights.items():  # I3
             if not torch.equal(weight.detach(), self.rewind_state[name].masked_fill(~self.masks[name], 0)):
                 raise LotteryError(f"{name}: the rewound weights are not theta_k * mask")
-        self.steps, self.start_sha256 = 0, sha256(self.model.state_dict())
+        self.steps, self.start_sha256 = 0, sha256(state_of(self.model))
 
     def check(self) -> None:
         """Raise LotteryError unless every pruned weight is exactly 0 (I4)."""
         for name, weight in self.weights.items():
             if (weight.detach()[~self.masks[name]] != 0).any():
-                raise LotteryError(f"{name}: a pruned weight is not 0: the training loop must call hold() every step")
+                why = "hold() was not called every step, or the optimizer moves weights whose gradient is 0"
+                which = "as Muon does, or momentum of an earlier round: then call after_step() too"
+                raise LotteryError(f"{name}: a pruned weight is not 0: {why}, {which}")
+
+    def check_identities(self) -> None:
+        """Raise LotteryError unless each weight that is held is the model's parameter of that name."""
+        for name, weight in self.weights.items():
+            module, (*path, leaf) = self.model, name.split(".")
+            for part in path:
+                module = getattr(module, "_modules", {}).get(part)
+            if getattr(module, "_parameters", {}).get(leaf) is not weight:
+                rule = "change weights in place (no load_state_dict with assign=True, no layer replaced)"
+                raise LotteryError(f"{name} is another tensor in the model now than the ticket holds: {rule}")
+
+    def check_scope(self) -> None:
+        """Raise LotteryError unless the weights that are held are all that the model has to prune."""
+        self.check_identities()
+        for row in scope(self.model, self.exclude):
+            if row.verdict == "pruned" and row.name not in self.weights:
+                raise LotteryError(f"{row.name} was not in the model when the ticket was made, and is not held")
 
 
 # ---------------------------------------------------------------------------- Algorithm 1
@@ -472,33 +556,50 @@ def find_ticket(
     prune_rate: float = 0.2,
     rewind_step: int = 0,
     pruning: Pruning = BY_MAGNITUDE,
+    exclude: Sequence[str] = (),
     resume: Callable[[Ticket], str] | None = None,
 ) -> Iterator[Found]:
     """Iterative magnitude pruning with rewinding, Algorithm 1. Yields a Found a round, the dense round 0 first.
 
     train(ticket): trains ticket.model in place, with a fresh optimizer, schedule and data order, calling ticket.hold()
         and ticket.stepped() as Ticket says. It leaves the last epoch's weights, which are what is pruned, and
-        returns the state to evaluate (that of the best epoch on validation data, say) or None for the last.
-    evaluate(model): what to add to the round's row. It is called once a round.
+        returns the state to evaluate (that of the best epoch on validation data, say) or None for the last. Each
+        round begins in the mode (train or eval, module by module) in which the model was given.
+    evaluate(model): a dict of what to add to the round's row. It is called once a round.
+    exclude: names or patterns of what is not pruned, as in scope().
     resume(ticket): goes on in the middle of a round: sets ticket.round, masks, threshold, start_sha256, steps and
-        rewind_state and the model's weights to what they were, and returns the hash of the masks of the round before.
+        rewind_state and the model's state to what they were, and returns the hash of the masks of the round before.
     """
-    ticket = Ticket(model, rewind_step, pruning)
+    if not callable(train) or not callable(evaluate):
+        raise LotteryError(f"train and evaluate must be functions, got {train!r} and {evaluate!r}")
+    ticket = Ticket(model, rewind_step, pruning, exclude)
+    modes = {module: module.training for module in model.modules()}
     counts = kept_counts(ticket.kept_units, sparsity, prune_rate)
     check_least(ticket, counts[-1])
     parent = sha256(ticket.masks)
     if resume:
         parent = resume(ticket)
+        if counts[ticket.round : ticket.round + 1] != [ticket.kept_units]:
+            raise LotteryError(f"round {ticket.round} keeps {ticket.kept_units}, the search has rounds of {counts}")
     for index, keep in list(enumerate(counts))[ticket.round :]:
         if index != ticket.round:
             ticket.round = index
             ticket.prune(keep)
             ticket.rewind()
-        trained = train(ticket)
-        last, row = finish(ticket, trained)
-        yield Found(ticket, {**row, "parent_sha256": parent, **evaluate(model)})
+        model.train(modes[model])  # it may do more than set a flag
+        for module, mode in modes.items():
+            module.training = mode
+        last, row = finish(ticket, train(ticket))
+        row["parent_sha256"] = parent
+        measured = evaluate(model)
+        if not isinstance(measured, dict):
+            raise LotteryError(f"evaluate must return a dict of what to add to the row, got {type(measured).__name__}")
+        for key in filter(row.__contains__, measured):
+            raise LotteryError(f"evaluate returned {key!r}, which the row has already: choose another name for it")
+        yield Found(ticket, row | measured)
         parent = row["mask_sha256"]
-        model.load_state_dict(last)
+        ticket.check_identities()
+        load_state(model, last)
 
 
 def check_least(ticket: Ticket, keep: int) -> None:
@@ -517,6 +618,7 @@ def finish(ticket: Ticket, trained: State | None) -> tuple[State, dict]:
 
     The model is left with the state to evaluate, `trained` or the last.
     """
+    ticket.check_scope()
     ticket.check()
     if ticket.rewind_state is None:
         raise LotteryError(f"rewind_step {ticket.rewind_step} was never reached: round 0 took {ticket.steps} steps")
@@ -524,7 +626,9 @@ def finish(ticket: Ticket, trained: State | None) -> tuple[State, dict]:
     rest = sum(p.numel() for p in model.parameters()) - total  # never pruned: biases, norms, embeddings
     last = copy_state(model)
     if trained is not None:
-        model.load_state_dict(trained)
+        if not isinstance(trained, dict):
+            raise LotteryError(f"train must return a state_dict or None, got {type(trained).__name__}")
+        load_state(model, trained)
         ticket.check()
     row = {
         "round": ticket.round,
@@ -537,54 +641,10 @@ def finish(ticket: Ticket, trained: State | None) -> tuple[State, dict]:
         "rewind_sha256": sha256(ticket.rewind_state),
         "start_sha256": ticket.start_sha256,
         "last_sha256": sha256(last),
-        "trained_sha256": sha256(model.state_dict()),
+        "trained_sha256": sha256(state_of(model)),
         "threshold": ticket.threshold,
     }
     if ticket.pruning.block != (1, 1):
         row["kept_blocks"] = ticket.kept_units
         row["total_blocks"] = sum(ticket.pruning.units(mask).numel() for mask in ticket.masks.values())
     return last, row
-
-
-# ---------------------------------------------------------------------------- verdict
-
-
-class Verdict(NamedTuple):
-    word: str  # winning, matching, worse or undecided
-    low: float  # 95 % interval of error rate (ticket) - error rate (dense)
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.word} [{self.low:+.3f}, {self.high:+.3f}]"
-
-
-def verdict(ticket_errors, dense_errors, words, margin: float = 0.01, resamples: int = 10_000) -> Verdict:
-    """Paired bootstrap over utterances of the difference in error rate, ticket - dense.
-
-    ticket_errors, dense_errors: (utterances,) or (seeds, utterances) integers; seeds are pooled.  words: (utterances,)
-    reference words.  Errors and words of an utterance are resampled together (Bisani & Ney 2004). The words, in this
-    order: winning if the 95 % interval lies below 0, matching if its upper end is <= margin, worse if it lies above
-    0, else undecided.
-    """
-    ticket_errors, dense_errors = np.atleast_2d(ticket_errors), np.atleast_2d(dense_errors)
-    words = np.asarray(words)
-    if ticket_errors.shape != dense_errors.shape or ticket_errors.shape[1:] != words.shape:
-        raise LotteryError(
-            f"a paired test needs the same utterances: {ticket_errors.shape} ticket, {dense_errors.shape} dense errors "
-            f"(seeds, utterances), {words.shape} words"
-        )
-    difference = (ticket_errors - dense_errors).mean(0)  # per utterance, mean over seeds
-    rng, rates = np.random.default_rng(0), np.empty(resamples)
-    for i in range(resamples):
-        picks = rng.integers(0, len(words), len(words))
-        rates[i] = difference[picks].sum() / words[picks].sum()
-    low, high = np.percentile(rates, [2.5, 97.5])
-    if high < 0:
-        word = "winning"
-    elif high <= margin:
-        word = "matching"
-    elif low > 0:
-        word = "worse"
-    else:
-        word = "undecided"
-    return Verdict(word, float(low), float(high))

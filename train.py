@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import data
 import lottery
-from audio_lottery import files, ledger
+from audio_lottery import files, ledger, verdicts
 from audio_lottery.console import fail
 from lab import plan, report
 from runner import flags, processes, retrain, settings
@@ -261,7 +261,7 @@ def evaluate_on_tests(setting: Setting, corpus: Corpus, dense: dict | None) -> d
         row = rows[name] = {f"test_{key}": found[key] for key in ("wer", "cer", "errors", "words")}
         if dense is not None:
             against = dense["other_tests"][name] if len(rows) > 1 else dense
-            told = lottery.verdict(row["test_errors"], against["test_errors"], row["test_words"], args.margin)
+            told = verdicts.verdict(row["test_errors"], against["test_errors"], row["test_words"], args.margin)
             row |= {"verdict": told.word, "interval": [told.low, told.high]}
     first, *others = rows
     return rows[first] | ({"other_tests": {name: rows[name] for name in others}} if others else {})
@@ -304,7 +304,7 @@ class Rounds:
         return lottery.find_ticket(
             self.setting.model, self.train, self.evaluate,
             sparsity=args.sparsity, prune_rate=args.prune_rate, rewind_step=args.rewind_step, pruning=args.pruning,
-            resume=self.checkpoint.resume if self.checkpoint else None,
+            exclude=args.keep_dense, resume=self.checkpoint.resume if self.checkpoint else None,
         )  # fmt: skip
 
     def train(self, ticket: lottery.Ticket) -> lottery.State:
@@ -331,7 +331,7 @@ class Rounds:
         theta_0 = lottery.copy_state(setting.model)
         first = setting.rounds.index(self.checkpoint.about["round"]) if self.checkpoint else len(self.rows)
         for number in setting.rounds[first:]:
-            setting.model.load_state_dict(theta_0)
+            lottery.load_state(setting.model, theta_0)
             here, ticket, about = settings.ticket_of(setting, number)
             checkpoint = self.of_round(number)
             if checkpoint:
@@ -393,9 +393,10 @@ def run(args: argparse.Namespace, signals: Signals) -> None:
 
 def say_start(setting: Setting) -> None:
     model = setting.model
-    print(f"ops: {lottery.ops.path}; device: {setting.args.device}, {torch.get_num_threads()} threads")
+    device = setting.args.device
+    print(f"ops: {lottery.ops.path_on(device)}; device: {device}, {torch.get_num_threads()} threads")
     everything = sum(p.numel() for p in model.parameters())
-    total = sum(weight.numel() for weight in lottery.prunable(model).values())
+    total = sum(weight.numel() for weight in lottery.prunable(model, setting.args.keep_dense).values())
     rounds = len(setting.rounds)
     print(f"model: {everything:,} parameters, {total:,} prunable; {rounds} rounds, the first one dense")
 
@@ -446,7 +447,7 @@ def save_round(out: Path, ticket: lottery.Ticket, number: int, info: dict, masks
     """The round's masks, and its ticket in place of the last round's."""
     if number and masks:
         files.save_masks(out / "masks" / f"{number:02d}.safetensors", ticket.masks)
-    state = ticket.model.state_dict()
+    state = lottery.state_of(ticket.model)
     files.save_ticket(out / "ticket.safetensors", ticket.masks, ticket.rewind_state, state, info)
 
 
@@ -457,7 +458,7 @@ def train_again(run: Path, number: int) -> None:
     corpus = Corpus(setting)
     at = train_round(ticket, corpus, setting)
     found = retrain.found(there, ticket, at)
-    setting.model.load_state_dict(at.best)
+    lottery.load_state(setting.model, at.best)
     found |= evaluate_on_tests(setting, corpus, there.rows[0] if number else None)
     print(retrain.compare(there, found))
 

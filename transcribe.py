@@ -89,7 +89,7 @@ def load(path: Path) -> tuple[nn.Module, files.TicketFile]:
     except ValueError as error:
         raise lottery.LotteryError(f"{path}: {error}") from None
     files.check_fit(path, file, model)
-    model.load_state_dict(file.trained)
+    lottery.load_state(model, file.trained)
     return model.eval(), file
 
 

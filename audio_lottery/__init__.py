@@ -7,25 +7,26 @@ The algorithm is lottery.py; here is what leans on it and knows no speech: files
 
 __version__ = "0.2.0"
 
+from audio_lottery import fakes as fakes
 from audio_lottery.compression import Taken, compress
 from audio_lottery.counting import weight_uses
-from audio_lottery.files import TicketFile, load_ticket, save_ticket
+from audio_lottery.files import TicketFile, go_on, load_ticket, save_ticket
+from audio_lottery.verdicts import Verdict, verdict
 from lottery import (
     Found,
     LotteryError,
     Pruning,
     Scoped,
     Ticket,
-    Verdict,
     find_ticket,
     kept_counts,
     prunable,
     prune,
     scope,
-    verdict,
 )  # fmt: skip
 
 __all__ = [
     "Found", "LotteryError", "Pruning", "Scoped", "Taken", "Ticket", "TicketFile", "Verdict", "compress",
-    "find_ticket", "kept_counts", "load_ticket", "prunable", "prune", "save_ticket", "scope", "verdict", "weight_uses",
+    "find_ticket", "go_on", "kept_counts", "load_ticket", "prunable", "prune", "save_ticket", "scope", "verdict",
+    "weight_uses",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Container
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lottery import LotteryError, Masks, State, prunable, sha256
+from lottery import LotteryError, Masks, State, Ticket, prunable, sha256, state_of
 
 FORMAT = "audio-lottery 1"
 SEAL = b'"about":"sha256:'
@@ -145,7 +146,7 @@ def load_ticket(path: Path, model: nn.Module | None = None) -> TicketFile:
     """
     tensors, about = read_sealed(path, "ticket")
     try:
-        file = _ticket_of(path, tensors, about)
+        file = _ticket_of(path, tensors, about, dict(model.named_buffers()) if model else {})
     except LotteryError:
         raise
     except Exception as error:  # metadata that a seal was put on again
@@ -157,23 +158,46 @@ def load_ticket(path: Path, model: nn.Module | None = None) -> TicketFile:
 
 def check_fit(path: Path, file: TicketFile, model: nn.Module) -> None:
     """Raise LotteryError, naming the file, unless the ticket is of this model's scope and has this model's state."""
-    shapes = {name: tuple(w.shape) for name, w in prunable(model).items()}
-    if shapes != {name: tuple(mask.shape) for name, mask in file.masks.items()}:
+    shapes, masks = prunable(model), file.masks  # those that were excluded have no mask
+    if not masks or any(name not in shapes or mask.shape != shapes[name].shape for name, mask in masks.items()):
         raise LotteryError(f"{path}: the ticket's masks are not of this model's prunable weights")
-    expected = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
+    own, least = state_of(model), model.state_dict().keys()
+
+    def kind(name: str, value: Tensor) -> tuple:
+        return value.dtype, value.shape if isinstance(own[name], nn.Parameter) else None  # a buffer may have grown
+
     for state in filter(None, (file.trained, file.rewind)):
-        if expected != {name: (value.shape, value.dtype) for name, value in state.items()}:
+        known = least <= state.keys() <= own.keys()
+        if not known or any(kind(name, value) != kind(name, own[name]) for name, value in state.items()):
             raise LotteryError(f"{path}: the ticket's parameters are not this model's")
 
 
-def check_finite(path: Path, state: State) -> None:
-    """Raise LotteryError, naming the file and the tensor, for a NaN or infinite value."""
+def go_on(ticket: Ticket, file: TicketFile, round: int = 1) -> None:
+    """Give a ticket of the same model the masks and the rewind state of a file: ready to be trained as in `round`.
+
+    Raises LotteryError, naming the weight, for masks of other weights, and for a file without a rewind state.
+    """
+    for name in sorted(ticket.weights.keys() | file.masks.keys()):
+        shapes = [list(part[name].shape) if name in part else "none" for part in (file.masks, ticket.weights)]
+        if shapes[0] != shapes[1]:
+            raise LotteryError(f"{name}: the file has a mask of {shapes[0]} for pruned weights of {shapes[1]}")
+    if file.rewind is None:
+        raise LotteryError("the file has no rewind state to go on from")
+    own, weights = state_of(ticket.model), ticket.weights
+    ticket.masks = {name: file.masks[name].to(weight.device) for name, weight in weights.items()}
+    ticket.rewind_state = {n: value.to(own[n].device) if n in own else value for n, value in file.rewind.items()}
+    ticket.round = round
+    ticket.rewind()
+
+
+def check_finite(path: Path, state: State, buffers: Container[str] = ()) -> None:
+    """Raise LotteryError, naming the file and the tensor, for a NaN or infinite value; buffers may be infinite."""
     for name, value in state.items():
-        if not value.isfinite().all():
+        if value.isnan().any() or not (name in buffers or value.isfinite().all()):
             raise LotteryError(f"{path}: {name} has a NaN or infinite value")
 
 
-def _ticket_of(path: Path, tensors: dict[str, Tensor], about: dict) -> TicketFile:
+def _ticket_of(path: Path, tensors: dict[str, Tensor], about: dict, buffers: Container[str]) -> TicketFile:
     masks = _unpacked(path, {n[5:]: t for n, t in tensors.items() if n.startswith("mask/")}, about["shapes"])
     if about["mask_sha256"] != {name: sha256({name: mask}) for name, mask in masks.items()}:
         raise LotteryError(f"{path}: a mask does not have the hash the ticket states")
@@ -189,7 +213,7 @@ def _ticket_of(path: Path, tensors: dict[str, Tensor], about: dict) -> TicketFil
             value = torch.zeros(masks[name].shape, dtype=value.dtype).masked_scatter_(masks[name], value)
         states[part][name] = value
     for state in states.values():
-        check_finite(path, state)
+        check_finite(path, state, buffers)
     return TicketFile(masks, states["rewind"] or None, states["trained"], about["info"])
 
 

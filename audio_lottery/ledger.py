@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from audio_lottery.files import load_masks, load_ticket, read_sealed
-from lottery import LotteryError, Masks, Pruning, Verdict, kept_counts, sha256, verdict
+from audio_lottery.verdicts import Verdict, verdict
+from lottery import LotteryError, Masks, Pruning, kept_counts, sha256
 
 TIMING = ("seconds", "waited", "resumed", "timing_sha256")
 

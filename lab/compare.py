@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import lottery
 import models
-from audio_lottery import ledger
+from audio_lottery import ledger, verdicts
 from lab import plan
 
 
@@ -82,16 +82,16 @@ class Point:
         """rows less others, one a seed."""
         return [of_test(row, test)[key] - of_test(other, test)[key] for row, other in zip(self.rows, self.others)]
 
-    def verdict(self, test: str = "") -> lottery.Verdict:
+    def verdict(self, test: str = "") -> verdicts.Verdict:
         """rows against others, seeds pooled; of one seed against its dense round, the ledger's own."""
         rows, others = ([of_test(row, test) for row in part] for part in (self.rows, self.others))
         if len(rows) == 1 and self.others[0]["round"] == 0:
-            return lottery.Verdict(rows[0]["verdict"], *rows[0]["interval"])
+            return verdicts.Verdict(rows[0]["verdict"], *rows[0]["interval"])
         words = rows[0]["test_words"]
         if any(row["test_words"] != words for row in rows + others):
             raise lottery.LotteryError("runs on other test utterances cannot be compared (same data, other words)")
         errors = ([row["test_errors"] for row in part] for part in (rows, others))
-        return lottery.verdict(*errors, words, self.margin)
+        return verdicts.verdict(*errors, words, self.margin)
 
     def empty_layers(self) -> list[str]:
         """Layers without a weight, in any seed."""
@@ -106,7 +106,8 @@ class Point:
 OPEN = ("seed", "sparsity", "rounds", "dense", "ticket_sha256", "init_sha256")
 # Values of settings that a configuration does not name, and the paper's prune rate; names of methods leave them out.
 PLAIN = {"control": None, "ticket": None, "ticket_weights": "rewind", "init": None, "rewind_step": 0}
-PLAIN |= {"prune_rate": 0.2, "block": [1, 1], "scope": "global", "min_remaining": 0.0, "snr": None, "test_snr": None}
+PLAIN |= {"prune_rate": 0.2, "block": [1, 1], "scope": "global", "min_remaining": 0.0, "keep_dense": [], "snr": None}
+PLAIN |= {"test_snr": None}
 
 
 @dataclass

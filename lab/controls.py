@@ -10,6 +10,7 @@ data order:
     dense-small            no mask: a narrower network with at most as many parameters
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,12 +118,14 @@ def adopt(model: nn.Module, state: lottery.State, same_tokens: bool, path: Path)
     return found, renewed
 
 
-def masks_for(source: Source, number: int, model: nn.Module, renewed: list[str]) -> lottery.Masks:
-    """The source's masks of a round for this model, the `renewed` layers whole.
+def masks_for(
+    source: Source, number: int, model: nn.Module, renewed: list[str], exclude: Sequence[str] = ()
+) -> lottery.Masks:
+    """The source's masks of a round for this model, the `renewed` layers whole; of those in `exclude` there are none.
 
     Raises LotteryError if any other layer is not of the same shape.
     """
-    shapes = {name: weight.shape for name, weight in lottery.prunable(model).items()}
+    shapes = {name: weight.shape for name, weight in lottery.prunable(model, exclude).items()}
     there = {name: mask for name, mask in source.masks[number].items() if name not in renewed}
     for name in sorted((shapes.keys() - renewed) | there.keys()):
         if name not in there or shapes.get(name) != there[name].shape:
@@ -132,7 +135,7 @@ def masks_for(source: Source, number: int, model: nn.Module, renewed: list[str])
 
 def check_source(
     source: Source, rounds: list[int], model: nn.Module, tokens: list[str], *,
-    control: str | None, weights: str, backbone: str, size: str,
+    control: str | None, weights: str, backbone: str, size: str, exclude: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Raise LotteryError, before anything is trained, unless the source's weights and masks are of this network.
 
@@ -140,7 +143,7 @@ def check_source(
     """
     _, renewed = adopt(model, source.state(weights), source.tokens == tokens, source.path)
     for number in filter(None, rounds):
-        masks = masks_for(source, number, model, renewed)
+        masks = masks_for(source, number, model, renewed, exclude)
         if control == "dense-small":
             small_sizes(backbone, size, len(tokens), parameters_left(model, masks))
 
@@ -207,20 +210,21 @@ def small_sizes(backbone: str, size: str, tokens: int, most: int) -> dict:
 
 def ticket_of_round(
     source: Source, number: int, model: nn.Module, tokens: list[str], pruning: lottery.Pruning, seed: int, *,
-    control: str | None, weights: str, backbone: str, size: str,
+    control: str | None, weights: str, backbone: str, size: str, exclude: Sequence[str] = (),
 ) -> tuple[lottery.Ticket, dict, list[str]]:  # fmt: skip
     """What round `number` trains, rewound and ready; what its row says of its origin; the layers made new.
 
     model: a network as theta_0 of this run; dense-small has its own instead. weights: "rewind" or "trained".
+    exclude: what the run keeps dense.
     """
     device = next(model.parameters()).device
     start, renewed = adopt(model, source.state(weights), source.tokens == tokens, source.path)
-    masks = {name: mask.to(device) for name, mask in masks_for(source, number, model, renewed).items()}
+    masks = {name: mask.to(device) for name, mask in masks_for(source, number, model, renewed, exclude).items()}
     about = {"source_mask_sha256": lottery.sha256(source.masks[number])}
     if control == "dense-small":
         everything, total = sum(p.numel() for p in model.parameters()), sum(mask.numel() for mask in masks.values())
         sizes = small_sizes(backbone, size, len(tokens), parameters_left(model, masks))
-        ticket = lottery.Ticket(fresh(backbone, sizes, len(tokens), seed, number, device))
+        ticket = lottery.Ticket(fresh(backbone, sizes, len(tokens), seed, number, device), exclude=exclude)
         ticket.round = number
         about |= {"sizes": sizes, "total": total, "remaining": ticket.kept / total}
         about["remaining_all"] = sum(p.numel() for p in ticket.model.parameters()) / everything
@@ -230,7 +234,7 @@ def ticket_of_round(
     if control == "random-init":
         sizes = models.BACKBONES[backbone].SIZES[size]
         start = lottery.copy_state(fresh(backbone, sizes, len(tokens), seed, number, device))
-    ticket = lottery.Ticket(model, pruning=pruning)
+    ticket = lottery.Ticket(model, pruning=pruning, exclude=exclude)
     ticket.round, ticket.masks, ticket.rewind_state = number, masks, start
     ticket.rewind()
     return ticket, about, renewed

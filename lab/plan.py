@@ -33,9 +33,9 @@ def multiply_adds(backbone: str, sizes: dict | None = None, kept: dict[str, int]
     """
     uses, weights = _uses_and_weights(backbone, json.dumps(sizes or models.BACKBONES[backbone].SIZES["paper"]))
     kept = weights if kept is None else kept
-    if kept.keys() != uses.keys():
+    if not kept or kept.keys() - uses.keys():
         raise lottery.LotteryError(f"{backbone} has the prunable layers {', '.join(uses)}, not {', '.join(kept)}")
-    return sum(uses[name] * kept[name] for name in uses) / SECONDS
+    return sum(uses[name] * kept.get(name, weights[name]) for name in uses) / SECONDS  # no count: kept dense
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import lottery
-from audio_lottery import files
+from audio_lottery import files, verdicts
 from audio_lottery.console import Parser, fail
 from lab import plan
 from lab.compare import Method, Point, Run, compared, load, merge, of_test, rivals
@@ -30,7 +30,7 @@ def cells(row: dict) -> list[str]:
     """A ledger row under COLUMNS."""
     shares = [f"{row[key]:.1%}" for key in ("remaining", "remaining_all")]
     rates = [f"{row[key]:.3f}" for key in ("valid_wer", "test_wer", "test_cer")]
-    against = str(lottery.Verdict(row["verdict"], *row["interval"])) if row["round"] else "-"
+    against = str(verdicts.Verdict(row["verdict"], *row["interval"])) if row["round"] else "-"
     return [str(row["round"]), *shares, *rates, f"{row['seconds']:.0f}", against]
 
 

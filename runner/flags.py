@@ -129,6 +129,8 @@ class Flag:
         return not self.with_ticket and (self.identity in IN_CONFIG or self.name in controls.PATHS)
 
     def written(self, value) -> str:
+        if self.count and isinstance(value, (list, tuple)):
+            return " ".join(map(str, value))
         return self.between.join(f"{v}" for v in value) if self.between else str(value)
 
 
@@ -191,6 +193,8 @@ TABLE = (
          absent="global", masks=True, help="rank weights over all layers, within each layer, or by their LAMP score"),
     Flag("min_remaining", PRUNE, "changed", float, default=0.0, rule="at least 0, below 1", metavar="SHARE",
          masks=True, help="share of its weights that every layer keeps at least"),
+    Flag("keep_dense", PRUNE, "changed", str, default=(), otherwise="none", count="+", metavar="NAME", masks=True,
+         help="layers or weights that are not pruned, by name or pattern, e.g. output 'encoder.*'"),
 
     Flag("margin", TEST, "always", float, default=0.01, least=0, metavar="WER",
          help="word error rate (WER) that a matching ticket may lose"),
@@ -226,7 +230,9 @@ TABLE = (
 )  # fmt: skip
 
 NAMES = tuple(flag.name for flag in TABLE if flag.identity in IN_CONFIG)
-NOT_OF_DENSE = tuple(flag.name for flag in TABLE if flag.masks or flag.with_ticket)  # round 0 is the same without them
+NOT_OF_DENSE = tuple(  # round 0 is the same without them; but --keep-dense is in all of its counts
+    flag.name for flag in TABLE if (flag.masks or flag.with_ticket) and flag.name != "keep_dense"
+)
 DECODING = tuple(flag.name for flag in TABLE if flag.part_of == "lm")
 
 
@@ -401,7 +407,8 @@ def check_ticket(p: Parser, args: argparse.Namespace) -> None:
     for flag in TABLE:
         there = p.get_default(flag.name)
         if flag.masks and getattr(args, flag.name) != there:
-            p.error(f"{flag.option} is {flag.written(there)} in {args.ticket}, whose masks were made so: leave it out")
+            told = flag.written(there) or "not given"
+            p.error(f"{flag.option} is {told} in {args.ticket}, whose masks were made so: leave it out")
     there = args.source.masks
     if not there:
         p.error(f"--ticket {args.ticket}: it has no ticket: nothing in it is pruned yet")
@@ -490,7 +497,7 @@ def command_line(config: dict) -> list[str]:
     argv = []
     for flag in TABLE:
         value = config.get(flag.name, flag.when_absent)
-        if flag.name not in NAMES or value is None or (flag.name == "batch_size" and config["batch_seconds"]):
+        if flag.name not in NAMES or value in (None, ()) or (flag.name == "batch_size" and config["batch_seconds"]):
             continue
         if isinstance(value, bool):
             argv.append(flag.option if value else flag.option.replace("--", "--no-", 1))

@@ -103,7 +103,7 @@ class Checkpointer:
         model, tensors = ticket.model, {}
         for process, states in enumerate(generators):
             tensors |= {f"generator/{process}/{name}": state for name, state in states.items()}
-        tensors |= {f"model/{name}": value for name, value in model.state_dict().items()}
+        tensors |= {f"model/{name}": value for name, value in lottery.state_of(model).items()}
         tensors |= {f"best/{name}": value for name, value in at.best.items()}
         tensors |= {f"mask/{name}": files.pack_bits(mask) for name, mask in ticket.masks.items()}
         for name, parameter in model.named_parameters():
@@ -162,7 +162,7 @@ class Checkpoint:
         ticket.start_sha256 = about["start"]
         if self.has_rewind_state:
             ticket.rewind_state = {name: value.to(device) for name, value in self.rewind_state.items()}
-        ticket.model.load_state_dict(self.part("model"))
+        lottery.load_state(ticket.model, self.part("model"))
         return about["parent"]
 
     def restore(self, model: torch.nn.Module, optimizer, schedule, device: str) -> Progress:

@@ -57,7 +57,7 @@ def prepare(there: Recorded) -> tuple[settings.Setting, lottery.Ticket]:
     if args.source:
         setting, ticket, _ = settings.ticket_of(setting, there.number)
         return setting, ticket
-    ticket = lottery.Ticket(setting.model, args.rewind_step, args.pruning)
+    ticket = lottery.Ticket(setting.model, args.rewind_step, args.pruning, args.keep_dense)
     if there.number:
         ticket.round = there.number
         state, _ = files.read_sealed(there.run / "rewind.safetensors", "rewind state")
@@ -73,7 +73,7 @@ def found(there: Recorded, ticket: lottery.Ticket, at: Progress) -> dict:
     values = {
         "rewind_sha256": lottery.sha256(ticket.rewind_state),
         "start_sha256": ticket.start_sha256,
-        "last_sha256": lottery.sha256(ticket.model.state_dict()),
+        "last_sha256": lottery.sha256(lottery.state_of(ticket.model)),
         "trained_sha256": lottery.sha256(at.best),
         "valid_wer": ledger.best_epoch(at.valid_wers)[0],
     }

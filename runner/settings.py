@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import platform
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,9 +31,9 @@ IN_MEMORY = 8e9  # bytes of recordings whose features are kept in memory, at mos
 def code_sha256() -> str:
     """Hash of the sources that decide a result."""
     names = (
-        "lottery", "models", "data", "train", "audio_lottery/files", "audio_lottery/ledger", "runner/flags",
-        "runner/recipes", "runner/settings", "runner/folder", "runner/cache", "runner/processes", "lab/controls",
-        "lab/corpora", "lab/decode", "lab/noise",
+        "lottery", "models", "data", "train", "audio_lottery/files", "audio_lottery/ledger", "audio_lottery/verdicts",
+        "runner/flags", "runner/recipes", "runner/settings", "runner/folder", "runner/cache", "runner/processes",
+        "lab/controls", "lab/corpora", "lab/decode", "lab/noise",
     )  # fmt: skip
     sources = [HERE / f"{name}.py" for name in names] + sorted((HERE / "csrc").rglob("*.*"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
@@ -101,15 +102,16 @@ def prepare(args: argparse.Namespace) -> Setting:
         start_from(args.init, model, tokens)
     if args.source:  # of another network: refused before anything is trained
         what = {"control": args.control, "weights": args.ticket_weights, "backbone": args.backbone, "size": args.size}
+        what |= {"exclude": args.keep_dense}
         controls.check_source(args.source, args.rounds, model, tokens, **what)
     config = flags.configuration(args) | {"data_sha256": data.corpus_sha256(utterances, hashes_of(utterances, cache))}
     config |= {"ticket_sha256": args.source.identity(args.rounds, args.ticket_weights)} if args.source else {}
-    config |= {"init_sha256": lottery.sha256(model.state_dict())} if args.init else {}
+    config |= {"init_sha256": lottery.sha256(lottery.state_of(model))} if args.init else {}
     noise = Noise(args.noise, args.snr, args.test_snr or ()) if args.noise else None
     config |= {"noise_sha256": noise.sha256} if noise else {}
     dense = dense_of(args, config)
     config |= {"dense": ledger.row_hash(dense)} if dense else {}
-    ticket = lottery.Ticket(model, pruning=args.pruning)
+    ticket = ticket_for(model, args)
     counts = lottery.kept_counts(ticket.kept_units, args.sparsity, args.prune_rate)
     if not args.source:
         lottery.check_least(ticket, counts[-1])
@@ -149,7 +151,7 @@ def start_from(path: Path, model: torch.nn.Module, tokens: list[str]) -> None:
     """Put a ticket's trained weights into the model, as theta_0."""
     file = files.load_ticket(path)
     state, renewed = controls.adopt(model, file.trained, file.info.get("tokens") == tokens, path)
-    model.load_state_dict(state)
+    lottery.load_state(model, state)
     said = f"; made new, for other tokens: {', '.join(renewed)}" if renewed else ""
     removed = sum(int((~mask).sum()) for mask in file.masks.values())
     print(f"theta_0: the trained weights of {path}{f', {removed:,} of them 0' if removed else ''}{said}")
@@ -179,15 +181,24 @@ def dense_of(args: argparse.Namespace, config: dict) -> dict | None:
     return None
 
 
+def ticket_for(model: torch.nn.Module, args: argparse.Namespace) -> lottery.Ticket:
+    """A ticket of this model, nothing pruned yet. Raises LotteryError naming --keep-dense if nothing bears the name."""
+    try:
+        return lottery.Ticket(model, pruning=args.pruning, exclude=args.keep_dense)
+    except lottery.LotteryError as error:
+        raise lottery.LotteryError(re.sub("^exclude ", "--keep-dense ", str(error))) from None
+
+
 def ticket_of(setting: Setting, number: int) -> tuple[Setting, lottery.Ticket, dict]:
     """The ticket of --ticket's round `number`, or its control, ready to be trained; the setting with its model; what
     its row says of its origin."""
     args, model = setting.args, setting.model
     if number == 0:
-        return setting, lottery.Ticket(model), {}
+        return setting, lottery.Ticket(model, exclude=args.keep_dense), {}
     ticket, about, renewed = controls.ticket_of_round(
         args.source, number, model, setting.tokens, args.pruning, args.seed,
         control=args.control, weights=args.ticket_weights, backbone=args.backbone, size=args.size,
+        exclude=args.keep_dense,
     )  # fmt: skip
     if renewed:
         print(f"  round {number}: made new and not pruned, for other tokens: {', '.join(renewed)}", flush=True)

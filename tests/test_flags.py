@@ -64,7 +64,7 @@ def again(config: dict, monkeypatch) -> dict:
 
 def test_each_flag_stands_once():
     names = [flag.name for flag in flags.TABLE]
-    assert len(names) == len(set(names)) == 46
+    assert len(names) == len(set(names)) == 47
     groups = list(dict.fromkeys(flag.group for flag in flags.TABLE))
     assert groups == [flags.TRAIN, flags.DATA, flags.PRUNE, flags.TEST, flags.MACHINE]
     fields = {field.name for field in dataclasses.fields(recipes.Recipe)}
@@ -76,12 +76,22 @@ def test_what_makes_the_identity():
         kind: [flag.name for flag in flags.TABLE if flag.identity == kind] for kind in ("recipe", "changed", "machine")
     }
     assert by["recipe"] == ["epochs", "batch_size", "batch_seconds", "accumulate", "lr", "seconds", "amp"]
-    changed = ["rounds", "ticket_weights", "control", "block", "scope", "min_remaining", "snr", "test_snr"]
+    changed = [
+        "rounds",
+        "ticket_weights",
+        "control",
+        "block",
+        "scope",
+        "min_remaining",
+        "keep_dense",
+        "snr",
+        "test_snr",
+    ]
     assert by["changed"] == changed
     assert by["machine"] == ["init", "ticket", "dense", "data", "lm", "noise", "device", "threads", "cache"]
     assert flags.DECODING == ("beam", "lm_weight", "word_score")
     masks = ["sparsity", "prune_rate", "rewind_step", "block", "scope", "min_remaining"]
-    assert [flag.name for flag in flags.TABLE if flag.masks] == masks
+    assert [flag.name for flag in flags.TABLE if flag.masks] == [*masks, "keep_dense"]
     assert [flag.name for flag in flags.TABLE if flag.with_ticket] == WITH_TICKET
     assert flags.NOT_OF_DENSE == (*WITH_TICKET, *masks)
 
@@ -112,6 +122,7 @@ def test_the_configuration_without_flags():
         (["--block", "1x4"], {"block": [1, 4], "scope": "lamp"}),
         (["--block", "8x1", "--scope", "global"], {"block": [8, 1]}),
         (["--scope", "layer", "--min-remaining", ".1"], {"scope": "layer", "min_remaining": 0.1}),
+        (["--keep-dense", "output", "encoder.*"], {"keep_dense": ["output", "encoder.*"]}),
         (["--noise", "x", "--snr", "-5:10"], {"snr": [-5.0, 10.0]}),
         (["--noise", "x", "--test-snr", "20,-0,-5"], {"test_snr": [20.0, 0.0, -5.0]}),
         (["--batch-seconds", "60", "--accumulate", "4"], {"batch_seconds": 60.0, "accumulate": 4}),

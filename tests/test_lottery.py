@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.prune import random_unstructured
 
 import lottery
-from audio_lottery import counting, files
 
 NAN, INF = float("nan"), float("inf")
 
@@ -405,155 +405,442 @@ def test_scope_names_every_parameter_and_why_not():
         lottery.prunable(nn.LayerNorm(3))
 
 
-# ---------------------------------------------------------------------------- verdict
+@pytest.mark.parametrize(
+    "layer, names",
+    [
+        (lambda: nn.utils.weight_norm(nn.Linear(4, 3)), ("weight_g", "weight_v")),
+        (lambda: nn.utils.weight_norm(nn.LSTM(4, 3), "weight_hh_l0"), ("weight_hh_l0_g", "weight_hh_l0_v")),
+        (lambda: nn.utils.spectral_norm(nn.Conv1d(4, 3, 2)), ("weight_orig",)),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), ("original0", "original1")),
+        (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)), ("original",)),
+        (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(4, 3)), ("original",)),
+        (lambda: random_unstructured(nn.Linear(4, 3), "weight", 0.5), ("weight_orig",)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_reparametrised_weights_are_named_and_left_alone(layer, names):
+    """A 0 in v is no 0 in g * v / |v|, and a row of them is NaN: they stay whole, and the rest is pruned."""
+    model = nn.Sequential(layer())
+    rows = {row.name: row.verdict for row in lottery.scope(model)}
+    for name in names:
+        (verdict,) = [verdict for path, verdict in rows.items() if path.split(".")[-1] == name]
+        assert verdict.startswith("reparametrised: the layer computes its weight from this")
+    if not isinstance(model[0], nn.LSTM):
+        with pytest.raises(lottery.LotteryError, match=r"no weight to prune .*: 0\..* is reparametrised"):
+            lottery.Ticket(model)
+    model.append(nn.Linear(3, 4, bias=False))
+    for found in lottery.find_ticket(model, lambda ticket: ticket.hold(), lambda m: {}, sparsity=0.7):
+        assert "1.weight" in found.row["kept_per_layer"]
+        assert all(name.split(".")[-1] not in names for name in found.row["kept_per_layer"])
+    assert all(value.isfinite().all() for value in lottery.state_of(model).values())
 
 
-def test_verdict_words():
-    words = [10] * 50
-    worse, better = [3] * 50, [1] * 50
-    assert lottery.verdict(better, worse, words) == ("winning", -0.2, -0.2)
-    assert lottery.verdict(worse, better, words) == ("worse", 0.2, 0.2)
-    assert lottery.verdict(worse, worse, words) == ("matching", 0, 0)
-    mixed = lottery.verdict([0, 4] * 25, [2] * 50, words)
-    assert mixed.word == "undecided" and mixed.low < 0 < mixed.high
-    # the interval of a difference of +-2 errors in 10 words over 50 utterances: 1.96 * 0.2 / sqrt(50) = 0.055
-    assert mixed.high == pytest.approx(0.055, abs=0.008)
-    assert lottery.verdict([0, 4] * 25, [2] * 50, words, margin=0.1).word == "matching"
+# ---------------------------------------------------------------------------- exclude
 
 
-def test_verdict_pools_seeds_and_pairs_utterances():
-    words = [10] * 50
-    seeds = lottery.verdict([[1] * 50, [3] * 50], [[2] * 50, [2] * 50], words)
-    assert seeds == ("matching", 0, 0)
-    with pytest.raises(lottery.LotteryError, match="a paired test needs the same utterances"):
-        lottery.verdict([1] * 49, [1] * 50, words)
+def test_what_is_excluded_is_listed_and_stays_whole():
+    model = nn.Sequential()
+    model.encoder, model.output = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4)), nn.Linear(4, 6)
+    for exclude, gone in (
+        ("output", {"output.weight"}),
+        (["output.weight"], {"output.weight"}),
+        (["encoder.1"], {"encoder.1.weight_ih_l0", "encoder.1.weight_hh_l0"}),
+        (["*_hh_*", "output"], {"encoder.1.weight_hh_l0", "output.weight"}),
+        (["encoder.*", "encoder.0"], {"encoder.0.weight", "encoder.1.weight_ih_l0", "encoder.1.weight_hh_l0"}),
+    ):
+        rows = {row.name: row.verdict for row in lottery.scope(model, exclude)}
+        assert {name for name, verdict in rows.items() if verdict.startswith("excluded by")} == gone
+        assert lottery.prunable(model, exclude).keys() == lottery.prunable(model).keys() - gone
+    assert dict((r.name, r.verdict) for r in lottery.scope(model, ["out*"]))["output.weight"] == "excluded by 'out*'"
+    before = model.output.weight.detach().clone()
+    for found in lottery.find_ticket(
+        model, lambda ticket: ticket.hold(), lambda m: {}, sparsity=0.5, exclude=["output"]
+    ):
+        assert found.row["total"] == 16 + 128 and "output.weight" not in found.row["kept_per_layer"]
+    assert found.row["kept"] == 72 and torch.equal(model.output.weight, before)
+    assert found.row["remaining_all"] == pytest.approx((72 + 24 + 6 + 4 + 32) / (144 + 24 + 6 + 4 + 32))
 
 
-# ---------------------------------------------------------------------------- ticket files
+def test_a_tied_weight_is_excluded_by_any_of_its_names():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    with pytest.raises(lottery.LotteryError, match=r"no weight to prune .*: 0.weight is excluded by '1'"):
+        lottery.prunable(model, ["1"])
 
 
-def ticket_file(path):
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(7, 3), nn.BatchNorm1d(3))
+@pytest.mark.parametrize("exclude", [["b"], ["nothing.*", "a"], ["a.bias"], ["c"]])
+def test_a_pattern_that_matches_nothing_is_refused(exclude):
+    model = Toy()
+    model.c = nn.Embedding(3, 3)
+    wrong = next((p for p in exclude if p not in ("a", "b")), None)
+    if wrong is None:
+        assert lottery.Ticket(model, exclude=exclude).masks.keys() == {"a.weight"}
+        return
+    with pytest.raises(lottery.LotteryError, match=rf"exclude '{wrong}' matches no weight that would be pruned"):
+        next(lottery.find_ticket(model, train_toy, lambda m: {}, sparsity=0.5, exclude=exclude))
+
+
+# ---------------------------------------------------------------------------- modes
+
+
+def test_each_round_begins_in_the_mode_of_round_0():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout())
+    model[1].eval()  # frozen statistics
+    modes = []
+
+    def train(ticket):
+        modes.append([module.training for module in ticket.model.modules()])
+        ticket.model.train()
+
+    for _ in lottery.find_ticket(model, train, lambda m: m.eval() and {}, sparsity=0.5):
+        model.eval()
+    assert modes == [[True, True, False, True]] * 4
+
+
+# ---------------------------------------------------------------------------- the weights are the model's
+
+
+def assign(model):
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+
+
+def replace(model):
+    model.a = nn.Linear(3, 2)
+
+
+def remove(model):
+    del model.a
+
+
+@pytest.mark.parametrize("change", [assign, replace, remove])
+@pytest.mark.parametrize("where", ["before hold", "after hold", "in evaluate"])
+def test_replaced_weights_are_found_out(change, where):
+    def train(ticket):
+        if ticket.round and where == "before hold":
+            change(ticket.model)
+        ticket.hold()
+        if ticket.round and where == "after hold":
+            change(ticket.model)
+
+    def evaluate(model):
+        if where == "in evaluate":
+            change(model)
+        return {}
+
+    rounds = lottery.find_ticket(Toy(), train, evaluate, sparsity=0.5)
+    next(rounds)
+    with pytest.raises(
+        lottery.LotteryError, match=r"a.weight is another tensor in the model now than the ticket holds"
+    ):
+        next(rounds)
+
+
+def test_a_weight_that_comes_later_is_found_out():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
     ticket = lottery.Ticket(model)
     ticket.prune(5)
-    ticket.rewind()
-    files.save_ticket(path, ticket.masks, ticket.rewind_state, model.state_dict(), {"tokens": ["é"]})
-    return ticket, model
+    model[1].weight = nn.Parameter(torch.ones(3, 3))
+    ticket.hold()
+    for check in (ticket.rewind, lambda: lottery.finish(ticket, None)):
+        with pytest.raises(lottery.LotteryError, match=r"1.weight was not in the model when the ticket was made"):
+            check()
 
 
-def test_a_ticket_comes_back_bit_for_bit(tmp_path):
-    ticket, model = ticket_file(tmp_path / "t.safetensors")
-    masks, rewind, trained, info = files.load_ticket(tmp_path / "t.safetensors")
-    assert info == {"tokens": ["é"]} and lottery.sha256(masks) == lottery.sha256(ticket.masks)
-    assert torch.equal(rewind["0.weight"], ticket.rewind_state["0.weight"] * masks["0.weight"])
-    assert set(trained) == set(model.state_dict())
-    for name, value in model.state_dict().items():
-        assert torch.equal(trained[name], value)
-    assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]  # no temporary file left
+# ---------------------------------------------------------------------------- what evaluate and train return
 
 
-def test_broken_ticket_files_are_refused(tmp_path):
-    path = tmp_path / "t.safetensors"
-    _, model = ticket_file(path)
-    whole = path.read_bytes()
-    with pytest.raises(lottery.LotteryError, match=r"missing.safetensors: cannot read the ticket \(No such file"):
-        files.load_ticket(tmp_path / "missing.safetensors")
-    for broken in (b"", whole[:20], whole[:-1], whole[:-1] + b"x", whole + b"x", whole.replace(b"tokens", b"tokers")):
-        path.write_bytes(broken)
-        with pytest.raises(lottery.LotteryError, match=r"t.safetensors: not a whole ticket: "):
-            files.load_ticket(path)
-    files.write_sealed(path, "checkpoint", {}, {})
-    with pytest.raises(lottery.LotteryError, match="it is a checkpoint of format"):
-        files.load_ticket(path)
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        ({"kept": 3, "round": 99}, "evaluate returned 'kept', which the row has already"),
+        ({"parent_sha256": ""}, "evaluate returned 'parent_sha256', which the row has"),
+        (None, "evaluate must return a dict of what to add to the row, got NoneType"),
+        (0.5, "evaluate must return a dict of what to add to the row, got float"),
+    ],
+)
+def test_what_evaluate_returns_overwrites_nothing(returned, message):
+    with pytest.raises(lottery.LotteryError, match=message):
+        next(lottery.find_ticket(Toy(), train_toy, lambda m: returned, sparsity=0.5))
 
 
-def test_a_ticket_sealed_again_with_other_metadata_is_refused(tmp_path):
-    path = tmp_path / "t.safetensors"
-    ticket_file(path)
-    tensors, about = files.read_sealed(path, "ticket")
-    edits = [{k: v for k, v in about.items() if k != gone} for gone in ("shapes", "mask_sha256", "info")]
-    edits += [about | {"shapes": [1]}, about | {"shapes": {"0.weight": [-1, 7]}}, about | {"mask_sha256": {}}]
-    for edited in edits:
-        fields = {k: v for k, v in edited.items() if k not in ("format", "kind")}
-        files.write_sealed(path, "ticket", tensors, fields)
-        with pytest.raises(lottery.LotteryError, match=r"t.safetensors: "):
-            files.load_ticket(path)
-    fields = {k: v for k, v in about.items() if k not in ("format", "kind")}
-    files.write_sealed(path, "ticket", tensors | {"noslash": torch.zeros(1)}, fields)
-    with pytest.raises(lottery.LotteryError, match=r"t.safetensors: "):
-        files.load_ticket(path)
+def test_what_is_no_function_is_refused_before_training():
+    def train(ticket):
+        raise AssertionError("trained")
+
+    with pytest.raises(lottery.LotteryError, match=r"train and evaluate must be functions, got .* and \{\}"):
+        next(lottery.find_ticket(Toy(), train, {}, sparsity=0.5))
+    with pytest.raises(lottery.LotteryError, match=r"train must return a state_dict or None, got float"):
+        next(lottery.find_ticket(Toy(), lambda ticket: 0.5, lambda m: {}, sparsity=0.5))
 
 
-def test_a_ticket_is_for_its_model(tmp_path):
-    path = tmp_path / "t.safetensors"
-    _, model = ticket_file(path)
-    assert files.load_ticket(path, model).info == {"tokens": ["é"]}
-    for other in (nn.Sequential(nn.Linear(7, 4), nn.BatchNorm1d(4)), nn.Sequential(nn.Linear(7, 3)), nn.Linear(7, 3)):
-        with pytest.raises(lottery.LotteryError, match="are not"):
-            files.load_ticket(path, other)
+def test_a_search_goes_on_in_a_round_of_its_own_alone():
+    def resume(ticket):
+        ticket.prune(7)
+        ticket.round = 1
+        return ""
+
+    with pytest.raises(lottery.LotteryError, match=r"round 1 keeps 7, the search has rounds of \[10, 8, 6, 5\]"):
+        next(lottery.find_ticket(Toy(), train_toy, lambda m: {}, sparsity=0.5, resume=resume))
 
 
-def test_a_ticket_without_its_rewind_state_is_small(tmp_path):
+# ---------------------------------------------------------------------------- state
+
+
+class Counting(nn.Module):
+    """A weight, and buffers that a state_dict leaves out: a count, rebound at each call, and a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("mask", torch.full((2,), -INF), persistent=False)
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return self.linear(x)
+
+
+def test_buffers_that_a_state_dict_leaves_out_are_rewound_and_hashed():
+    model, hashes = Counting(), []
+    assert "calls" not in model.state_dict() and lottery.state_of(model)["calls"] is model.calls
+
+    def train(ticket):
+        assert int(ticket.model.calls) == 0
+        hashes.append(ticket.start_sha256)
+        ticket.model(torch.zeros(1, 4))
+        if ticket.round == 1:
+            ticket.model(torch.zeros(1, 4))
+        ticket.hold()
+
+    rows = [found.row for found in lottery.find_ticket(model, train, lambda m: {}, sparsity=0.4)]
+    assert int(model.calls) == 1 and len(rows) == 3
+    state = lottery.copy_state(model)
+    assert lottery.sha256(state) == rows[2]["last_sha256"] == rows[2]["trained_sha256"]
+    state["calls"] += 1
+    assert lottery.sha256(state) != rows[2]["last_sha256"]
+    assert rows[0]["rewind_sha256"] == hashes[0] == rows[0]["start_sha256"]
+    lottery.load_state(model, state)
+    assert int(model.calls) == 2
+    lottery.load_state(model, model.state_dict())  # without them: they stay
+    assert int(model.calls) == 2
+
+
+def test_hashes_of_models_without_such_buffers_are_what_they_were():
+    assert lottery.Ticket(Toy()).start_sha256 == "1182c2cead361fb680d09bd8ed46535cd7bd57a00199ae61e2ddb7e7876e3bc8"
+    model = nn.Sequential(nn.LSTM(3, 2), nn.BatchNorm1d(3))
+    for parameter in model.parameters():
+        parameter.data.fill_(0.5)
+    assert lottery.Ticket(model).start_sha256 == "851e88b7f7f9c2c21172b3b33bae9d1e7b292ce84ec1e18f3646aa5e116ab319"
+    model[0].weight_hh_l0 = nn.Parameter(torch.zeros(8, 2))
+    model.append(nn.LSTM(3, 2))
+    model[2].weight_hh_l0 = model[0].weight_hh_l0  # both names count, as in a state_dict
+    assert lottery.state_of(model).keys() == model.state_dict().keys()
+    assert lottery.sha256(lottery.state_of(model)) == lottery.sha256(model.state_dict())
+
+
+def test_buffers_may_grow():
+    class Growing(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.register_buffer("seen", torch.tensor([]))
+
+    model = Growing()
+
+    def train(ticket):
+        assert model.seen.shape == (0,)
+        model.seen.resize_(3).fill_(7)
+
+    for found in lottery.find_ticket(model, train, lambda m: {"seen": m.seen.tolist()}, sparsity=0.5):
+        assert found.row["seen"] == [7, 7, 7]
+
+
+def test_hashing_has_no_side_effect():
+    model = Toy()
+    model.register_buffer("seen", torch.zeros(2))
+    lottery.Ticket(model)
+    for tensor in lottery.state_of(model).values():
+        assert tensor.untyped_storage().resizable()
+    model.seen.resize_(9)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_prepared_for_quantisation_is_pruned():
+    quantization = torch.ao.quantization
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    model = quantization.prepare_qat(model)
+
+    def train(ticket):
+        optimizer = torch.optim.SGD(ticket.model.parameters(), 0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            ticket.model(torch.randn(3, 6)).square().sum().backward()
+            ticket.hold()
+            optimizer.step()
+            ticket.stepped()
+
+    rows = [found.row for found in lottery.find_ticket(model, train, lambda m: m.eval() and {}, sparsity=0.4)]
+    assert [row["kept"] for row in rows] == [40, 32, 26, 24] and len({row["rewind_sha256"] for row in rows}) == 1
+
+
+# ---------------------------------------------------------------------------- models that are refused
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self):
+        return {"step": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def lazy():
+    return nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(2))
+
+
+def quantised():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 4))
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+
+def sparse():
+    model = Toy()
+    model.register_buffer("edges", torch.eye(3).to_sparse())
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: nn.Sequential(Extra(3, 3)), r"0._extra_state is state, but neither a parameter nor a buffer"),
+        (quantised, r"0._packed_params.* is state, but neither a parameter nor a buffer"),
+        (lazy, r"1.(bias|weight) has no shape yet: run the model once"),
+        (sparse, "edges is quantised, sparse or on the meta device"),
+        (lambda: Toy().to("meta"), "a.weight is quantised, sparse or on the meta device"),
+        (
+            lambda: Toy().to(torch.complex64),
+            "a.weight must be float32, bfloat16, float16 or float64, got torch.complex64",
+        ),
+    ],
+)
+def test_models_that_cannot_be_rewound_are_refused_by_name(make, message):
+    with pytest.raises(lottery.LotteryError, match=message):
+        lottery.Ticket(make())
+
+
+def test_a_state_dict_that_leaves_out_frozen_parts():
+    class Adapter(nn.Sequential):
+        def state_dict(self, *args, **kwargs):
+            return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name[0] != "0"}
+
+    model = Adapter(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 2))
+    for found in lottery.find_ticket(
+        model, lambda ticket: ticket.hold() or copy.deepcopy(ticket.model.state_dict()), lambda m: {}, sparsity=0.5
+    ):
+        assert found.ticket.rewind_state.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert found.row["kept"] == 12 and int((model[0].weight != 0).sum()) == found.row["kept_per_layer"]["0.weight"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s | {"c.weight": torch.ones(1)}, "c.weight is not in the model: it is of another model"),
+        (lambda s: {"a.weight": s["a.weight"]}, "a.bias is not in the state: it is of another model"),
+        (
+            lambda s: s | {"a.bias": torch.ones(3)},
+            r"a.bias is torch.float32 \[3\] in the state, torch.float32 \[2\] in",
+        ),
+        (lambda s: s | {"b.bias": torch.ones(1).double()}, r"b.bias is torch.float64 \[1\] in the state"),
+    ],
+)
+def test_states_of_other_models_are_refused_by_name(change, message):
+    model = Toy()
+    with pytest.raises(lottery.LotteryError, match=message):
+        lottery.load_state(model, change(lottery.copy_state(model)))
+
+
+REFERENCE = lottery.Ops(
+    lottery.reference_hold_ticket_,
+    lottery.reference_global_magnitude_masks,
+    lottery.reference_block_norms,
+    False,
+    "here",
+)
+
+
+@pytest.mark.parametrize("ops", [REFERENCE, lottery.ops], ids=["reference", "chosen"])
+def test_dtypes_may_be_mixed_on_every_path(monkeypatch, ops):
+    monkeypatch.setattr(lottery, "ops", ops)
+    model = Toy()
+    model.b.to(torch.bfloat16)
+
+    def train(ticket):
+        ticket.model.a.weight.grad = torch.ones_like(ticket.model.a.weight)
+        ticket.model.b.weight.grad = torch.ones_like(ticket.model.b.weight)
+        ticket.hold()
+
+    for found in lottery.find_ticket(model, train, lambda m: {}, sparsity=0.5):
+        masks = found.ticket.masks
+    assert torch.equal(masks["a.weight"], bits([0, 0, 0], [0, 0, 1])) and masks["b.weight"].all()
+    assert model.b.weight.dtype == torch.bfloat16
+
+
+def test_the_start_line_says_what_is_true_for_the_device():
+    ops = lottery.Ops(None, None, None, True, "compiled C++ (AVX2, OpenMP)", {"cpu"})
+    assert ops.path_on("cpu") == "compiled C++ (AVX2, OpenMP)"
+    assert ops.path_on("cuda:1") == ("pure PyTorch on cuda:1: this build is compiled C++ (AVX2, OpenMP), for cpu alone")
+    assert ops._replace(devices={"cpu", "cuda"}).path_on("cuda") == "compiled C++ (AVX2, OpenMP)"
+    assert REFERENCE.path_on("cuda") == "here"
+    assert lottery.ops.path_on("cpu") == lottery.ops.path
+
+
+# ---------------------------------------------------------------------------- optimizers that move zeros
+
+
+def search_with(optimizer_of, after_step):
+    """Two rounds of a small network; optimizer_of(model) is asked anew in each round."""
     torch.manual_seed(0)
-    model = nn.Linear(1000, 1000)
-    ticket = lottery.Ticket(model)
-    ticket.prune(100_000)
-    ticket.rewind()
-    files.save_ticket(tmp_path / "t", ticket.masks, None, model.state_dict(), {})
-    assert files.load_ticket(tmp_path / "t").rewind is None
-    assert (tmp_path / "t").stat().st_size <= 0.14 * 4 * sum(p.numel() for p in model.parameters())
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 4, bias=False))
+    x, y = torch.randn(16, 8), torch.randn(16, 4)
+
+    def train(ticket):
+        optimizer = optimizer_of(ticket.model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(ticket.model(x), y).backward()
+            ticket.hold()
+            optimizer.step()
+            if after_step:
+                ticket.after_step()
+            ticket.stepped()
+
+    for found in lottery.find_ticket(model, train, lambda m: {}, sparsity=0.5):
+        zeros = sum(int((w == 0).sum()) for w in found.ticket.weights.values())
+        assert zeros == 96 - found.row["kept"]
+    return found.row["kept"]
 
 
-def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    path = tmp_path / "t"
-    files.write_atomically(path, b"old")
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        files.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["t"]
+def muon(model):
+    return torch.optim.Muon(model.parameters(), lr=0.02)
 
 
-def test_masks_as_bits():
-    for n in (0, 1, 7, 8, 9, 1000):
-        mask = torch.rand(n) < 0.5
-        assert len(files.pack_bits(mask)) == (n + 7) // 8 and torch.equal(
-            files.unpack_bits(files.pack_bits(mask), [n]), mask
-        )
-    for packed, shape in ((torch.tensor([255], dtype=torch.uint8), [7]), (torch.zeros(2, dtype=torch.uint8), [8])):
-        with pytest.raises(ValueError, match="bytes of mask for the shape"):
-            files.unpack_bits(packed, shape)
+def reused_adamw():
+    """One optimizer for all rounds: the momentum of the round before moves weights whose gradient is 0."""
+    made = []
+
+    def optimizer_of(model):
+        made.append(made[0] if made else torch.optim.AdamW(model.parameters(), lr=0.02))
+        return made[0]
+
+    return optimizer_of
 
 
-def test_weight_uses_in_attention_and_packed_sequences():
-    """Attention calls its output layer without a forward of it; a packed batch of 3 and 2 steps has 5, not 6."""
-    model = nn.Sequential()
-    model.attention, model.lstm = nn.MultiheadAttention(4, 2, batch_first=True), nn.LSTM(4, 3, batch_first=True)
-    x = torch.zeros(2, 3, 4)
-
-    def call():
-        model.attention(x, x, x)
-        model.lstm(nn.utils.rnn.pack_padded_sequence(x, torch.tensor([3, 2]), batch_first=True))
-
-    uses = counting.weight_uses(model, call)
-    assert uses["attention.in_proj_weight"] == uses["attention.out_proj.weight"] == 6
-    assert uses["lstm.weight_ih_l0"] == uses["lstm.weight_hh_l0"] == 5
-
-
-def test_weight_uses_by_hand():
-    model = nn.Sequential()
-    model.conv, model.linear = nn.Conv1d(2, 3, 4, stride=2), nn.Linear(3, 5)
-    model.lstm, model.both = nn.LSTM(3, 6, batch_first=True), nn.LSTM(6, 2, bidirectional=True, batch_first=True)
-
-    def call():
-        x = model.conv(torch.zeros(2, 2, 12)).transpose(1, 2)  # (2, 5, 3): (12 - 4) // 2 + 1 = 5 frames
-        model.linear(x[:, :4])
-        model.both(model.lstm(x)[0])
-
-    uses = counting.weight_uses(model, call)
-    assert uses.pop("conv.weight") == 10 and uses.pop("linear.weight") == 8
-    assert set(uses.values()) == {10} and len(uses) == 2 + 4  # recurrent weights: each of 5 steps of 2 utterances
+@pytest.mark.parametrize("optimizer_of", [lambda: muon, reused_adamw], ids=["Muon", "reused AdamW"])
+def test_optimizers_that_move_zeros(optimizer_of):
+    with pytest.raises(
+        lottery.LotteryError, match=r"a pruned weight is not 0: hold\(\) was not .* call after_step\(\) too"
+    ):
+        search_with(optimizer_of(), after_step=False)
+    assert search_with(optimizer_of(), after_step=True) == 48

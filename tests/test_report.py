@@ -8,7 +8,7 @@ import torch
 
 import lottery
 import models
-from audio_lottery import ledger
+from audio_lottery import ledger, verdicts
 from lab import compare, plan, report
 
 with torch.device("meta"):
@@ -21,7 +21,7 @@ ROUND_0 = [4, 4, 4, 4]  # errors: dense WER 16 / 40
 
 @functools.cache
 def verdict(errors, dense):
-    return lottery.verdict(errors, dense, WORDS)
+    return verdicts.verdict(errors, dense, WORDS)
 
 
 def write_run(

@@ -15,7 +15,7 @@ import torch
 
 import lottery
 import train
-from audio_lottery import files, ledger
+from audio_lottery import files, ledger, verdicts
 from runner import folder
 
 ROOT = Path(train.__file__).parent
@@ -240,7 +240,7 @@ def test_retraining_finds_a_consistent_forgery(copy_of_run):
     """Other errors with the rates and verdicts that follow from them: only training again can tell."""
     rows = ledger.read_ledger(copy_of_run / "ledger.jsonl")
     errors = [0] * len(rows[2]["test_errors"])
-    found = lottery.verdict(errors, rows[0]["test_errors"], rows[2]["test_words"])
+    found = verdicts.verdict(errors, rows[0]["test_errors"], rows[2]["test_words"])
     changes = {"test_errors": errors, "test_wer": 0.0, "verdict": found.word, "interval": [found.low, found.high]}
     forge(copy_of_run, 2, **changes)
     assert not any(wrong for _, wrong in ledger.verify(copy_of_run))
