@@ -311,7 +311,7 @@ class Fresh:
 
     utterance: Utterance
     kind: str
-    shape: tuple[int, int]  # (T, F), T exact, or from the header of the file and not above what is decoded
+    shape: tuple[int, int]  # (T, F)
     waveform: Tensor | None = None  # (N,), if it is kept in memory
     mix: Callable[[Tensor], Tensor] | None = None  # what becomes of the waveform before
 
@@ -448,7 +448,8 @@ class Epoch(torch.utils.data.Dataset):
     All is decided here, from (seed, epoch) alone, so that an epoch is the same whatever ran before it and whoever
     reads the features. An item is a Batch: this process's share, or one utterance that counts for nothing where the
     batch has fewer utterances than there are processes.
-    batch_size: utterances a process; with batch_seconds, instead, seconds a process, padding counted.
+    batch_size: utterances a process; with batch_seconds, instead, seconds a process at most, padding counted; an
+    utterance that is longer has its process for itself.
     mix(waveform, seed=, epoch=, index=), index into examples: what becomes of each waveform (N,) before its features.
     """
 
@@ -461,10 +462,10 @@ class Epoch(torch.utils.data.Dataset):
         self.mix = mix and functools.partial(mix, seed=seed, epoch=epoch)
         rng = np.random.default_rng([seed, epoch])
         # Jittered by up to 10 % before sorting: similar lengths meet, the same utterances do not always.
-        lengths = np.array([example.frames for example in examples]) * rng.uniform(0.9, 1.1, len(examples))
-        order = np.argsort(lengths, kind="stable")
+        lengths = np.array([example.frames for example in examples])
+        order = np.argsort(lengths * rng.uniform(0.9, 1.1, len(examples)), kind="stable")
         if batch_seconds:
-            chunks = _chunks_of_frames(order, lengths, 100 * batch_seconds * processes)
+            chunks = _chunks_of_frames(order, lengths, 100 * batch_seconds, processes)
         else:
             size = batch_size * processes
             chunks = [order[i : i + size] for i in range(0, len(order), size)]
@@ -505,13 +506,15 @@ class Epoch(torch.utils.data.Dataset):
         yield from in_parallel(torch.utils.data.Subset(self, range(first, len(self))), workers=workers)
 
 
-def _chunks_of_frames(order: np.ndarray, lengths: np.ndarray, frames: float) -> list[np.ndarray]:
-    """Cut `order` (shortest first) where the longest times the count would exceed `frames`."""
-    cuts, start = [], 0
-    for place in range(len(order)):
-        if place > start and lengths[order[place]] * (place - start + 1) > frames:
+def _chunks_of_frames(order: np.ndarray, lengths: np.ndarray, frames: float, processes: int) -> list[np.ndarray]:
+    """Cut `order` where a process's share, the longest times its count, would exceed `frames`."""
+    cuts, start, longest = [], 0, 0
+    for place, length in enumerate(lengths[order].tolist()):
+        longest = max(longest, length)
+        share = -(-(place - start + 1) // processes)  # utterances of the process that has most
+        if share > 1 and share * longest > frames:
             cuts.append(place)
-            start = place
+            start, longest = place, length
     return np.split(order, cuts)
 
 

@@ -59,9 +59,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
-        """As argparse does, but `--snr -5:10` means `--snr=-5:10`: what starts like a number is no flag."""
+        """As argparse does, but `--snr -5:10` means `--snr=-5:10`: what starts like a number is no flag.
+
+        An empty argument is refused: no name or value is, and as a path it would be the current folder.
+        """
         joined: list[str] = []
         for word in sys.argv[1:] if args is None else args:
+            if not word or re.fullmatch("--[^=]+=", word):
+                before = word[:-1] or (joined[-1] if joined and joined[-1].startswith("--") else "")
+                self.error(f"{before}: an empty argument" if before else "an empty argument ('')")
             if joined and re.match(r"-\.?\d", word) and re.fullmatch(r"--[^=]+", joined[-1]):
                 joined[-1] += f"={word}"
             else:
