@@ -195,12 +195,11 @@ class Cache:
 
     def shards(self, utterances: list[Utterance], kind: str) -> list[tuple[Path, list[Utterance]]]:
         hashes = self.hash_files([u.audio for u in utterances])
-        steps = (load_audio, data.to_sample_rate, FEATURES[kind], data.normalize, features_of)
-        code = [inspect.getsource(step) for step in steps] + [torchaudio.__version__, soundfile.__libsndfile_version__]
+        code = [inspect.getsource(data), torchaudio.__version__, soundfile.__libsndfile_version__]
         found = []
         for start in range(0, len(utterances), self.SHARD):
             part = utterances[start : start + self.SHARD]
-            key = json.dumps([FORMAT, code, [[hashes[u.audio], u.offset, u.duration] for u in part]])
+            key = json.dumps([FORMAT, kind, code, [[hashes[u.audio], u.offset, u.duration] for u in part]])
             found.append((self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors", part))
         return found
 
