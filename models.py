@@ -66,10 +66,13 @@ def on_rows(layer, x: Tensor, rows: Tensor) -> Tensor:
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch norm of (N, C) or (N, C, L). Where torch.distributed runs, its statistics are of all processes together.
+    """Batch norm of (N, C) or (N, C, L). Where torch.distributed runs, its statistics are of all processes together,
+    less those that do not count (count_in_statistics).
 
     torch's SyncBatchNorm is that for CUDA alone.
     """
+
+    counted = True  # does this process's batch count?
 
     def forward(self, x: Tensor) -> Tensor:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -77,15 +80,26 @@ class BatchNorm(nn.BatchNorm1d):
             return super().forward(x)
         add_up = torch.distributed.nn.functional.all_reduce  # the sum over processes, in backward() too
         values = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).movedim(1, -1)  # (..., C)
-        sums = add_up(torch.cat([values.flatten(0, -2).sum(0), values.new_tensor([x[:, 0].numel()])]))
+        weight = float(self.counted)
+        sums = add_up(weight * torch.cat([values.flatten(0, -2).sum(0), values.new_tensor([x[:, 0].numel()])]))
         n, mean = sums[-1], sums[:-1] / sums[-1]
-        variance = add_up((values - mean).square().flatten(0, -2).sum(0)) / n
+        variance = add_up(weight * (values - mean).square().flatten(0, -2).sum(0)) / n
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * n / (n - 1), self.momentum)
         normal = (values - mean) * (variance + self.eps).rsqrt()
         return (normal * self.weight + self.bias).movedim(-1, 1).to(x.dtype)
+
+
+def count_in_statistics(model: nn.Module, counted: bool) -> None:
+    """Whether batch norm counts the frames that this process trains on next, where several processes train.
+
+    Not those of an utterance that only stands in for an empty share of a batch.
+    """
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.counted = counted
 
 
 def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import data
 import lottery
+import models
 from audio_lottery import files, ledger, verdicts
 from audio_lottery.console import fail
 from lab import plan, report
@@ -100,7 +101,7 @@ class Corpus:
             for split, snr in itertools.product(list(self.tests), noise.test_snr):
                 count, name = len(setting.utterances[split]), f"{split} at {snr:g} dB"
                 mixes = [functools.partial(noise.for_test, snr=snr, index=i) for i in range(count)]
-                self.tests[name] = self.examples(split, name, mixes=mixes)
+                self.tests[name] = self.examples(split, name, mixes=mixes, clean=self.tests[split])
 
     def examples(self, split: str, name: str, **how) -> list[data.Example]:
         setting, kind, progress = self.setting, self.setting.model.features, f"features of {name}"
@@ -221,6 +222,7 @@ def add_gradients(setting: Setting, epoch: data.Epoch, parts: range, batches: It
     """Forward and backward over the batches `parts` of the epoch, which make up one step, as the next of `batches`.
 
     Gradients are of the mean loss over all of their utterances, in all processes. Returns the sum of this one's losses.
+    A process without a share of a batch takes part with an utterance that weighs 0, in the loss and in batch norm.
     """
     device, loss_of = setting.args.device, setting.loss
     utterances, total = sum(len(epoch.chunks[i]) for i in parts), 0.0
@@ -230,6 +232,7 @@ def add_gradients(setting: Setting, epoch: data.Epoch, parts: range, batches: It
         at.waited += time.monotonic() - asked
         batch = batch.to(device)
         with contextlib.nullcontext() if i == parts[-1] else processes.without_averaging(loss_of):
+            models.count_in_statistics(setting.model, epoch.weight(i) > 0)
             with torch.autocast(device, torch.bfloat16, enabled=setting.args.recipe.amp):
                 loss = loss_of(batch.features, batch.input_lengths, batch.targets, batch.target_lengths)
             # a mean over this batch's share; DistributedDataParallel divides by the number of processes
@@ -309,14 +312,8 @@ class Rounds:
 
     def train(self, ticket: lottery.Ticket) -> lottery.State:
         """What lottery.find_ticket asks for."""
-        number, masks = ticket.round, lottery.sha256(ticket.masks)
-        self.checkpointer.parent = self.rows[number - 1]["mask_sha256"] if number else masks
-        hashes = processes.gather((masks, ticket.start_sha256))
-        if len(set(hashes)) > 1:
-            raise lottery.LotteryError(f"round {number}: the processes have other masks or weights: {hashes}")
-        self.say_empty(ticket)
-        checkpoint = self.of_round(number)
-        at = train_round(ticket, self.corpus, self.setting, self.checkpointer, checkpoint, self.board)
+        number = ticket.round
+        at = self.train_one(ticket, self.setting, self.rows[number - 1]["mask_sha256"] if number else None)
         self.trained = number, at
         return at.best
 
@@ -333,15 +330,23 @@ class Rounds:
         for number in setting.rounds[first:]:
             lottery.load_state(setting.model, theta_0)
             here, ticket, about = settings.ticket_of(setting, number)
-            checkpoint = self.of_round(number)
-            if checkpoint:
+            if checkpoint := self.of_round(number):
                 checkpoint.resume(ticket)
-            self.checkpointer.parent = ""
-            self.say_empty(ticket)
-            at = train_round(ticket, self.corpus, here, self.checkpointer, checkpoint, self.board)
+            at = self.train_one(ticket, here, "")
             _, row = lottery.finish(ticket, at.best)
             row |= about | results(here, self.corpus, at, self.rows[0] if number else None)
             yield lottery.Found(ticket, row)
+
+    def train_one(self, ticket: lottery.Ticket, setting: Setting, parent: str | None) -> Progress:
+        """A round's training, from its checkpoint on if there is one. parent: hash of the round before's masks; None:
+        this one's. Raises LotteryError unless all processes have the same masks and weights to start from."""
+        masks = lottery.sha256(ticket.masks)
+        hashes = processes.gather((masks, ticket.start_sha256))
+        if len(set(hashes)) > 1:
+            raise lottery.LotteryError(f"round {ticket.round}: the processes have other masks or weights: {hashes}")
+        self.checkpointer.parent = masks if parent is None else parent
+        self.say_empty(ticket)
+        return train_round(ticket, self.corpus, setting, self.checkpointer, self.of_round(ticket.round), self.board)
 
     def say_empty(self, ticket: lottery.Ticket) -> None:
         """Name the layers that lost their last weight in this round."""

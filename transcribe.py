@@ -1,18 +1,23 @@
 """Transcribe audio with a ticket: text on stdout, a line a file.
 
-    python transcribe.py runs/NAME/ticket.safetensors recording.flac folder/ --json
+    python transcribe.py runs/NAME recording.flac folder/ manifest.jsonl --json
 
 What is longer than --piece is cut into pieces that overlap, each recognised by itself; their words are joined in the
-widest pause in the middle half of the overlap.
+widest pause in the middle half of the overlap. A piece is dropped as soon as it is recognised, so that of a recording
+nothing but its words is kept.
 """
 
 import argparse
+import array
+import collections
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,12 +30,15 @@ import data
 import lottery
 import models
 from audio_lottery import compress, files
-from audio_lottery.console import Parser, fail
+from audio_lottery.console import Parser, fail, printable
 from lab import decode, streaming
+from lab.pieces import Word, join, pieces_of, words_of
 from models import Emission
 from runner.flags import check_beam
 
 BATCH = 8  # pieces
+PIECE = 20  # seconds, by default
+MANIFESTS = (".jsonl", ".json")
 
 
 def parser() -> Parser:
@@ -39,12 +47,14 @@ def parser() -> Parser:
         description="Transcribe audio with a ticket: text on stdout, a line a file.",
     )  # fmt: skip
     add = p.add_argument
-    add("ticket", type=Path, metavar="TICKET", help="ticket.safetensors of a run")
-    add("audio", nargs="*", metavar="AUDIO", help="files, folders, or - for a manifest on stdin, paths from here")
+    add("ticket", type=Path, metavar="TICKET", help="ticket.safetensors of a run, or the run's folder")
+    audio = "files, folders, manifests (.jsonl, .json), or - for a manifest on stdin, paths from here"
+    add("audio", nargs="*", metavar="AUDIO", help=audio)
     add("--json", action="store_true", help="an object a line: words, their seconds, confidence")
+    add("--names", action="store_true", help="put the file's name and a tab before each line of text")
     add("--dense", action="store_true", help="plain products, zeros multiplied, for comparison")
     add("--values", choices=["float32", "bfloat16", "int8"], help="of sparse weights (default: float32)")
-    add("--piece", type=float, default=20.0, metavar="S", help="longest audio recognised at once (default: 20)")
+    add("--piece", type=float, default=float(PIECE), metavar="S", help="longest audio recognised at once (default: 20)")
     add("--overlap", type=float, default=4.0, metavar="S", help="of two pieces of a longer file (default: 4)")
     add("--normalize", choices=["utterance", "running"], help="features by a whole piece's statistics, or as --stream")
     add("--calibrate", type=Path, metavar="AUDIO", help="file or folder whose statistics the running ones begin with")
@@ -60,9 +70,11 @@ def parser() -> Parser:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = parser()
-    args = p.parse_args(argv)
+    args = p.parse_intermixed_args(argv)  # flags may stand between TICKET and AUDIO
     if bool(args.export) == bool(args.audio):
         p.error("give AUDIO (files, folders or -), or --export FILE.onnx without AUDIO")
+    if args.names and args.json:
+        p.error("--names is of lines of text: with --json each line has its audio_filepath")
     if args.dense and args.values:
         p.error("--values is of sparse weights, and --dense has none")
     if not 0.1 <= args.overlap <= args.piece - 0.1 < math.inf:
@@ -81,8 +93,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------- what is asked for
 
 
+def check_order(args: argparse.Namespace) -> None:
+    """Raise LotteryError if an AUDIO is the ticket, and TICKET is none."""
+    for name in () if sealed(args.ticket) else args.audio:
+        if sealed(Path(name)):
+            raise lottery.LotteryError(f"{args.ticket} is no ticket, and {name} is one: TICKET comes first, then AUDIO")
+
+
+def sealed(path: Path) -> bool:
+    """Does it begin as a ticket does? (A recording may be too long to be read whole.)"""
+    try:
+        with open(files.ticket_path(path), "rb") as file:
+            return files.SEAL in file.read(1024)
+    except (OSError, ValueError):
+        return False
+
+
 def load(path: Path) -> tuple[nn.Module, files.TicketFile]:
-    """The model of a ticket with its trained weights, for evaluation. Raises LotteryError naming the file."""
+    """The model of a ticket with its trained weights, for evaluation. path: of its file or its run folder.
+
+    Raises LotteryError naming the file.
+    """
     file = files.load_ticket(path)
     try:
         model = models.of(file.info)
@@ -94,78 +125,30 @@ def load(path: Path) -> tuple[nn.Module, files.TicketFile]:
 
 
 def sources(audio: list[str]) -> Iterator[data.Utterance]:
-    """The recordings meant by files, folders (recordings in them) and - (a manifest on stdin)."""
+    """The recordings meant by files, folders (recordings in them), manifests and - (a manifest on stdin)."""
     for name in audio:
+        path = Path(name)
         if name == "-":
-            for _, row in data.manifest_rows(sys.stdin.buffer.read(), "stdin"):
-                yield data.Utterance(Path(row["audio_filepath"]), "", "", row["offset"], row["duration"])
-        elif Path(name).is_dir():
-            found = data.recordings(Path(name))
+            yield from of_manifest(sys.stdin.buffer.read(), "stdin", Path())
+        elif path.is_dir():
+            found = data.recordings(path)
             if not found:
                 raise data.DataError(f"{name}: no recording in it (by their endings: {' '.join(sorted(data.AUDIO))})")
             yield from (data.Utterance(path, "") for path in found)
+        elif path.suffix.lower() in MANIFESTS:
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise data.DataError(f"{name}: cannot read the manifest ({error.strerror})") from None
+            yield from of_manifest(content, name, path.parent)
         else:
-            yield data.Utterance(Path(name), "")
+            yield data.Utterance(path, "")
 
 
-# ---------------------------------------------------------------------------- words
-
-
-class Word(NamedTuple):
-    word: str
-    start: float  # seconds
-    end: float
-    confidence: float  # the lowest probability among its tokens
-
-
-def words_of(emissions: Iterable[Emission], tokens: list[str], frame: float, offset: float = 0.0) -> list[Word]:
-    """The words that the tokens spell. frame: seconds; offset: seconds, of frame 0."""
-    words, spelled = [], None
-    for emission in emissions:
-        for character in tokens[emission.token].replace(data.SPACE, " "):
-            if character.isspace():
-                spelled = None
-            elif spelled is None:
-                spelled = [character, emission.start, emission.end, emission.probability]
-                words.append(spelled)
-            else:
-                spelled[0] += character
-                spelled[2:] = emission.end, min(spelled[3], emission.probability)
-    return [Word(text, offset + start * frame, offset + end * frame, p) for text, start, end, p in words]
-
-
-def cut(samples: int, piece: int, overlap: int) -> list[tuple[int, int]]:
-    """Start and end of each piece."""
-    step = piece - overlap
-    count = 1 + max(0, -(-(samples - piece) // step))
-    return [(i * step, min(i * step + piece, samples)) for i in range(count)]
-
-
-def seam(words: list[Word], low: float, high: float) -> float:
-    """Where to join pieces that overlap from low to high: the middle of the widest pause in the overlap's middle half.
-
-    words: of both pieces. Without a pause, the overlap's middle.
-    """
-    low, high = low + (high - low) / 4, high - (high - low) / 4
-    widest, at, spoken = 0.0, (low + high) / 2, low
-    for start, end in [*sorted((word.start, word.end) for word in words), (high, high)]:
-        if min(start, high) - spoken > widest:
-            widest, at = min(start, high) - spoken, (min(start, high) + spoken) / 2
-        spoken = max(spoken, end)
-    return at
-
-
-def join(pieces: list[tuple[float, float, list[Word]]]) -> list[Word]:
-    """Start, end and words of each piece of a recording -> its words, those in the overlaps once."""
-    (_, before, words), *others = pieces
-    for start, end, more in others:
-        at = seam(words + more, start, before)
-        words = [word for word in words if word.start + word.end < 2 * at]
-        more = [word for word in more if word.start + word.end >= 2 * at]
-        if words and more and words[-1].word == more[0].word and more[0].start < words[-1].end:
-            more = more[1:]  # one word on both sides of a seam without a pause
-        words, before = words + more, end
-    return words
+def of_manifest(content: bytes, name: str, folder: Path) -> Iterator[data.Utterance]:
+    """The recordings of a manifest, whose paths are relative to the folder; its texts may be missing."""
+    for _, row in data.manifest_rows(content, name):
+        yield data.Utterance(folder / row["audio_filepath"], "", "", row["offset"], row["duration"])
 
 
 # ---------------------------------------------------------------------------- recognition
@@ -182,19 +165,26 @@ class Recogniser:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
+        check_order(args)
         self.model, self.ticket = load(args.ticket)
         self.backbone, self.tokens = self.ticket.info["backbone"], self.ticket.info["tokens"]
         self.frame = self.model.stride * data.FRAME_SECONDS
         self.seconds = 0.0  # of the network
         self.reading = 0.0  # seconds to decode audio and make features of it
-        self.ready, self.moments = False, None
-        if args.calibrate:
-            waveforms = (data.load_audio(recording.audio) for recording in sources([str(args.calibrate)]))
-            self.moments = streaming.Running.moments([data.FEATURES[self.model.features](w) for w in waveforms])
+        self.ready, self.moments = False, self.calibrated(args.calibrate) if args.calibrate else None
+
+    def calibrated(self, path: Path) -> Tensor:
+        """The moments (2, F) that the running statistics begin with: of the recordings that `path` means."""
+        sums, count = torch.zeros(1), 0
+        for recording in sources([str(path)]):
+            for _, samples in pieces_of(blocks_of(recording, PIECE), PIECE * data.SAMPLE_RATE, 0):
+                features = data.FEATURES[self.model.features](samples)
+                sums, count = sums + len(features) * streaming.Running.moments([features]), count + len(features)
+        return sums / count
 
     def prepare(self, run: Callable[[nn.Module], object]) -> None:
         """run: the use that layers are measured in."""
-        args, self.ready = self.args, True
+        args = self.args
         if not args.dense:
             started = time.monotonic()
             options = {"dtype": args.values or "float32"}
@@ -206,6 +196,7 @@ class Recogniser:
         if args.beam > 1 or args.lm:
             how = (args.beam, args.lm, args.lm_weight, args.word_score)
             self.emissions = decode.ctc_beam(self.model, self.tokens, *how, words=())
+        self.ready = True
 
     def features(self, waveform: Tensor, path: Path) -> Tensor:
         """(N,) -> (T, F). Raises DataError naming the file if they are not finite."""
@@ -215,19 +206,39 @@ class Recogniser:
             return finite(streaming.Running(self.moments).push(features, last=True), path)
         return finite(data.normalize(features), path)
 
-    def recognise(self, features: list[Tensor]) -> list[list[Emission]]:
-        """What is in each of some (T, F)."""
-        found = []
-        for i in range(0, len(features), BATCH):
-            batch = features[i : i + BATCH]
-            padded = nn.utils.rnn.pad_sequence(batch, batch_first=True), torch.tensor([len(f) for f in batch])
-            with torch.inference_mode():
-                if not self.ready:
-                    self.prepare(lambda model: model.emissions(*padded))  # noqa: B023
+    def pieces(self, recording: data.Utterance) -> Iterator[tuple[int, int, Tensor]]:
+        """Where each piece of a recording starts and ends, in samples, and its features (T, F), as it is decoded."""
+        piece, overlap = (round(seconds * data.SAMPLE_RATE) for seconds in (self.args.piece, self.args.overlap))
+        found = pieces_of(blocks_of(recording, self.args.piece), piece, overlap)
+        with data.memory_for(name_of(recording)):
+            while True:
                 started = time.monotonic()
-                found += self.emissions(*padded)
-                self.seconds += time.monotonic() - started
+                start, samples = next(found, (0, None))
+                if samples is None:
+                    return
+                features = self.features(samples, recording.audio)
+                self.reading += time.monotonic() - started
+                yield start, start + len(samples), features
+
+    def recognise(self, features: list[Tensor]) -> list[list[Emission]]:
+        """What is in each of a batch of (T, F)."""
+        padded = nn.utils.rnn.pad_sequence(features, batch_first=True), torch.tensor([len(f) for f in features])
+        with torch.inference_mode():
+            if not self.ready:
+                self.prepare(lambda model: model.emissions(*padded))
+            started = time.monotonic()
+            found = self.emissions(*padded)
+            self.seconds += time.monotonic() - started
         return found
+
+
+def blocks_of(recording: data.Utterance, seconds: float) -> Iterator[Tensor]:
+    return data.audio_blocks(recording.audio, recording.offset, recording.duration, seconds)
+
+
+def name_of(recording: data.Utterance) -> str:
+    """The file and, of a segment, its seconds."""
+    return data.segment_name(recording.audio, recording.offset, recording.duration)
 
 
 class Transcript(NamedTuple):
@@ -236,59 +247,101 @@ class Transcript(NamedTuple):
     words: list[Word]
     error: str = ""
 
-    def line(self, as_json: bool) -> str:
+    def line(self, as_json: bool, names: bool = False) -> str:
+        """One line, whatever is in names and tokens: safe on a terminal and in UTF-8."""
         text = " ".join(word.word for word in self.words)
         if not as_json:
-            return text
+            return f"{printable(name_of(self.source))}\t{printable(text)}" if names else printable(text)
         row = {"audio_filepath": str(self.source.audio)}
         for key in ("offset", "duration"):
             if getattr(self.source, key) is not None:
                 row[key] = getattr(self.source, key)
         if self.error:
-            return json.dumps(row | {"error": self.error}, ensure_ascii=False)
+            return json_line(row | {"error": self.error})
         words = [w._replace(**{k: round(getattr(w, k), 3) for k in ("start", "end", "confidence")}) for w in self.words]
         confidence = round(sum(w.confidence for w in self.words) / len(self.words), 3) if self.words else None
         row |= {"duration": round(self.seconds, 3), "text": text, "confidence": confidence}
-        return json.dumps(row | {"words": [word._asdict() for word in words]}, ensure_ascii=False)
+        return json_line(row | {"words": [word._asdict() for word in words]})
+
+
+def json_line(row: dict) -> str:
+    """JSON in which all that is not printable() is written \\uXXXX. Half a surrogate pair, too, which is how a name
+    that is no UTF-8 is read back: os.fsencode() gives its bytes."""
+    escaped = lambda found: found[0] if printable(found[0]) == found[0] else json.dumps(found[0])[1:-1]  # noqa: E731
+    return re.sub(r"[^ -~]", escaped, json.dumps(row, ensure_ascii=False))
+
+
+@dataclass
+class Hearing:
+    """A recording of which some pieces are recognised already."""
+
+    source: data.Utterance
+    words: list[Word] = field(default_factory=list)
+    end: float = 0.0  # seconds, of what is in words
+    waiting: int = 0  # pieces that are decoded and not yet recognised
+    decoded: bool = False  # to its end
+    error: str = ""
+
+    def transcript(self) -> Transcript:
+        if self.error:
+            return Transcript(self.source, 0.0, [], self.error)
+        return Transcript(self.source, self.end, self.words)
+
+
+def hear(recogniser: Recogniser, batch: list[tuple[Hearing, int, int, Tensor]]) -> None:
+    """Recognise pieces (of a recording, from and to which sample, features) and drop them."""
+    try:
+        with data.memory_for(name_of(batch[0][0].source)):
+            found = recogniser.recognise([features for *_, features in batch])
+    except data.DataError as error:
+        if len(batch) > 1:  # each by itself takes less
+            for one in batch:
+                hear(recogniser, [one])
+        else:
+            batch[0][0].error, batch[0][0].waiting = str(error), batch[0][0].waiting - 1
+        return
+    for (hearing, start, end, _), emissions in zip(batch, found):
+        start, end = start / data.SAMPLE_RATE, end / data.SAMPLE_RATE
+        join(hearing.words, hearing.end, start, words_of(emissions, recogniser.tokens, recogniser.frame, start))
+        hearing.end, hearing.waiting = end, hearing.waiting - 1
 
 
 def transcripts(recogniser: Recogniser, recordings: Iterable[data.Utterance]) -> Iterator[Transcript]:
-    """In order. Recordings are taken together until they are a batch."""
-    size = [round(getattr(recogniser.args, flag) * data.SAMPLE_RATE) for flag in ("piece", "overlap")]
-    waiting = []  # (recording, seconds of audio, pieces [start, end] in samples, features of each, error)
+    """In order. Pieces are taken together until they are a batch, of whatever recordings they are."""
+    hearings, batch = collections.deque(), []
 
     def flush() -> Iterator[Transcript]:
-        found = iter(recogniser.recognise([f for *_, features, _ in waiting for f in features]))
-        for recording, seconds, pieces, _, error in waiting:
-            parts = []
-            for start, end in pieces:
-                start, end = start / data.SAMPLE_RATE, end / data.SAMPLE_RATE
-                parts.append((start, end, words_of(next(found), recogniser.tokens, recogniser.frame, start)))
-            yield Transcript(recording, seconds, join(parts) if parts else [], error)
-        waiting.clear()
+        if batch:
+            hear(recogniser, batch)
+            batch.clear()
+        while hearings and hearings[0].decoded and not hearings[0].waiting:
+            yield hearings.popleft().transcript()
 
     for recording in recordings:
-        started = time.monotonic()
+        hearings.append(hearing := Hearing(recording))
         try:
-            waveform = data.load_audio(recording.audio, recording.offset, recording.duration)
-            pieces = cut(len(waveform), *size)
-            features = [recogniser.features(waveform[start:end], recording.audio) for start, end in pieces]
-            waiting.append((recording, len(waveform) / data.SAMPLE_RATE, pieces, features, ""))
+            for start, end, features in recogniser.pieces(recording):
+                batch.append((hearing, start, end, features))
+                hearing.waiting += 1
+                if len(batch) == BATCH:
+                    yield from flush()
         except data.DataError as error:
-            waiting.append((recording, 0.0, [], [], str(error)))
-        recogniser.reading += time.monotonic() - started
-        if sum(len(features) for *_, features, _ in waiting) >= BATCH:
-            yield from flush()
+            hearing.error = str(error)
+        hearing.decoded = True
     yield from flush()
 
 
 # ---------------------------------------------------------------------------- streaming
 
 
-def chunks_of(audio: Tensor, samples: int) -> Iterator[tuple[Tensor, bool]]:
-    """(a chunk, whether it is the last one)."""
-    for start in range(0, len(audio), samples):
-        yield audio[start : start + samples], start + samples >= len(audio)
+def chunks_of(blocks: Iterable[Tensor], samples: int) -> Iterator[tuple[Tensor, bool]]:
+    """Blocks (N,) -> (a chunk, whether it is the last one)."""
+    before = None
+    for _, chunk in pieces_of(blocks, samples, 0):
+        if before is not None:
+            yield before, False
+        before = chunk
+    yield before, True
 
 
 def chunks_of_stdin(samples: int) -> Iterator[tuple[Tensor, bool]]:
@@ -312,36 +365,52 @@ def follow(
         yield found, len(samples), time.monotonic() - started
 
 
+class Speller:
+    """The text of tokens that come one after the other, with single spaces, as data.decode makes it of them all."""
+
+    def __init__(self, tokens: list[str]):
+        self.tokens, self.begun, self.space = tokens, False, ""
+
+    def push(self, emissions: list[Emission]) -> str:
+        """What is new. A space comes with the word behind it."""
+        new = self.space + "".join(self.tokens[emission.token] for emission in emissions).replace(data.SPACE, " ")
+        words = new.split()
+        self.space = new[-1:] if new[-1:].isspace() else ""
+        if not words:
+            return ""
+        before, self.begun = " " if self.begun and new[0].isspace() else "", True
+        return before + printable(" ".join(words))
+
+
 def streamed(
-    recogniser: Recogniser, recordings: Iterable[data.Utterance], latencies: list[float]
+    recogniser: Recogniser, recordings: Iterable[data.Utterance], latencies: "array.array[float]"
 ) -> Iterator[Transcript]:
     """As transcripts, but each recording in chunks, and without --json its text is printed as it comes."""
     args, size = recogniser.args, round(recogniser.args.chunk * data.SAMPLE_RATE)
     noise = torch.randn(2 * data.SAMPLE_RATE + size, generator=torch.Generator().manual_seed(0))
-    recogniser.prepare(lambda model: list(follow(model, chunks_of(noise, size), None)))
+    recogniser.prepare(lambda model: list(follow(model, chunks_of([noise], size), None)))
     for recording in recordings:
-        emissions, seconds, printed = [], 0.0, ""
+        emissions, seconds, speller = [], 0.0, Speller(recogniser.tokens)
+        if args.names:
+            print(f"{printable(name_of(recording))}\t", end="", flush=True)
         try:
-            if recording.audio == Path("-"):
-                chunks = chunks_of_stdin(size)
-            else:
-                waveform = data.load_audio(recording.audio, recording.offset, recording.duration)
-                chunks = chunks_of(waveform, size)
-            for new, samples, took in follow(recogniser.model, chunks, recogniser.moments, recording.audio):
-                emissions += new
-                seconds += samples / data.SAMPLE_RATE
-                latencies.append(took)
-                recogniser.seconds += took
-                if new and not args.json:
-                    text = data.decode([emission.token for emission in emissions], recogniser.tokens)
-                    print(text[len(printed) :], end="", flush=True)
-                    printed = text
+            stdin = recording.audio == Path("-")
+            chunks = chunks_of_stdin(size) if stdin else chunks_of(blocks_of(recording, PIECE), size)
+            with data.memory_for(name_of(recording)):
+                for new, samples, took in follow(recogniser.model, chunks, recogniser.moments, recording.audio):
+                    seconds += samples / data.SAMPLE_RATE
+                    latencies.append(took)
+                    recogniser.seconds += took
+                    if args.json:
+                        emissions += new
+                    elif new:
+                        print(speller.push(new), end="", flush=True)
             yield Transcript(recording, seconds, words_of(emissions, recogniser.tokens, recogniser.frame))
         except data.DataError as error:
             yield Transcript(recording, 0.0, [], str(error))
 
 
-def latency(model: models.Transducer, args: argparse.Namespace, latencies: list[float]) -> str:
+def latency(model: models.Transducer, args: argparse.Namespace, latencies: "array.array[float]") -> str:
     median, high, most = (1e3 * q for q in np.quantile(latencies, [0.5, 0.95, 1]))
     after = 10 * (model.window - 1) + 16 - 10 * model.stride
     return (
@@ -373,15 +442,16 @@ def run(args: argparse.Namespace) -> int:
         recordings = [data.Utterance(Path("-"), "")]
     else:
         recordings = list(sources(args.audio))
-    latencies: list[float] = []
+    latencies = array.array("d")
     found = streamed(recogniser, recordings, latencies) if args.stream else transcripts(recogniser, recordings)
     failed, seconds = 0, 0.0
     bar = tqdm(found, total=len(recordings), unit="file", leave=False, disable=True if args.stream else None)
     for transcript in bar:
         if transcript.error:
             failed += 1
-            bar.write(f"transcribe.py: {transcript.error}", file=sys.stderr)
-        bar.write("" if args.stream and not args.json else transcript.line(args.json), file=sys.stdout)
+            bar.write(f"transcribe.py: {printable(transcript.error)}", file=sys.stderr)
+        said = "" if args.stream and not args.json else transcript.line(args.json, args.names)
+        bar.write(said, file=sys.stdout)
         sys.stdout.flush()
         seconds += transcript.seconds
     if latencies:

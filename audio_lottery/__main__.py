@@ -18,17 +18,20 @@ def parser() -> Parser:
     command.add_argument("run", type=Path, metavar="RUN", help="run folder")
     command.set_defaults(function=verify)
     command = commands.add_parser("copy", help="copy a ticket, checked on the way")
-    command.add_argument("ticket", type=Path, metavar="TICKET")
+    command.add_argument("ticket", type=Path, metavar="TICKET", help="its file or its run folder")
     command.add_argument("new", type=Path, metavar="NEW")
     command.add_argument("--without-rewind", action="store_true", help="leave the rewind state out: half the size")
     command.set_defaults(function=copy)
     command = commands.add_parser("size", help="bytes by part beside the dense checkpoint, and what remains")
-    command.add_argument("ticket", type=Path, metavar="TICKET")
+    command.add_argument("ticket", type=Path, metavar="TICKET", help="its file or its run folder")
     command.set_defaults(function=size)
     return p
 
 
 def verify(args: argparse.Namespace) -> int:
+    if args.run.is_file():
+        why = "a ticket's own hash is checked whenever it is read, as by size"
+        raise LotteryError(f"{args.run}: is a file: verify wants the run folder, with config.json and ledger ({why})")
     if not args.run.is_dir():
         raise LotteryError(f"{args.run}: no such run folder")
     failed = False

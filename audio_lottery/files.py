@@ -45,12 +45,12 @@ def write_atomically(path: Path, content: bytes, suffix: str = ".tmp") -> None:
         os.close(folder)
 
 
-def _digest(content: bytes, at: int) -> str:
+def digest(content: bytes, at: int) -> str:
     """SHA-256 of content with the 64 digits at `at` as zeros."""
-    digest = hashlib.sha256(memoryview(content)[:at])
-    digest.update(b"0" * 64)
-    digest.update(memoryview(content)[at + 64 :])
-    return digest.hexdigest()
+    found = hashlib.sha256(memoryview(content)[:at])
+    found.update(b"0" * 64)
+    found.update(memoryview(content)[at + 64 :])
+    return found.hexdigest()
 
 
 def write_sealed(path: Path, kind: str, tensors: dict[str, Tensor], about: dict) -> None:
@@ -59,8 +59,8 @@ def write_sealed(path: Path, kind: str, tensors: dict[str, Tensor], about: dict)
     ready = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = safetensors.torch.save(ready, metadata)
     at = content.index(SEAL) + len(SEAL)
-    digest = _digest(content, at).encode()
-    write_atomically(path, content[:at] + digest + content[at + 64 :])
+    stated = digest(content, at).encode()
+    write_atomically(path, content[:at] + stated + content[at + 64 :])
 
 
 def read_sealed(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
@@ -71,7 +71,7 @@ def read_sealed(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
         raise LotteryError(f"{path}: cannot read the {kind} ({error.strerror})") from None
     try:
         at = content.index(SEAL) + len(SEAL)
-        if content[at : at + 64] != _digest(content, at).encode():
+        if content[at : at + 64] != digest(content, at).encode():
             raise ValueError("its content does not have the hash it states")
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         about = json.loads(header["__metadata__"]["about"][len("sha256:") + 65 :])
@@ -138,12 +138,19 @@ def save_ticket(path: Path, masks: Masks, rewind: State | None, trained: State, 
     write_sealed(path, "ticket", tensors, about)
 
 
+def ticket_path(path: Path) -> Path:
+    """The file of a ticket that is named by itself or by its run folder."""
+    return path / "ticket.safetensors" if path.is_dir() else path
+
+
 def load_ticket(path: Path, model: nn.Module | None = None) -> TicketFile:
     """Read and check a ticket: its hash, its masks' hashes and shapes, and, given a model, the model's scope.
 
+    path: of its file or of its run folder.
     A parameter with two names is masked under its first alone: hold the ticket after loading a state into such a model.
     Raises LotteryError, naming the file, for anything that is not a whole, finite ticket (for this model).
     """
+    path = ticket_path(path)
     tensors, about = read_sealed(path, "ticket")
     try:
         file = _ticket_of(path, tensors, about, dict(model.named_buffers()) if model else {})
@@ -221,14 +228,14 @@ def _ticket_of(path: Path, tensors: dict[str, Tensor], about: dict, buffers: Con
 
 
 def parts(path: Path, file: TicketFile) -> dict[str, int]:
-    """Bytes of each part of the ticket's file, in all as many as the file has."""
+    """Bytes of each part of the ticket's file (path, as for load_ticket), in all as many as the file has."""
     found = {"masks, as bits": sum((mask.numel() + 7) // 8 for mask in file.masks.values())}
     for what, state in (("trained", file.trained), ("rewind", file.rewind or {})):
         kept = {name: int(file.masks[name].sum()) if name in file.masks else v.numel() for name, v in state.items()}
         size = {name: count * state[name].element_size() for name, count in kept.items()}
         found[f"{what}: kept weights"] = sum(size[name] for name in size if name in file.masks)
         found[f"{what}: all else (biases, norms, ...)"] = sum(size[name] for name in size if name not in file.masks)
-    found["names, shapes, hashes, info"] = path.stat().st_size - sum(found.values())
+    found["names, shapes, hashes, info"] = ticket_path(path).stat().st_size - sum(found.values())
     return found
 
 

@@ -118,7 +118,7 @@ def of_ticket(path: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="lab.plan", description="What a ticket multiplies, by the second of audio.")
-    parser.add_argument("ticket", type=Path, metavar="TICKET", help="ticket.safetensors of a run")
+    parser.add_argument("ticket", type=Path, metavar="TICKET", help="ticket.safetensors of a run, or the run's folder")
     args = parser.parse_args(argv)
     try:
         print(of_ticket(args.ticket))

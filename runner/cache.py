@@ -1,6 +1,7 @@
 """Features for a run: kept in memory, kept in files, or computed anew each time; by several processes.
 
-Which features, and what they are made of, is data.features_of; here is where they are kept.
+Which features, and what they are made of, is data.features_of; here is where they are kept. Wherever that is, an
+utterance has as many frames and seconds as were decoded, so that an epoch has one order and one set of masks.
 """
 
 import contextlib
@@ -8,13 +9,14 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import os
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-import safetensors
+import numpy as np
 import safetensors.torch
 import soundfile
 import torch
@@ -22,7 +24,7 @@ import torchaudio
 from torch import Tensor
 
 import data
-from audio_lottery.files import write_atomically
+from audio_lottery.files import SEAL, digest, write_atomically
 from data import FEATURES, SAMPLE_RATE, DataError, Example, Fresh, Utterance, features_of, in_parallel, load_audio
 
 # ---------------------------------------------------------------------------- in memory, or computed anew
@@ -31,14 +33,15 @@ from data import FEATURES, SAMPLE_RATE, DataError, Example, Fresh, Utterance, fe
 def load_examples(
     utterances: list[Utterance], tokens: list[str], kind: str, progress: str = "",
     cache: "str | Cache" = "memory", workers: int = 0,
-    fresh: bool = False, mixes: list[Callable[[Tensor], Tensor]] | None = None,
+    fresh: bool = False, mixes: list[Callable[[Tensor], Tensor]] | None = None, clean: list[Example] | None = None,
 ) -> list[Example]:  # fmt: skip
-    """One Example an utterance, in order.
+    """One Example an utterance, in order. Every recording is decoded, or was when the cache was filled.
 
-    cache: "memory" keeps all features there; "none" computes them each time they are asked for; a Cache keeps them on
-    the disk. workers: processes that compute beside this one.
+    cache: "memory" keeps all features there; "none" computes them each time they are asked for, and keeps the lengths;
+    a Cache keeps them on the disk. workers: processes that compute beside this one.
     fresh: every source is Fresh, as Epoch's mix asks for; "memory" keeps the waveforms.
     mixes: for each utterance, what becomes of its waveform first. A Cache does not keep such features.
+    clean: the examples of these utterances without mixes, where they are there: their lengths are the same.
     """
     bins = FEATURES[kind](torch.zeros(1)).shape[1]
     if cache == "memory":
@@ -47,8 +50,13 @@ def load_examples(
         if fresh:
             found = ((Fresh(u, kind, (1 + len(w) // 160, bins), w), s) for u, (w, s) in zip(utterances, found))
     elif cache == "none" or mixes:
-        lengths = ((u, mix, *length(u)) for u, mix in zip(utterances, mixes or [None] * len(utterances)))
-        found = ((Fresh(u, kind, (frames, bins), mix=mix), seconds) for u, mix, frames, seconds in lengths)
+        lengths = (
+            ((e.frames, e.seconds) for e in clean) if clean else in_parallel(_Count(utterances), progress, workers)
+        )
+        found = (
+            (Fresh(u, kind, (frames, bins), mix=mix), seconds)
+            for u, mix, (frames, seconds) in zip(utterances, mixes or [None] * len(utterances), lengths)
+        )
     else:
         found = cache.features(utterances, kind, progress, workers)
         if fresh:
@@ -61,17 +69,25 @@ def load_examples(
 
 
 def length(utterance: Utterance) -> tuple[int, float]:
-    """Feature frames and seconds by the file's header: what is decoded is as long, or a little longer."""
-    try:
-        info = soundfile.info(utterance.audio)
-    except (soundfile.SoundFileError, OSError, RuntimeError) as error:
-        raise DataError(f"{utterance.audio}: cannot decode the audio ({str(error).strip()})") from None
-    samples = info.frames - 2 * 1152 * (info.format == "MP3")  # its header counts up to two frames too many
-    seconds = samples / info.samplerate - (utterance.offset or 0.0)
-    if utterance.offset is not None and utterance.duration is not None:
-        seconds = min(seconds, utterance.duration)
-    seconds = max(seconds, 1 / SAMPLE_RATE)
-    return 1 + int(seconds * SAMPLE_RATE) // 160, seconds
+    """Feature frames and seconds, by decoding it: a header may count up to two MP3 frames too many."""
+    samples = len(load_audio(utterance.audio, utterance.offset, utterance.duration))
+    return 1 + samples // 160, samples / SAMPLE_RATE
+
+
+class _Count(torch.utils.data.Dataset):
+    """The length of each utterance, or the DataError met (a worker must not raise it)."""
+
+    def __init__(self, utterances: list[Utterance]):
+        self.utterances = utterances
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def __getitem__(self, index: int) -> tuple[int, float] | DataError:
+        try:
+            return length(self.utterances[index])
+        except DataError as error:
+            return error
 
 
 class _Compute(torch.utils.data.Dataset):
@@ -98,38 +114,53 @@ class _Compute(torch.utils.data.Dataset):
 
 # ---------------------------------------------------------------------------- in files
 
+# A file of a cache is a safetensors file: "features" (rows, bins) float32, the utterances one behind the other, and a
+# header that states, sealed by its own SHA-256, frames, samples at 16 kHz and SHA-256 of the features of each. So the
+# seal is of every byte, and a start reads the headers alone.
+FORMAT = "features 1"
+
 
 @dataclass(frozen=True)
 class Stored:
-    """Features in a file of the cache: rows `start` to `start + frames` of it."""
+    """Features in a file of the cache: `shape` float32 values from byte `start` on."""
 
     path: Path
     start: int
     shape: tuple[int, int]  # (T, F)
-    crc32: int
+    sha256: bytes
 
     def read(self) -> Tensor:
-        """(T, F). Raises DataError, naming the file, if the bytes are not those that were written."""
+        """(T, F). Raises DataError, naming the file, if the bytes are not those that were written.
+
+        Read, not mapped: a file that is cut while it is in use must not end the process (SIGBUS).
+        """
+        features = np.empty(self.shape, np.float32)
         try:
-            features = _opened(self.path).get_slice("features")[self.start : self.start + self.shape[0]]
-        except (OSError, safetensors.SafetensorError) as error:
-            raise DataError(f"{self.path}: cannot read the cached features ({error})") from None
-        if zlib.crc32(features.contiguous().numpy()) != self.crc32:
-            raise DataError(f"{self.path}: damaged: delete it, and it is computed again")
-        return features
+            there = os.preadv(_opened(self.path).fileno(), [features.data], self.start)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot read the cached features ({error.strerror})") from None
+        if there < features.nbytes:
+            raise _damaged(self.path, " (it was cut while it was in use)")
+        if hashlib.sha256(features.data).digest() != self.sha256:
+            raise _damaged(self.path)
+        return torch.from_numpy(features)
 
 
-@functools.cache
-def _opened(path: Path):
-    return safetensors.safe_open(path, "pt")  # maps the file: memory does not grow with it
+@functools.lru_cache(maxsize=64)  # of a corpus there may be more than a process may open
+def _opened(path: Path) -> BinaryIO:
+    return open(path, "rb", buffering=0)  # closed when the cache lets go of it
+
+
+def _damaged(path: Path, why: str = "") -> DataError:
+    return DataError(f"{path}: damaged{why}: delete it, and it is computed again")
 
 
 class Cache:
-    """Features on the disk, in files of up to SHARD utterances, mapped into memory when they are read.
+    """Features on the disk, in files of up to SHARD utterances.
 
     A file's name is the hash of its recordings' bytes, segments, the kind of features and the code that computes
-    them, so whatever changes is computed anew and whatever does not is shared by all runs. Files appear whole or not
-    at all; an interrupted computation goes on where it was.
+    them, so whatever changes is computed anew and whatever does not is shared by all runs, at the same time too. Files
+    appear whole or not at all; an interrupted computation goes on where it was. Where all is there, nothing is written.
     """
 
     SHARD = 256
@@ -144,46 +175,84 @@ class Cache:
 
     def hash_files(self, paths: list[Path]) -> dict[Path, str]:
         """hash_files, but a file whose size and time are those of the last start is not read again."""
-        index, known = self.folder / "hashes.json", {}
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):  # damaged or not there: all are read
-            rows = json.loads(index.read_text(encoding="utf-8")).items()
-            known = {path: (size, time, sha256) for path, (size, time, sha256) in rows}
+        known = self._index()
         stamps = {p: (stat.st_size, stat.st_mtime_ns) for p in paths if p not in self.hashes for stat in [_stat(p)]}
-        if stamps:
-            new = {path: known[str(path)][2] for path, s in stamps.items() if known.get(str(path), ())[:2] == s}
-            new |= data.hash_files([path for path in stamps if path not in new])
-            known |= {str(path): (*stamp, new[path]) for path, stamp in stamps.items()}
-            write_atomically(index, json.dumps(known).encode(), f".{os.getpid()}.tmp")
-            self.hashes |= new
+        found = {path: known[str(path)][2] for path, s in stamps.items() if known.get(str(path), ())[:2] == s}
+        new = data.hash_files([path for path in stamps if path not in found])
+        self.hashes |= found | new
+        if new:  # else nothing is written: the cache may be one that can only be read
+            rows = self._index() | {str(path): (*stamps[path], sha256) for path, sha256 in new.items()}
+            with contextlib.suppress(OSError):  # the next start hashes them again, which is all that this saves
+                write_atomically(self.folder / "hashes.json", json.dumps(rows).encode(), _temporary())
         return self.hashes
+
+    def _index(self) -> dict[str, tuple[int, int, str]]:
+        """Size, time and SHA-256 of recordings at their last hashing, by path; {} if damaged or not there."""
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            rows = json.loads((self.folder / "hashes.json").read_text(encoding="utf-8")).items()
+            return {path: (size, time, sha256) for path, (size, time, sha256) in rows}
+        return {}
 
     def shards(self, utterances: list[Utterance], kind: str) -> list[tuple[Path, list[Utterance]]]:
         hashes = self.hash_files([u.audio for u in utterances])
-        steps = (load_audio, data.to_sample_rate, FEATURES[kind], data.normalize, features_of)
-        code = [inspect.getsource(step) for step in steps] + [torchaudio.__version__, soundfile.__libsndfile_version__]
+        code = [inspect.getsource(data), torchaudio.__version__, soundfile.__libsndfile_version__]
         found = []
         for start in range(0, len(utterances), self.SHARD):
             part = utterances[start : start + self.SHARD]
-            key = json.dumps([code, [[hashes[u.audio], u.offset, u.duration] for u in part]])
+            key = json.dumps([FORMAT, kind, code, [[hashes[u.audio], u.offset, u.duration] for u in part]])
             found.append((self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors", part))
         return found
 
     def features(self, utterances: list[Utterance], kind: str, progress: str = "", workers: int = 0):
         """(Stored, seconds) an utterance, in order. Computes what is not there yet."""
-        shards = self.shards(utterances, kind)
+        bins, shards = FEATURES[kind](torch.zeros(1)).shape[1], self.shards(utterances, kind)
         missing = {path: part for path, part in shards if not path.exists()}
         for _ in in_parallel(_Shards(list(missing.items()), kind), progress, workers, "file"):
             pass
-        for path, _ in shards:
-            try:
-                table = _opened(path).get_tensor("table").tolist()
-                _, bins = _opened(path).get_slice("features").get_shape()
-            except (OSError, safetensors.SafetensorError) as error:
-                raise DataError(f"{path}: damaged ({error}): delete it, and it is computed again") from None
-            start = 0
-            for frames, samples, crc32 in table:
-                yield Stored(path, start, (frames, bins), crc32), samples / SAMPLE_RATE
-                start += frames
+        for path, part in shards:
+            yield from read_shard(path, len(part), bins)
+
+
+def shard_content(found: list[tuple[Tensor, float]]) -> bytes:
+    """The file of the features (T, F) and seconds of some utterances, one at least."""
+    rows = [[len(f), round(s * SAMPLE_RATE), hashlib.sha256(f.contiguous().numpy()).hexdigest()] for f, s in found]
+    about = f"sha256:{'0' * 64} " + json.dumps({"format": FORMAT, "rows": rows})
+    content = safetensors.torch.save({"features": torch.cat([f for f, _ in found])}, {"about": about})
+    end = 8 + int.from_bytes(content[:8], "little")
+    at = content.index(SEAL, 0, end) + len(SEAL)
+    return content[:at] + digest(content[:end], at).encode() + content[at + 64 :]
+
+
+def read_shard(path: Path, utterances: int, bins: int) -> Iterator[tuple[Stored, float]]:
+    """(Stored, seconds) an utterance of a file. Raises DataError naming it unless it is whole, and of so many."""
+    try:
+        with open(path, "rb") as file:
+            size, end = os.fstat(file.fileno()).st_size, 8 + int.from_bytes(file.read(8), "little")
+            if not 8 < end <= min(size, 2**24):
+                raise ValueError(f"a header of {end - 8} bytes in a file of {size}")
+            header = file.read(end - 8)
+        content = (end - 8).to_bytes(8, "little") + header
+        at = content.index(SEAL) + len(SEAL)
+        if content[at : at + 64] != digest(content, at).encode():
+            raise ValueError("its header does not have the hash that it states")
+        tensors = json.loads(header)
+        about = json.loads(tensors.pop("__metadata__")["about"][len("sha256:") + 65 :])
+        rows = [(int(frames), int(samples), bytes.fromhex(sha256)) for frames, samples, sha256 in about["rows"]]
+        if about["format"] != FORMAT or len(rows) != utterances:
+            raise ValueError(f"{len(rows)} utterances of {about['format']!r}, not {utterances} of {FORMAT!r}")
+        if any(samples < 1 or frames != 1 + samples // 160 for frames, samples, _ in rows):
+            raise ValueError("frames that are not those of its samples")
+        shape = [sum(frames for frames, _, _ in rows), bins]
+        expected = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * math.prod(shape)]}
+        if tensors != {"features": expected} or size != end + 4 * math.prod(shape):
+            raise ValueError(f"{size - end} bytes of features, not {shape[0]} x {bins} float32")
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the cached features ({error.strerror})") from None
+    except Exception as error:  # whatever damage makes the readers above raise
+        raise _damaged(path, f" ({error})") from None
+    for frames, samples, sha256 in rows:
+        yield Stored(path, end, (frames, bins), sha256), samples / SAMPLE_RATE
+        end += 4 * frames * bins
 
 
 class _Shards(torch.utils.data.Dataset):
@@ -198,15 +267,18 @@ class _Shards(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> DataError | None:
         path, utterances = self.shards[index]
         try:
-            found = [features_of(utterance, self.kind) for utterance in utterances]
-            rows = [(len(f), round(s * SAMPLE_RATE), zlib.crc32(f.contiguous().numpy())) for f, s in found]
-            content = {"features": torch.cat([f for f, _ in found]), "table": torch.tensor(rows, dtype=torch.int64)}
-            write_atomically(path, safetensors.torch.save(content), f".{os.getpid()}.tmp")
+            content = shard_content([features_of(utterance, self.kind) for utterance in utterances])
+            write_atomically(path, content, _temporary())
         except OSError as error:
             return DataError(f"{path}: cannot write the cache ({error.strerror})")
         except DataError as error:
             return error
         return None
+
+
+def _temporary() -> str:
+    """The ending of a temporary file, of no other process on any machine that shares the cache."""
+    return f".{os.getpid()}-{os.urandom(8).hex()}.tmp"
 
 
 def _stat(path: Path) -> os.stat_result:

@@ -1,19 +1,27 @@
 """Runs of several processes: the same masks as one process, stopped and taken up again."""
 
+import copy
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import soak
 import torch
 
+import data
 import lottery
+import models
 import train
 from audio_lottery import files, ledger
+from runner import processes
+from runner.folder import Progress
 
 ROOT = Path(lottery.__file__).parent
 SCRIPT = f"""
@@ -90,12 +98,90 @@ def test_two_processes_are_stopped_and_go_on(script, corpus, tmp_path):
     assert alone.returncode == 2 and "holds another run (processes 2 there, 1 now)" in said
 
 
-def test_processes_that_pruned_differently_are_refused(corpus, tmp_path, monkeypatch, capsys):
+def in_processes(count, folder, work) -> list:
+    """work() in each of `count` forked processes that talk over gloo; what each returns, in order."""
+    import torch._dynamo  # DistributedDataParallel does; slow, so once here rather than in each
+
+    children = []
+    for rank in range(count):
+        children.append(os.fork())
+        if children[-1] == 0:
+            code = 1
+            try:
+                torch.set_num_threads(1)
+                where = f"file://{folder / 'meet'}"
+                torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=count)
+                torch.save(work(), folder / f"{rank}.pt")
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * count
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+
+
+def gradients_of_chunks(model, examples, recipe, chunks) -> list[dict]:
+    """Gradients and buffers of this process behind one step on each of the chunks, from the same weights."""
+    args = SimpleNamespace(device="cpu", recipe=recipe)
+    setting, found = SimpleNamespace(args=args, model=model, loss=processes.loss_of(model)), []
+    epoch = data.Epoch(examples, 1, 0, 0, None, process=processes.index(), processes=processes.count())
+    start = lottery.copy_state(model)
+    for chunk in chunks:
+        model.load_state_dict(start)
+        model.train().zero_grad()
+        epoch.chunks, epoch.masks = [chunk], [[[] for _ in chunk]]
+        loss = train.add_gradients(setting, epoch, range(1), epoch.batches(), Progress())
+        about = {"loss": torch.tensor(processes.total(loss), dtype=torch.float32)}
+        buffers = {name: value.clone() for name, value in model.named_buffers()}
+        found.append(about | {name: p.grad.clone() for name, p in model.named_parameters()} | buffers)
+    return found
+
+
+def test_a_process_without_a_share_changes_no_gradient_and_no_statistics(tmp_path):
+    """Three processes with batches of 1, 2 and 4 utterances: the gradients of one process."""
+    torch.manual_seed(0)
+    sizes = {
+        "cnn-lstm": dict(
+            features="log-mel", channels=2, kernels=((5, 3), (3, 3)), strides=((2, 2), (2, 2)), hidden=8, layers=2,
+            dropout=0.0,
+        ),
+        "conformer": dict(channels=2, width=16, heads=2, blocks=1, kernel=3, dropout=0.0),
+    }  # fmt: skip
+    networks = {backbone: models.BACKBONES[backbone](5, **sizes[backbone]) for backbone in sizes}
+    lengths = (40, 90, 60, 30)
+    examples = [data.Example(3 * i + torch.randn(n, 80) * (i + 1), "", [1, 2, 3]) for i, n in enumerate(lengths)]
+    recipe, chunks = SimpleNamespace(amp=False), [[0], [1, 0], [0, 1, 2, 3]]
+
+    def work() -> list[dict]:
+        return [
+            step for model in networks.values()
+            for step in gradients_of_chunks(copy.deepcopy(model), examples, recipe, chunks)
+        ]  # fmt: skip
+
+    expected, parameters = work(), {name for model in networks.values() for name, _ in model.named_parameters()}
+    for share in in_processes(3, tmp_path, work):
+        for got, want in zip(share, expected, strict=True):
+            size = max(float(v.abs().max()) for name, v in want.items() if name in parameters)
+            assert size > 0.1
+            for name, value in want.items():
+                torch.testing.assert_close(got[name], value, atol=1e-5 * size, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("ticket", [False, True])
+def test_processes_that_start_from_other_masks_or_weights_are_refused(ticket, corpus, tmp_path, monkeypatch, capsys):
+    small = dict(channels=8, hidden=12, layers=1, predictor=8, joiner=8)
+    monkeypatch.setitem(models.Transducer.SIZES, "demo", models.Transducer.SIZES["demo"] | small)
+    argv = ["--data", str(corpus), "--epochs", "1", "--sparsity", "0.2"]
+    if ticket:  # what --ticket trains is compared as what a search prunes
+        assert train.main([*argv, "--out", str(tmp_path / "source")]) == 0
+        argv = ["--ticket", str(tmp_path / "source")]
+        capsys.readouterr()
+
     def gather(value):
         other = ("0" * 64, value[1]) if isinstance(value, tuple) else value
         return [value, other] if isinstance(value, tuple) else [value]
 
     monkeypatch.setattr(train.processes, "gather", gather)
-    argv = ["--data", str(corpus), "--out", str(tmp_path / "run"), "--epochs", "1", "--sparsity", "0.2"]
-    assert train.main(argv) == 2
-    assert "round 0: the processes have other masks or weights" in capsys.readouterr().err
+    assert train.main([*argv, "--out", str(tmp_path / "run")]) == 2
+    assert f"round {int(ticket)}: the processes have other masks or weights" in capsys.readouterr().err

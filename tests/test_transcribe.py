@@ -18,10 +18,11 @@ import data
 import lottery
 import models
 import transcribe
+from audio_lottery import __main__ as audio_lottery
 from audio_lottery import files
 from lab import plan, streaming
 from models import Emission
-from transcribe import Word
+from runner import settings
 
 DEMO = Path(transcribe.__file__).parent / "demo"
 TOKENS = [data.BLANK, " ", *"abcdefghij"]
@@ -73,17 +74,7 @@ def said(capsys, *argv) -> tuple[int, list[str], str]:
     return code, captured.out.splitlines(), captured.err
 
 
-# ---------------------------------------------------------------------------- words and pieces
-
-
-def test_words_have_the_times_and_the_lowest_probability_of_their_tokens():
-    heard = [Emission(4, 2, 3, 0.9), Emission(2, 3, 5, 0.5), Emission(1, 5, 6, 0.1), Emission(3, 9, 10, 0.8)]
-    found = transcribe.words_of(heard, TOKENS, 0.5, 10)
-    assert found == [Word("ca", 11.0, 12.5, 0.5), Word("b", 14.5, 15.0, 0.8)]
-    pieces = [data.BLANK, "▁the", "▁", "n", "o"]
-    heard = [Emission(k, i, i + 1, 1 - i / 8) for i, k in enumerate([1, 3, 2, 2, 4])]
-    assert transcribe.words_of(heard, pieces, 1) == [Word("then", 0, 2, 0.875), Word("o", 4, 5, 0.5)]
-    assert transcribe.words_of([], TOKENS, 1) == []
+# ---------------------------------------------------------------------------- long recordings
 
 
 def test_ctc_emissions_by_hand():
@@ -94,21 +85,6 @@ def test_ctc_emissions_by_hand():
     half = pytest.approx(0.5)
     assert found[0] == [(3, 1, 3, pytest.approx(0.75)), (3, 4, 5, half), (2, 5, 6, half)]
     assert found[1] == [(5, 0, 2, half)]
-
-
-def test_pieces_by_hand():
-    assert transcribe.cut(20, 20, 4) == [(0, 20)]
-    assert transcribe.cut(21, 20, 4) == [(0, 20), (16, 21)]
-    assert transcribe.cut(52, 20, 4) == [(0, 20), (16, 36), (32, 52)]
-    # The overlap is 16 to 20, its middle half 17 to 19. A pause from 17.6 to 18.4: the middle is 18.
-    left = [Word("a", 15, 16.2, 1), Word("b", 17.2, 17.6, 1), Word("c", 18.4, 18.6, 1), Word("x", 19.5, 20, 1)]
-    right = [Word("y", 16, 16.2, 1), Word("b", 17.2, 17.5, 1), Word("c", 18.4, 18.6, 1), Word("d", 19.4, 21, 1)]
-    assert transcribe.seam(left + right, 16, 20) == pytest.approx(18)
-    assert [w.word for w in transcribe.join([(0, 20, left), (16, 36, right)])] == ["a", "b", "c", "d"]
-    # One word all over the middle half: no pause, the middle, and the word only once.
-    left, right = [Word("long", 16.5, 19.2, 1)], [Word("long", 16.8, 19.5, 1), Word("e", 20, 21, 1)]
-    assert transcribe.seam(left + right, 16, 20) == 18
-    assert [w.word for w in transcribe.join([(0, 20, left), (16, 36, right)])] == ["long", "e"]
 
 
 TONES = {"a": 500, "b": 1000, "c": 2000, "d": 4000}
@@ -190,6 +166,127 @@ def test_formats_folders_and_broken_files(tickets, speech, tmp_path, capsys):
     assert all(0 <= w["start"] < w["end"] <= row["duration"] + 0.04 and 0 < w["confidence"] <= 1 for w in row["words"])
 
 
+def memory() -> int:
+    """Bytes of this process that no file backs."""
+    return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """Three minutes, two channels at 32 kHz: 46 MB as floats, 11.5 MB of them mono at 16 kHz."""
+    path = tmp_path_factory.mktemp("long") / "long.flac"
+    with soundfile.SoundFile(path, "w", 32_000, 2) as file:
+        for second in range(180):
+            file.write(np.random.default_rng(second % 7).integers(-99, 99, (32_000, 2), np.int16))
+    return path
+
+
+@pytest.mark.parametrize("flags", [(), ("--normalize", "running"), ("--calibrate", "{long}", "--stream")])
+def test_memory_does_not_grow_with_the_recording(flags, tickets, long, monkeypatch):
+    peak = []
+
+    def watched(features, lengths):
+        peak.append(memory())
+        return [[Emission(2, 0, 1, 0.5)] for _ in lengths]
+
+    flags = [flag.format(long=long) for flag in flags]
+    args = transcribe.parse([str(tickets["rnnt"]), "x", "--dense", "--piece", "4", "--overlap", "0.5", *flags])
+    monkeypatch.setattr(data, "BLOCK", 2**17)  # numbers that are decoded at once, at most
+    recogniser = transcribe.Recogniser(args)
+    recogniser.emissions, recogniser.ready = watched, True
+    if args.stream:
+        monkeypatch.setattr(models.Stream, "push", lambda self, features, last: peak.append(memory()) or [])
+        found = transcribe.streamed(recogniser, [data.Utterance(long, "")], [])
+    else:
+        found = transcribe.transcripts(recogniser, [data.Utterance(long, "")])
+    (transcript,) = found
+    assert transcript.seconds == pytest.approx(180) and len(peak) > 5 and not transcript.error
+    assert max(peak[2:]) - max(peak[:2]) < 4e6
+
+
+def test_running_out_of_memory_on_one_file_names_it_and_goes_on(tickets, speech, tmp_path, capsys, monkeypatch):
+    """At decoding, at its features, at recognising: the others of its batch are recognised one by one."""
+    clean = said(capsys, tickets["cnn-lstm"], *speech, "--dense")[1]
+    blocks, stft, loss = data.audio_blocks, data.log_mel, models.CnnLstm.emissions
+    seconds = [soundfile.info(path).frames for path in speech]
+
+    def no_memory(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+
+    def decoding(path, *about):
+        return blocks(path, *about) if path != speech[1] else map(no_memory, [0])
+
+    def features(waveform):
+        return no_memory() if len(waveform) == len(data.load_audio(speech[1])) else stft(waveform)
+
+    def recognising(model, padded, lengths):
+        if 1 + len(data.load_audio(speech[1])) // 160 in lengths.tolist():
+            raise MemoryError
+        return loss(model, padded, lengths)
+
+    assert len(set(seconds)) == 3
+    for place, name, broken in (
+        (data, "audio_blocks", decoding), (data.FEATURES, "log-mel", features),
+        (models.CnnLstm, "emissions", recognising),
+    ):  # fmt: skip
+        with monkeypatch.context() as patched:
+            (patched.setitem if isinstance(place, dict) else patched.setattr)(place, name, broken)
+            code, lines, err = said(capsys, tickets["cnn-lstm"], *speech, "--dense")
+        assert code == 1 and lines == [clean[0], "", clean[2]]
+        assert f"transcribe.py: {speech[1]}: too large for the memory that is left\n" in err and err.count("\n") == 2
+
+
+def test_names_and_tokens_that_no_terminal_should_see(tickets, speech, tmp_path, capfd):
+    """A name that is no UTF-8, one of half a surrogate pair, controls in names and in tokens; later lines go on."""
+    file = files.load_ticket(tickets["conformer"])
+    tokens = [data.BLANK, " ", "\x1b]0;owned\x07", "\ud800", "\u202e", "\x9b2J", *"efghij"]
+    files.save_ticket(tmp_path / "evil", file.masks, None, file.trained, file.info | {"tokens": tokens})
+    audio = tmp_path / os.fsdecode(b"\xff.opus")
+    audio.write_bytes(speech[0].read_bytes())
+    turned = tmp_path / "a\n\x1b[2J\u202eb\tc.opus"
+    turned.write_bytes(speech[1].read_bytes())
+    rows = [{"audio_filepath": "\ud800.wav"}, {"audio_filepath": turned.name}]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = [str(tmp_path / "evil"), str(audio), str(tmp_path / "list.jsonl"), str(speech[2]), "--dense"]
+    for form in ("--json", "--names"):
+        assert transcribe.main([*argv, form]) == 1
+        captured = capfd.readouterr()
+        lines = captured.out.split("\n")[:-1]
+        assert len(lines) == 4 and captured.out.encode()
+        assert not set(captured.out + captured.err) & set("\x1b\x07\x9b\u202e")
+        assert "\\ud800.wav: cannot decode the audio" in captured.err
+        if form == "--json":
+            found = [json.loads(line) for line in lines]
+            assert os.fsencode(found[0]["audio_filepath"]) == os.fsencode(audio)
+            assert [row["audio_filepath"] for row in found[1:]] == [
+                str(tmp_path / "\ud800.wav"), str(turned), str(speech[2]),
+            ]  # fmt: skip
+            assert "error" in found[1] and all(set(found[i]["text"]) & set("".join(tokens[2:6])) for i in (0, 2, 3))
+        else:
+            names, texts = zip(*(line.split("\t") for line in lines))
+            assert names[0].endswith("\\xff.opus") and names[2].endswith("a\\n\\x1b[2J\\u202eb\\tc.opus")
+            assert texts[1] == "" and all(texts[i] for i in (0, 2, 3))
+
+
+def test_streamed_text_is_safe_too(tickets, speech, tmp_path, capfd):
+    file = files.load_ticket(tickets["rnnt"])
+    tokens = [data.BLANK, " ", "\x1b]0;owned\x07", "\ud800", "\u202e", *"defghij"]
+    files.save_ticket(tmp_path / "evil", file.masks, None, file.trained, file.info | {"tokens": tokens})
+    assert transcribe.main([str(tmp_path / "evil"), *map(str, speech), "--dense", "--stream", "--names"]) == 0
+    out = capfd.readouterr().out
+    assert not set(out) & set("\x1b\x07\u202e") and out.count("\n") == 3 and "\\x1b]0;owned\\x07" in out
+    assert [line.split("\t")[0] for line in out.splitlines()] == list(map(str, speech))
+
+
+def test_a_speller_says_what_decode_says_of_all():
+    tokens, rng = [data.BLANK, " ", "▁the", "▁", "n", " o ", "\n"], np.random.default_rng(0)
+    for _ in range(200):
+        ids = rng.integers(1, len(tokens), rng.integers(0, 9)).tolist()
+        speller = transcribe.Speller(tokens)
+        parts = [speller.push([Emission(token, 0, 1, 1.0) for token in ids[i : i + 2]]) for i in range(0, len(ids), 2)]
+        assert "".join(parts) == data.decode(ids, tokens)
+
+
 @pytest.mark.parametrize("backbone", list(SIZES))
 def test_batches_of_recordings_are_transcribed_as_in_the_test(backbone, tickets, speech, capsys):
     code, lines, err = said(capsys, tickets[backbone], *speech, "--dense")
@@ -218,6 +315,57 @@ def test_a_manifest_on_stdin(tickets, speech, capsys, monkeypatch):
         assert (code, lines) == (2, []) and err.startswith(f"transcribe.py: error: {message}") and err.count("\n") == 1
 
 
+def test_a_manifest_by_its_name(tickets, speech, tmp_path, capsys, monkeypatch):
+    """Its texts may be there or not; its paths are relative to it, wherever the command is given."""
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio" / "a.opus").write_bytes(speech[0].read_bytes())
+    rows = [
+        {"audio_filepath": "audio/a.opus", "text": "x"}, {"audio_filepath": str(speech[1])},
+        {"audio_filepath": "audio/a.opus", "offset": 0.5, "duration": 1},
+    ]  # fmt: skip
+    monkeypatch.chdir(tmp_path.parent)
+    expected = said(capsys, tickets["rnnt"], speech[0], speech[1], "--dense")[1]
+    for name in ("list.jsonl", "LIST.JSON"):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+        code, lines, _ = said(capsys, tickets["rnnt"], tmp_path / name, "--dense", "--names")
+        names = tmp_path / "audio" / "a.opus", speech[1]
+        assert code == 0 and lines[:2] == [f"{name}\t{text}" for name, text in zip(names, expected)]
+        assert lines[2].startswith(f"{tmp_path}/audio/a.opus, 0.5 s to 1.5 s\t")
+    code, lines, err = said(capsys, tickets["rnnt"], tmp_path / "gone.jsonl")
+    assert (code, lines) == (2, []) and "gone.jsonl: cannot read the manifest (No such file or directory)" in err
+
+
+def test_flags_between_ticket_and_audio(capsys):
+    expected = transcribe.parse(["T", "a", "-", "b", "--dense", "--piece", "5"])
+    assert (expected.ticket, expected.audio, expected.dense, expected.piece) == (Path("T"), ["a", "-", "b"], True, 5)
+    for argv in ("T --dense --piece 5 a - b", "--dense T a --piece 5 - b", "--dense --piece=5 T a - b"):
+        assert transcribe.parse(argv.split()) == expected
+    with pytest.raises(SystemExit):
+        transcribe.parse(["T", "--no-such-flag", "a"])
+    assert "error: unrecognized arguments: --no-such-flag" in capsys.readouterr().err
+
+
+def test_a_ticket_by_its_run_folder(tickets, speech, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "ticket.safetensors").write_bytes(tickets["rnnt"].read_bytes())
+    assert said(capsys, tmp_path / "run", speech[0], "--dense")[0] == 0
+    told = []
+    for main, argv in ((audio_lottery.main, ["size"]), (plan.main, [])):
+        for name in (tickets["rnnt"], tmp_path / "run"):
+            assert main([*argv, str(name)]) == 0
+            told.append(capsys.readouterr().out)
+    assert told[0] == told[1] and told[2] == told[3]
+    model, file = transcribe.load(tmp_path / "run")
+    other = models.of(file.info)
+    settings.start_from(tmp_path / "run", other, TOKENS)
+    assert lottery.sha256(other.state_dict()) == lottery.sha256(model.state_dict())
+    assert "theta_0: the trained weights of" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    assert said(capsys, tmp_path / "empty", speech[0])[2].count("empty/ticket.safetensors: cannot read the ticket") == 1
+    assert audio_lottery.main(["verify", str(tickets["rnnt"])]) == 2
+    assert "rnnt.safetensors: is a file: verify wants the run folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -233,6 +381,9 @@ def test_a_manifest_on_stdin(tickets, speech, capsys, monkeypatch):
         (["{rnnt}", "x.wav", "--stream", "--normalize", "utterance"], "--stream normalises with running statistics"),
         (["{cnn-lstm}", "x.wav", "--stream"], "--stream goes with a transducer (rnnt); this ticket is of cnn-lstm"),
         (["{rnnt}", "-", "x.wav", "--stream"], "--stream -: stdin is one endless recording"),
+        (["x.wav", "{rnnt}"], "x.wav is no ticket, and {rnnt} is one: TICKET comes first, then AUDIO"),
+        (["{rnnt}", ""], "an empty argument"),
+        (["{rnnt}", "x.wav", "--names", "--json"], "--names is of lines of text"),
         (["{rnnt}", "{empty}"], "no recording in it (by their endings: .aif"),
         (["/nowhere/at/all", "x.wav"], "/nowhere/at/all: cannot read the ticket (No such file or directory)"),
         (["{cut}", "x.wav"], "cut: not a whole ticket"),
@@ -254,7 +405,7 @@ def test_what_cannot_be_is_one_line(argv, message, tickets, tmp_path, capsys):
     captured = capsys.readouterr()
     assert code == 2 and not captured.out
     assert captured.err.startswith("transcribe.py: error: ") and captured.err.count("\n") == 1
-    assert message in captured.err
+    assert message.format(**places) in captured.err
 
 
 def test_an_interrupt_and_a_reader_that_left_are_quiet(tickets, speech, capsys, monkeypatch):

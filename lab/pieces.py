@@ -1,0 +1,78 @@
+"""A recording in pieces that overlap: cut as it is decoded, and the words of the pieces joined."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import data
+from models import Emission
+
+
+class Word(NamedTuple):
+    word: str
+    start: float  # seconds
+    end: float
+    confidence: float  # the lowest probability among its tokens
+
+
+def words_of(emissions: Iterable[Emission], tokens: list[str], frame: float, offset: float = 0.0) -> list[Word]:
+    """The words that the tokens spell. frame: seconds; offset: seconds, of frame 0."""
+    words, spelled = [], None
+    for emission in emissions:
+        for character in tokens[emission.token].replace(data.SPACE, " "):
+            if character.isspace():
+                spelled = None
+            elif spelled is None:
+                spelled = [character, emission.start, emission.end, emission.probability]
+                words.append(spelled)
+            else:
+                spelled[0] += character
+                spelled[2:] = emission.end, min(spelled[3], emission.probability)
+    return [Word(text, offset + start * frame, offset + end * frame, p) for text, start, end, p in words]
+
+
+def pieces_of(blocks: Iterable[Tensor], piece: int, overlap: int) -> Iterator[tuple[int, Tensor]]:
+    """Blocks (N,) of a recording, one at least -> where each piece starts, and its samples (M,), M <= piece."""
+    start, kept = 0, []
+    for block in blocks:
+        kept.append(block)
+        if sum(map(len, kept)) > piece:
+            (*_, whole) = kept = [torch.cat(kept)]
+            while len(whole) > piece:
+                yield start, whole[:piece]
+                start, whole = start + piece - overlap, whole[piece - overlap :]
+            kept = [whole]
+    yield start, torch.cat(kept)
+
+
+def seam(words: list[Word], low: float, high: float) -> float:
+    """Where to join pieces that overlap from low to high: the middle of the widest pause in the overlap's middle half.
+
+    words: of both pieces. Without a pause, the overlap's middle.
+    """
+    low, high = low + (high - low) / 4, high - (high - low) / 4
+    widest, at, spoken = 0.0, (low + high) / 2, low
+    for start, end in [*sorted((word.start, word.end) for word in words), (high, high)]:
+        if min(start, high) - spoken > widest:
+            widest, at = min(start, high) - spoken, (min(start, high) + spoken) / 2
+        spoken = max(spoken, end)
+    return at
+
+
+def join(words: list[Word], before: float, start: float, more: list[Word]) -> None:
+    """Add to the words of a recording so far, up to second `before`, those of its next piece, from `start` on.
+
+    The words in the overlap, from `start` to `before`, come once.
+    """
+    first = len(words)
+    while first and words[first - 1].end > start:
+        first -= 1
+    there = words[first:]  # those before stand, whatever comes
+    at = seam(there + more, start, before)
+    there = [word for word in there if word.start + word.end < 2 * at]
+    more = [word for word in more if word.start + word.end >= 2 * at]
+    if there and more and there[-1].word == more[0].word and more[0].start < there[-1].end:
+        more = more[1:]  # one word on both sides of a seam without a pause
+    words[first:] = there + more
