@@ -3,25 +3,28 @@
     compressed, rows = compress(model, masks, lambda model: model.transcribe(features, input_lengths))
 
 Each layer takes what was measured fastest on this machine, dense included; a row says what and why. Where the whole is
-faster dense, it stays dense. The forms that layers can take are sparse.py's.
+faster dense, it stays dense. The forms that layers can take are sparse.py's; a layer whose form fails stays dense.
 """
 
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 import lottery
+from audio_lottery.masked import check_names, masked_copy
 from audio_lottery.sparse import (
     DTYPES,
     LAYOUTS,
     Conv,
     DenseProduct,
     Greedy,
+    Layer,
     Lstm,
     Matrix,
     Product,
@@ -31,7 +34,21 @@ from audio_lottery.sparse import (
 )  # fmt: skip
 
 FRAMES = 100  # that layers are measured on where `run` is not given
+TURNS = 2  # of the whole model, dense and compressed
 Calls = list[tuple[int, tuple]]  # how often, and with what
+
+
+class Swap(NamedTuple):
+    """A layer and what takes its place, wherever the model has it."""
+
+    rows: list[str]  # the names of its rows in the table
+    places: list[tuple[nn.Module, str]]  # the modules that hold it, and as what
+    dense: nn.Module
+    sparse: nn.Module
+
+    def put(self, module: nn.Module) -> None:
+        for parent, child in self.places:
+            setattr(parent, child, module)
 
 
 class Taken(NamedTuple):
@@ -59,7 +76,7 @@ class Taken(NamedTuple):
 # ---------------------------------------------------------------------------- measuring
 
 
-def time_calls(candidates: dict[str, Callable], calls: Calls) -> dict[str, float]:
+def time_calls(candidates: dict[str, Callable], calls: Calls, turns: int = 12) -> dict[str, float]:
     """Milliseconds each candidate needs for all calls: the least of some turns, since other programs only add.
 
     What takes twice as long as the best is not tried again.
@@ -67,7 +84,7 @@ def time_calls(candidates: dict[str, Callable], calls: Calls) -> dict[str, float
     total = dict.fromkeys(candidates, 0.0)
     for often, arguments in calls:
         least, left, begin = dict.fromkeys(candidates, math.inf), list(candidates), time.perf_counter()
-        for turn in range(12):
+        for turn in range(turns):
             for name in left:
                 start = time.perf_counter()
                 candidates[name](*arguments)
@@ -85,18 +102,28 @@ def said(times: dict[str, float]) -> str:
     return ", ".join(f"{name} {ms:.3g}" for name, ms in sorted(times.items(), key=lambda item: item[1]))
 
 
+def kind_of(argument: object) -> object:
+    """What calls are told apart by: kinds and sizes, not values."""
+    if isinstance(argument, PackedSequence):
+        return argument.data.shape, len(argument.batch_sizes)
+    if not isinstance(argument, Tensor):
+        return type(argument)
+    if argument.is_nested:
+        return tuple(part.shape for part in argument.unbind())
+    return argument.dtype, argument.shape
+
+
 def record_calls(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[nn.Module, Calls]:
     """What each module is called with while `run(model)` runs; calls of one shape are counted, not kept."""
     seen: dict[nn.Module, dict] = {}
 
-    def record(module: nn.Module, arguments: tuple) -> None:
-        if not arguments:  # all by keyword: not what a replacement could be called with
-            return
-        shapes = tuple(a.shape if isinstance(a, Tensor) else type(a) for a in arguments)
-        often = seen.setdefault(module, {}).get(shapes, (0, None))[0]
-        seen[module][shapes] = (often + 1, arguments)
+    def record(module: nn.Module, arguments: tuple, named: dict) -> None:
+        arguments += tuple(named[name] for name in ("input", "hx") if name in named)  # as our layers' own are named
+        kinds = tuple(map(kind_of, arguments))
+        often = seen.setdefault(module, {}).get(kinds, (0, None))[0]
+        seen[module][kinds] = (often + 1, arguments)
 
-    hooks = [module.register_forward_pre_hook(record) for module in model.modules()]
+    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in model.modules()]
     try:
         run(model)
     finally:
@@ -119,10 +146,10 @@ def usual_calls(module: nn.Module) -> Calls:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes of the model's parameters and buffers, whatever form they are kept in."""
+    """Bytes of the model's parameters and buffers, whatever form they are kept in; what is shared counts once."""
     packed = [4 * m.packed.numel() for m in model.modules() if isinstance(m, DenseProduct)]
     tensors = [*model.parameters(), *model.buffers()]
-    return sum(t.numel() * t.element_size() for t in tensors) + sum(packed)
+    return sum({(t.data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors}.values()) + sum(packed)
 
 
 # ---------------------------------------------------------------------------- choosing, layer by layer
@@ -140,15 +167,18 @@ def smaller(weight: Tensor, mask: Tensor, layouts: list[str], dtype: str) -> dic
     return found
 
 
-def products(weight: Tensor, bias: Tensor | None, matrices: dict[str, Matrix], columns: int) -> dict[str, nn.Module]:
-    """x -> x W^T + bias in every way there is."""
-    outputs, inputs = weight.shape
-    dense = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias is not None)
-    dense.weight, dense.bias = nn.Parameter(weight, False), None if bias is None else nn.Parameter(bias, False)
+def products(
+    weight: Tensor, bias: Tensor | None, matrices: dict[str, Matrix], columns: int, layer: nn.Linear | None = None
+) -> dict[str, nn.Module]:
+    """x -> x W^T + bias in every way there is. layer: the one it takes the place of, if it is one."""
+    dense = layer
+    if dense is None:
+        dense = nn.utils.skip_init(nn.Linear, *reversed(weight.shape), bias=bias is not None)
+        dense.weight, dense.bias = nn.Parameter(weight, False), None if bias is None else nn.Parameter(bias, False)
     candidates = {"dense": dense}
     if torch.backends.mkldnn.is_available():
-        candidates["dense prepacked"] = DenseProduct(weight, bias, columns)
-    return candidates | {layout: Product(matrix, bias, outputs) for layout, matrix in matrices.items()}
+        candidates["dense prepacked"] = DenseProduct(weight, bias, columns, layer)
+    return candidates | {name: Product(matrix, bias, weight.shape, layer) for name, matrix in matrices.items()}
 
 
 def row(name: str, mask: Tensor, columns: int, layout: str, matrices: dict[str, Matrix], why: str) -> Taken:
@@ -175,11 +205,20 @@ def compress_layer(
     matrices = smaller(weight, mask, layouts, dtype)
     columns = max(layer(*arguments).numel() for _, arguments in calls) // len(weight)
     if isinstance(layer, nn.Linear):
-        candidates = products(weight, bias, matrices, columns)
+        candidates = products(weight, bias, matrices, columns, layer)
     else:
         candidates = {"dense": layer} | {layout: Conv(layer, matrix, bias) for layout, matrix in matrices.items()}
     become, taken = fastest(f"{name}.weight", mask, columns, candidates, matrices, calls)
     return become, [taken]
+
+
+def as_batches(lstm: nn.LSTM, x: Tensor | PackedSequence) -> Tensor:
+    """What an LSTM is given, as (B, T, inputs)."""
+    if isinstance(x, PackedSequence):
+        return pad_packed_sequence(x, batch_first=True)[0]
+    if x.dim() == 2:
+        return x[None]
+    return x if lstm.batch_first else x.transpose(0, 1)
 
 
 def compress_lstm(
@@ -187,7 +226,7 @@ def compress_lstm(
 ) -> tuple[nn.Module, list[Taken]]:
     """An nn.LSTM: what it becomes, and a row for each of its weights. Its layers are measured in turn."""
     inputs, recurrent, rows = [], [], []
-    xs = [(often, a[0] if lstm.batch_first else a[0].transpose(0, 1)) for often, a in calls]  # (B, T, inputs) each
+    xs = [(often, as_batches(lstm, a[0])) for often, a in calls]  # (B, T, inputs) each
     for layer in range(lstm.num_layers):
         outs = []  # of each direction, one (B, T, H) a call
         for suffix in (f"l{layer}", f"l{layer}_reverse")[: 1 + lstm.bidirectional]:
@@ -226,7 +265,7 @@ def compress_recurrence(
     columns = max(x.shape[0] for _, x in projections)  # at a time
     matrices = smaller(weight, mask, layouts, dtype)
     matrices["dense"] = whole(weight)
-    candidates = {layout: Recurrent(matrix, None, len(weight)) for layout, matrix in matrices.items()}
+    candidates = {layout: Recurrent(matrix, None, weight.shape) for layout, matrix in matrices.items()}
     calls = []
     for often, x in projections:
         zeros = x.new_zeros(x.shape[0], lstm.hidden_size)
@@ -235,99 +274,189 @@ def compress_recurrence(
     return become, taken, [become(*arguments)[0] for _, arguments in calls]
 
 
-def form_of(name: str, module: nn.Module, weight: Tensor, calls: Calls, ran: bool) -> tuple[Callable | None, str]:
-    """What makes a pruned module sparse, compress_layer or compress_lstm; or None, and why it stays dense."""
-    kind, tensors = type(module), [a[0] for _, a in calls if isinstance(a[0], Tensor)]  # else packed sequences
-    dims, floats = {t.dim() for t in tensors}, {t.dtype for t in [*tensors, weight]} == {torch.float32}
+FORMS = {nn.Linear: compress_layer, nn.Conv1d: compress_layer, nn.Conv2d: compress_layer, nn.LSTM: compress_lstm}
+
+
+def form_of(
+    name: str, module: nn.Module, own: dict[str, Tensor], calls: Calls, ran: bool
+) -> tuple[Callable | None, str]:
+    """What makes a pruned module sparse, compress_layer or compress_lstm; or None, and why it stays dense.
+
+    own: its pruned weights, by their names in it.
+    """
+    kind, tensors = type(module), [a[0].data if isinstance(a[0], PackedSequence) else a[0] for _, a in calls if a]
+    plain = getattr(module, "groups", 1) == 1 and getattr(module, "padding_mode", "zeros") == "zeros"
+    if kind not in FORMS or not plain or isinstance(getattr(module, "padding", 0), str) or "weight_hr_l0" in own:
+        return None, f"no sparse form of this {kind.__name__}"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None, "it has hooks, as weight_norm is one, which only the layer itself runs"
+    if len(own) != (2 * len(module.all_weights) if kind is nn.LSTM else 1):
+        return None, f"only {', '.join(own)} of it can be pruned"
     if not calls:
         return None, "run does not reach it" if ran else f"a {kind.__name__} is measured where `run` is given"
     if not name:
         return None, "it is the whole model"
-    if floats and len(tensors) == len(calls):
-        if kind is nn.Linear:
-            return compress_layer, ""
-        if kind is nn.LSTM and not module.proj_size and dims == {3}:  # on batches
-            return compress_lstm, ""
-        if kind in (nn.Conv1d, nn.Conv2d) and module.groups == 1 and dims == {3 if kind is nn.Conv1d else 4}:
-            if module.padding_mode == "zeros" and not isinstance(module.padding, str):
-                return compress_layer, ""
-    return None, f"no sparse form of this {kind.__name__}"
+    if len(tensors) != len(calls) or not all(isinstance(t, Tensor) for t in tensors):
+        return None, f"what this {kind.__name__} is called with is no tensor"
+    for tensor in [*tensors, *own.values()]:
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            return None, f"sparse products are of float32 on a CPU, not of {tensor.dtype} on {tensor.device.type}"
+    return FORMS[kind], ""
 
 
 # ---------------------------------------------------------------------------- the whole model
 
 
-def masked_copy(model: nn.Module, masks: lottery.Masks) -> nn.Module:
-    """A copy with zeros where weights are pruned, in evaluation mode and without gradients.
+class Maker(NamedTuple):
+    """How layers are made sparse: what `compress` was asked for."""
 
-    Raises LotteryError for masks that are not the model's.
-    """
-    masked = copy.deepcopy(model).eval().requires_grad_(False)
-    for name, weight in lottery.prunable(masked).items():
-        if name not in masks or masks[name].shape != weight.shape:
-            shape = list(masks[name].shape) if name in masks else "none"
-            raise lottery.LotteryError(f"{name}: a mask of shape {list(weight.shape)} is needed, got {shape}")
-        weight.masked_fill_(~masks[name], 0)
-    return masked
+    run: Callable[[nn.Module], object] | None
+    layouts: list[str]
+    dtype: str
+    keep_dense: list[str]
+
+    def layer(self, name: str, module: nn.Module, masks: lottery.Masks, own: list[str], calls: Calls):
+        """What a pruned module becomes, itself where it stays dense, and the rows of `own`, its weights."""
+        inside = {n.rpartition(".")[2]: module.get_parameter(n.rpartition(".")[2]) for n in own}
+        kept = [kept for kept in self.keep_dense if any(n == kept or n.startswith(f"{kept}.") for n in own)]
+        form, why = form_of(name, module, inside, calls, self.run is not None)
+        unmasked = [n for n in own if n not in masks]
+        if kept or unmasked:
+            form, why = None, f"keep_dense names {kept[0]}" if kept else "it has no mask: it was not pruned"
+        try:
+            if form is not None:
+                become, rows = form(name, module, masks, calls, self.layouts, self.dtype)
+                if become is not module:
+                    check_alike(module, become, calls, exact=self.dtype == "float32")
+                return become, rows
+        except Exception as error:
+            why = failing(error)
+        full = {n: masks.get(n, torch.ones_like(w, dtype=torch.bool)) for n, w in zip(own, inside.values())}
+        return module, [row(n, mask.flatten(1), 0, "dense", {}, why) for n, mask in full.items()]
 
 
-def compress_layers(
-    model: nn.Module, masks: lottery.Masks, run: Callable[[nn.Module], object] | None, layouts: list[str], dtype: str
-) -> list[Taken]:
+def failing(error: Exception) -> str:
+    """Why a layer stays dense whose replacement raised this."""
+    return f"its replacement fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """The tensors of a layer's output, in order; those of nested ones one by one."""
+    if isinstance(value, Tensor):
+        return list(value.unbind()) if value.is_nested else [value]
+    return [tensor for part in value for tensor in tensors_in(part)] if isinstance(value, tuple) else []
+
+
+def check_alike(layer: nn.Module, become: nn.Module, calls: Calls, exact: bool) -> None:
+    """Raise LotteryError unless both answer all calls alike. exact: up to float32's rounding, else in shape."""
+    for _, arguments in calls:
+        wanted, got = tensors_in(layer(*arguments)), tensors_in(become(*arguments))
+        if [(t.shape, t.dtype) for t in got] != [(t.shape, t.dtype) for t in wanted]:
+            raise lottery.LotteryError(f"its shapes are {[list(t.shape) for t in got]}")
+        for a, b in zip(got, wanted) if exact else ():
+            most = float(b.nan_to_num().abs().max()) if b.numel() else 0.0
+            if not torch.allclose(a, b, rtol=1e-3, atol=1e-3 * most, equal_nan=True):
+                raise lottery.LotteryError(f"its outputs are up to {float((a - b).abs().max()):.3g} off")
+
+
+def compress_layers(model: nn.Module, masks: lottery.Masks, maker: Maker) -> tuple[list[Taken], list[Swap]]:
     """Replace each pruned layer of a masked model, in place, by what is fastest. Returns a row for each weight."""
-    rows, weights = [], lottery.prunable(model)
+    rows, swaps, run = [], [], maker.run
+    shared = {id(weight): name for name, weight in lottery.prunable(model).items()}  # a tied one has a layer each
     all_calls = record_calls(model, run) if run else {m: usual_calls(m) for m in model.modules()}
+    everywhere = list(model.named_modules(remove_duplicate=False))
     for name, module in list(model.named_modules()):
-        own = [n for n in weights if n.rpartition(".")[0] == name]
+        dot = f"{name}." if name else ""
+        own = {f"{dot}{n}": shared[id(p)] for n, p in module.named_parameters(recurse=False) if id(p) in shared}
         if not own:
             continue
-        calls = all_calls.get(module, [])
-        become, why = form_of(name, module, weights[own[0]], calls, run is not None)
-        if become is None:
-            rows += [row(n, masks[n].flatten(1), 0, "dense", {}, why) for n in own]
-            continue
-        module, own_rows = become(name, module, masks, calls, layouts, dtype)
+        own_masks = {mine: masks[first] for mine, first in own.items() if first in masks}
+        become, own_rows = maker.layer(name, module, own_masks, list(own), all_calls.get(module, []))
         rows += own_rows
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
-    return rows
+        if become is not module:
+            places = [other.rpartition(".") for other, m in everywhere if m is module]
+            swaps.append(Swap(list(own), [(model.get_submodule(p), c) for p, _, c in places], module, become))
+    for swap in swaps:
+        swap.put(swap.sparse)
+    return rows, swaps
 
 
-def compress_greedy(network: nn.Module) -> None:
-    """Give a network that offers its greedy loop a compiled one; sparse.Greedy says how a network does."""
-    if hasattr(network, "greedy_parts"):
-        network.use_greedy(Greedy(**network.greedy_parts()))
+def attempt(model: nn.Module, swaps: list[Swap], run: Callable[[nn.Module], object]) -> list[tuple[Swap, str]]:
+    """Put `swaps` in and run the model. Returns those without which it runs, and why; they are dense again."""
+    for swap in swaps:
+        swap.put(swap.sparse)
+    try:
+        use_products(model)
+        run(model)
+        return []
+    except Exception as error:
+        for swap in swaps:
+            swap.put(swap.dense)
+        if len(swaps) == 1:
+            return [(swaps[0], failing(error))]
+        half = len(swaps) // 2
+        return attempt(model, swaps[:half], run) + attempt(model, swaps[half:], run)
+
+
+def use_products(model: nn.Module) -> None:
+    """Have the model call its layers where it would read their weights, and give it a compiled greedy loop.
+
+    torch's path for an nn.TransformerEncoderLayer in inference reads the weights of its linear layers; it is not taken
+    where the layer's activation is none that it knows. A network that offers its greedy loop gets one of what it has
+    now; sparse.Greedy says how it does.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            if isinstance(module.linear1, Layer) or isinstance(module.linear2, Layer):
+                module.activation_relu_or_gelu = 0
+    if hasattr(model, "greedy_parts"):
+        model.use_greedy(Greedy(**model.greedy_parts()))
 
 
 def compress(
     model: nn.Module, masks: lottery.Masks, run: Callable[[nn.Module], object] | None = None, *,
-    layout: str | None = None, dtype: str = "float32",
+    layout: str | None = None, dtype: str = "float32", keep_dense: Iterable[str] = (),
 ) -> tuple[nn.Module, list[Taken]]:  # fmt: skip
     """A copy of the model whose pruned products are sparse where that is faster, in evaluation mode, and the table.
 
-    The copy is called as the model is; its LSTMs take and return (h, c), so that a stream may come in chunks.
+    The copy is called as the model is. A layer that was replaced keeps its attributes, its weight (made anew whenever
+    it is read, so that writing to it changes nothing) and all kinds of input that it takes; `.half()` and its like are
+    obeyed, while products are computed in float32. The copy can be copied, pickled and sent to another process. It has
+    no wrapper of torch.compile, DistributedDataParallel or DataParallel.
     run: uses the model as it will be used (`lambda model: model.transcribe(features, input_lengths)`): each layer is
     measured on what reaches it there, with as many threads as torch has now; layers that are not reached stay dense.
-    It is called up to 25 times, so it must not use anything up; if it is faster dense as a whole, all stays dense.
+    It is called 6 times at most, so it must not use anything up; more often only where a layer's replacement fails,
+    which then stays dense and is named. If it is faster dense as a whole, all stays dense.
     Without it a layer is measured on one utterance of FRAMES frames, and Conv2d stays dense.
     layout: one of LAYOUTS to measure against dense; all by default.
     dtype: "float32", "bfloat16", or "int8" with a scale an output; for sparse layers, dense ones stay float32.
+    keep_dense: names of layers (with all in them) or of weights that stay dense.
     A model with the methods `greedy_parts` and `use_greedy` gets a compiled greedy loop too: see sparse.Greedy.
-    Raises LotteryError for another layout or dtype, for masks that are not the model's, and for greedy_parts that do
-    not fit.
+    Raises LotteryError for another layout or dtype, for masks and names that are not the model's, and for greedy_parts
+    that do not fit. What `run` raises on the dense model passes through.
     """
     if dtype not in DTYPES:
         raise lottery.LotteryError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     if layout is not None and layout not in LAYOUTS:
         raise lottery.LotteryError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout}")
-    compressed = masked_copy(model, masks)
+    maker = Maker(run, list(LAYOUTS) if layout is None else [layout], dtype, check_names(model, keep_dense))
+    compressed, masks = masked_copy(model, masks)
     dense = copy.deepcopy(compressed)
     with torch.no_grad():
-        compress_greedy(dense)  # before anything is measured: it may refuse
-        rows = compress_layers(compressed, masks, run, list(LAYOUTS) if layout is None else [layout], dtype)
-        compress_greedy(compressed)
-        if run and any(row.layout != "dense" for row in rows):  # layers may gain less than what surrounds them costs
-            times = time_calls({"dense": lambda: run(dense), "ours": lambda: run(compressed)}, [(1, ())])
+        use_products(dense)  # before anything is measured: it may refuse
+        rows, swaps = compress_layers(compressed, masks, maker)
+        if not run:
+            use_products(compressed)
+            return compressed, rows
+        failed = attempt(compressed, swaps, run) if swaps else []
+        if failed and len(failed) == len(swaps):
+            run(compressed)  # all dense again: if this raises, it is not for our layers
+        for swap, why in failed:
+            rows = [r.as_dense(why) if r.name in swap.rows else r for r in rows]
+        use_products(compressed)
+        if any(row.layout != "dense" for row in rows):  # layers may gain less than what surrounds them costs
+            ways = {"dense": lambda: run(dense), "ours": lambda: run(compressed)}
+            times = time_calls(ways, [(1, ())], TURNS)
             if times["dense"] < times["ours"]:
                 return dense, [r.as_dense(f"the whole model: {said(times)}") for r in rows]
     return compressed, rows

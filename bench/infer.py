@@ -83,7 +83,7 @@ def bench_products(columns: int, repeats: int, sparsity: float = 0.9) -> None:
     for layout in sparse.LAYOUTS:
         mask = random_mask((4096, 1024), sparsity, layout, 0)
         for dtype in sparse.DTYPES:
-            product = sparse.Product(sparse.to_matrix(weight, mask, layout, dtype), None, 4096)
+            product = sparse.Product(sparse.to_matrix(weight, mask, layout, dtype), None, (4096, 1024))
             functions[f"{layout} {dtype}"] = functools.partial(product, x)
     t = in_turns("cpu", repeats, **functions)
     best = min(dense, key=t.get)

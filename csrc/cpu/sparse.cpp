@@ -18,6 +18,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <string>
 #include <thread>
@@ -38,6 +39,7 @@ namespace {
 constexpr int64_t BAND = 64;             // outputs; a multiple of every r
 constexpr int64_t LINE = 16;             // floats of a cache line; a multiple of every vector
 constexpr int64_t PANEL = 1 << 17;       // floats that stay in the second cache
+constexpr int64_t SIZES = int64_t{1} << 31;  // numbers of a window are below: then nothing overflows
 constexpr int64_t FEW_COLUMNS = 4;       // below this, one at a time
 constexpr int64_t THREAD_VALUES = 1 << 15;  // multiplications that are worth a thread
 
@@ -126,8 +128,20 @@ class Barrier {
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// x is the operator's first tensor, `first`; all others are where it is.
+void check_device(const Tensor& t, const char* name, const Tensor& x, const char* first) {
+  TORCH_CHECK_VALUE(t.device() == x.device(), name, " must be on the device of ", first, ", got ", t.device(), " and ",
+                    x.device());
+}
+
 Matrix check_matrix(const Tensor& values, const Tensor& columns, const Tensor& offsets,
-                    const std::optional<Tensor>& scales, int64_t outputs, int64_t inputs) {
+                    const std::optional<Tensor>& scales, int64_t outputs, int64_t inputs, const Tensor& x,
+                    const char* first) {
+  check_device(values, "values", x, first);
+  check_device(columns, "columns", x, first);
+  check_device(offsets, "offsets", x, first);
+  if (scales) check_device(*scales, "scales", x, first);
+  TORCH_CHECK_VALUE(outputs >= 0 && outputs < SIZES, "outputs must be at least 0 and below 2^31, got ", outputs);
   const auto type = values.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kChar,
                    "values must be float32, bfloat16 or int8, got ", type);
@@ -140,7 +154,7 @@ Matrix check_matrix(const Tensor& values, const Tensor& columns, const Tensor& o
   TORCH_CHECK_VALUE(columns.dim() == 1 && columns.size(0) == blocks, "columns must be (", blocks,
                     "), one a block of values, got ", columns.sizes());
   const int64_t groups = (outputs + r - 1) / r;
-  TORCH_CHECK_VALUE(outputs >= 0 && offsets.dim() == 1 && offsets.size(0) == groups + 1, "offsets must be (", groups + 1,
+  TORCH_CHECK_VALUE(offsets.dim() == 1 && offsets.size(0) == groups + 1, "offsets must be (", groups + 1,
                     ") for ", outputs, " outputs in blocks of ", r, ", got ", offsets.sizes());
   TORCH_CHECK_VALUE((type == at::kChar) == scales.has_value(), "scales must be given with int8 values, and only then");
   for (const auto* t : {&values, &columns, &offsets}) TORCH_CHECK_VALUE(t->is_contiguous(), "the matrix must be contiguous");
@@ -161,9 +175,10 @@ Matrix check_matrix(const Tensor& values, const Tensor& columns, const Tensor& o
   return {values.const_data_ptr(), places, starts, scale, type, outputs, inputs, groups, r, c};
 }
 
-void check_floats(const Tensor& x, const char* name, at::IntArrayRef sizes) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, name, " must be float32, got ", x.scalar_type());
-  TORCH_CHECK_VALUE(x.sizes() == sizes, name, " must be ", sizes, ", got ", x.sizes());
+void check_floats(const Tensor& t, const char* name, at::IntArrayRef sizes, const Tensor& x, const char* first) {
+  check_device(t, name, x, first);
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat, name, " must be float32, got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.sizes() == sizes, name, " must be ", sizes, ", got ", t.sizes());
 }
 
 // The first block row of each of `parts` shares with about as many blocks, and the end; a multiple of `multiple`.
@@ -207,8 +222,8 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& column
                      const std::optional<Tensor>& scales, const std::optional<Tensor>& bias, int64_t outputs) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x must be float32, got ", x.scalar_type());
   TORCH_CHECK_VALUE(x.dim() >= 1, "x must be (..., inputs), got a scalar");
-  const Matrix m = check_matrix(values, columns, offsets, scales, outputs, x.size(-1));
-  if (bias) check_floats(*bias, "bias", {outputs});
+  const Matrix m = check_matrix(values, columns, offsets, scales, outputs, x.size(-1), x, "x");
+  if (bias) check_floats(*bias, "bias", {outputs}, x, "x");
   auto sizes = x.sizes().vec();
   sizes.back() = outputs;
   Tensor y = at::empty(sizes, x.options());
@@ -262,12 +277,15 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const Tensor& column
   TORCH_CHECK_VALUE(x.dim() == 4, "x must be (batch, channels, height, width), got ", x.sizes());
   for (const auto& [pair, name, least] : {std::tuple(kernel, "kernel", 1), std::tuple(stride, "stride", 1),
                                           std::tuple(padding, "padding", 0), std::tuple(dilation, "dilation", 1)}) {
-    TORCH_CHECK_VALUE(pair.size() == 2 && pair[0] >= least && pair[1] >= least, name, " must be two numbers of at least ",
-                      least, ", got ", pair);
+    TORCH_CHECK_VALUE(pair.size() == 2 && std::min(pair[0], pair[1]) >= least && std::max(pair[0], pair[1]) < SIZES, name,
+                      " must be two numbers of at least ", least, " and below 2^31, got ", pair);
   }
-  const int64_t batch = x.size(0), channels = x.size(1);
-  const Matrix m = check_matrix(values, columns, offsets, scales, outputs, channels * kernel[0] * kernel[1]);
-  if (bias) check_floats(*bias, "bias", {outputs});
+  TORCH_CHECK_VALUE(x.size(2) < SIZES && x.size(3) < SIZES, "x must be below 2^31 high and wide, got ", x.sizes());
+  const int64_t batch = x.size(0), channels = x.size(1), area = kernel[0] * kernel[1];
+  TORCH_CHECK_VALUE(channels <= std::numeric_limits<int64_t>::max() / area, "channels * kernel must be below 2^63, got ",
+                    channels, " channels and kernel ", kernel);
+  const Matrix m = check_matrix(values, columns, offsets, scales, outputs, channels * area, x, "x");
+  if (bias) check_floats(*bias, "bias", {outputs}, x, "x");
   int64_t size[2];
   for (int d = 0; d < 2; ++d) {
     const int64_t room = x.size(2 + d) + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1;
@@ -278,9 +296,10 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const Tensor& column
   Tensor y = at::empty({batch, outputs, size[0], size[1]}, x.options());
   if (y.numel() == 0) return y;
 
-  const int64_t height = x.size(2) + 2 * padding[0], part = (kernel[1] - 1) * dilation[1] / stride[1] +
-                round_up(size[1], kernels().lanes), row = stride[1] * part;  // parts of a row: one for each remainder
-  const Tensor image = at::zeros({batch, channels, height, stride[1], part}, x.options());
+  const int64_t step = size[1] == 1 ? 1 : stride[1];  // a row's only output takes no step, however wide
+  const int64_t height = x.size(2) + 2 * padding[0], part = (kernel[1] - 1) * dilation[1] / step +
+                round_up(size[1], kernels().lanes), row = step * part;  // parts of a row: one for each remainder
+  const Tensor image = at::zeros({batch, channels, height, step, part}, x.options());
   const Tensor given = x.contiguous();
   const auto* from = given.const_data_ptr<float>();
   auto* to = image.data_ptr<float>();
@@ -290,11 +309,11 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const Tensor& column
       for (int64_t h = 0; h < x.size(2); ++h) {
         const float* in = from + (plane * x.size(2) + h) * wide;
         float* out = to + (plane * height + h + padding[0]) * row;
-        for (int64_t remainder = 0; remainder < stride[1]; ++remainder) {
+        for (int64_t remainder = 0; remainder < step; ++remainder) {
           // Column q * stride + remainder of the padded row goes to q of its part.
-          const int64_t first = std::max<int64_t>(0, (padding[1] - remainder + stride[1] - 1) / stride[1]);
-          const int64_t last = std::min(part, (wide + padding[1] - remainder + stride[1] - 1) / stride[1]);
-          for (int64_t q = first; q < last; ++q) out[remainder * part + q] = in[q * stride[1] + remainder - padding[1]];
+          const int64_t first = std::max<int64_t>(0, (padding[1] - remainder + step - 1) / step);
+          const int64_t last = std::min(part, (wide + padding[1] - remainder + step - 1) / step);
+          for (int64_t q = first; q < last; ++q) out[remainder * part + q] = in[q * step + remainder - padding[1]];
         }
       }
     }
@@ -304,7 +323,7 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const Tensor& column
     for (int64_t i = 0; i < kernel[0]; ++i) {
       for (int64_t j = 0; j < kernel[1]; ++j) {
         const int64_t at = j * dilation[1];
-        places.push_back((channel * height + i * dilation[0]) * row + at % stride[1] * part + at / stride[1]);
+        places.push_back((channel * height + i * dilation[0]) * row + at % step * part + at / step);
       }
     }
   }
@@ -327,11 +346,12 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
   TORCH_CHECK_VALUE(projections.dim() == 3 && projections.size(2) % 4 == 0,
                     "projections must be (batch, time, 4 * hidden), got ", projections.sizes());
   const int64_t batch = projections.size(0), time = projections.size(1), hidden = projections.size(2) / 4;
-  check_floats(h0, "h0", {batch, hidden});
-  check_floats(c0, "c0", {batch, hidden});
-  const Matrix m = check_matrix(values, columns, offsets, scales, 4 * hidden, hidden);
+  check_floats(h0, "h0", {batch, hidden}, projections, "projections");
+  check_floats(c0, "c0", {batch, hidden}, projections, "projections");
+  const Matrix m = check_matrix(values, columns, offsets, scales, 4 * hidden, hidden, projections, "projections");
   std::vector<int64_t> ends(batch, time);
   if (lengths) {
+    check_device(*lengths, "lengths", projections, "projections");
     TORCH_CHECK_TYPE(lengths->scalar_type() == at::kLong, "lengths must be int64, got ", lengths->scalar_type());
     TORCH_CHECK_VALUE(lengths->dim() == 1 && lengths->size(0) == batch, "lengths must be (", batch, "), got ",
                       lengths->sizes());
@@ -414,12 +434,15 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sparse_transducer(
   }
   const int64_t frames = encoder_out.size(0), joiner = encoder_out.size(1), tokens = inputs.size(0);
   TORCH_CHECK_VALUE(tokens > 0 && inputs.size(1) % 4 == 0, "inputs must be (tokens, 4 * hidden), got ", inputs.sizes());
+  check_device(inputs, "inputs", encoder_out, "encoder_out");
   const int64_t hidden = inputs.size(1) / 4;
-  if (bias) check_floats(*bias, "bias", {tokens});
-  const auto matrix = [](const char* name, at::TensorList t, int64_t outputs, int64_t inputs) {
+  if (bias) check_floats(*bias, "bias", {tokens}, encoder_out, "encoder_out");
+  const auto matrix = [&](const char* name, at::TensorList t, int64_t outputs, int64_t inputs) {
     TORCH_CHECK_VALUE(t.size() == 3 || t.size() == 4, name, " must be values, columns, offsets and scales if any, got ",
                       t.size(), " tensors");
-    return check_matrix(t[0], t[1], t[2], t.size() == 4 ? std::optional<Tensor>(t[3]) : std::nullopt, outputs, inputs);
+    const auto scales = t.size() == 4 ? std::optional<Tensor>(t[3]) : std::nullopt;
+    for (const auto& tensor : t) check_device(tensor, name, encoder_out, "encoder_out");
+    return check_matrix(t[0], t[1], t[2], scales, outputs, inputs, encoder_out, "encoder_out");
   };
   const Matrix w_hh = matrix("recurrent", recurrent, 4 * hidden, hidden);
   const Matrix projects = matrix("projection", projection, joiner, hidden), out = matrix("output", output, tokens, joiner);
@@ -447,7 +470,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sparse_transducer(
   } else {
     for (int i = 0; i < 3; ++i) {
       const auto& [name, to, size] = parts[i];
-      check_floats(state[i], name, {size});
+      check_floats(state[i], name, {size}, encoder_out, "encoder_out");
       std::memcpy(to->data(), state[i].contiguous().const_data_ptr<float>(), size * sizeof(float));
     }
   }
