@@ -13,8 +13,9 @@ from test_train import refused
 import lottery
 import models
 import train
+import transcribe
 from audio_lottery import files, ledger
-from lab import compare, controls
+from lab import compare, controls, plan, report
 
 
 @pytest.fixture(autouse=True)
@@ -380,3 +381,61 @@ def test_floor_and_emptied_layers_are_told(corpus, tmp_path, capsys):
         assert min(row["kept_per_layer"].values()) >= 1
     assert "no weight is left" not in capsys.readouterr().out and verified(tmp_path / "b")
     assert "min_remaining 0.5 keeps" in refused(capsys, *flags, "--out", tmp_path / "c", "--min-remaining", 0.5)
+
+
+KEPT_DENSE = ["output", "lstms.0.*_hh_*"]
+
+
+def test_a_search_keeps_dense_what_it_is_told_to(corpus, tmp_path, capsys):
+    search, flags = tmp_path / "search", ("--data", corpus, "--backbone", "cnn-lstm", "--epochs", 1)
+    run(*flags, "--sparsity", 0.2, "--out", search, "--keep-dense", *KEPT_DENSE)
+    rows, file = ledger.read_ledger(search / "ledger.jsonl"), files.load_ticket(search / "ticket.safetensors")
+    assert json.loads((search / "config.json").read_text())["keep_dense"] == KEPT_DENSE == file.info["keep_dense"]
+    model = models.build("cnn-lstm", "demo", len(file.info["tokens"]))
+    weights = lottery.prunable(model, KEPT_DENSE)
+    gone = lottery.prunable(model).keys() - weights.keys()
+    assert "output.weight" in gone and len(gone) == 3  # both ways of the first LSTM
+    assert rows[0]["total"] == sum(weight.numel() for weight in weights.values())
+    assert rows[1]["kept_per_layer"].keys() == masks_of(search, 1).keys() == weights.keys() == file.masks.keys()
+    assert f"{rows[0]['total']:,} prunable; 2 rounds" in capsys.readouterr().out and verified(search)
+    dense = plan.multiply_adds("cnn-lstm", models.CnnLstm.SIZES["demo"])
+    assert plan.multiply_adds("cnn-lstm", models.CnnLstm.SIZES["demo"], rows[0]["kept_per_layer"]) == dense
+    assert plan.main([str(search / "ticket.safetensors")]) == report.main([str(search)]) == 0
+    assert transcribe.load(search / "ticket.safetensors")[1].masks.keys() == weights.keys()
+    capsys.readouterr()
+    said = refused(capsys, "--ticket", search, "--keep-dense", "output", "--out", tmp_path / "x")
+    assert "--keep-dense is output lstms.0.*_hh_* in " in said
+    said = refused(capsys, *flags, "--sparsity", 0.2, "--out", search, "--keep-dense", "output")
+    assert "holds another run (--keep-dense ['output', 'lstms.0.*_hh_*'] there, ['output'] now)" in said
+
+
+@pytest.mark.slow
+def test_what_is_kept_dense_stays_so_in_all_that_follows(source, corpus, tmp_path, capsys):
+    flags = ("--data", corpus, "--backbone", "cnn-lstm", "--epochs", 1, "--sparsity", 0.36)
+    search = tmp_path / "search"
+    run(*flags, "--seed", 5, "--out", search, "--keep-dense", *KEPT_DENSE)
+    rows = ledger.read_ledger(search / "ledger.jsonl")
+    run("--retrain", search, 2)
+    for control in (None, *controls.CONTROLS):
+        out = tmp_path / f"{control}"
+        run("--ticket", search, *(["--control", control] if control else []), "--rounds", 2, "--out", out)
+        dense, row = ledger.read_ledger(out / "ledger.jsonl")
+        assert dense["trained_sha256"] == rows[0]["trained_sha256"]
+        assert dense["total"] == row["total"] == rows[0]["total"] and verified(out)
+        assert json.loads((out / "config.json").read_text())["keep_dense"] == KEPT_DENSE
+        assert control == "dense-small" or row["kept"] == rows[2]["kept"]
+    run("--ticket", search / "ticket.safetensors", "--data", corpus, "--out", tmp_path / "file")
+    run("--retrain", tmp_path / "file", 2)
+    assert verified(tmp_path / "file")
+    capsys.readouterr()
+    said = refused(capsys, "--ticket", search, "--dense", source, "--out", tmp_path / "x")
+    assert "it has no round 0 of these settings (other keep_dense)" in said
+    said = refused(capsys, "--ticket", source, "--keep-dense", "output", "--out", tmp_path / "x")
+    assert "--keep-dense is not given in " in said
+
+
+@pytest.mark.parametrize("pattern", ["outputs", "output.bias", "nothing.*"])
+def test_a_name_that_keeps_nothing_dense_is_refused(corpus, tmp_path, capsys, pattern):
+    flags = ("--data", corpus, "--backbone", "cnn-lstm", "--out", tmp_path / "run", "--keep-dense", "output", pattern)
+    assert f"--keep-dense '{pattern}' matches no weight that would be pruned" in refused(capsys, *flags)
+    assert not (tmp_path / "run").exists()

@@ -1,5 +1,8 @@
 """Ticket files: whole or refused, of this model or refused, and what a program goes on with."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -103,3 +106,112 @@ def test_masks_as_bits():
     for packed, shape in ((torch.tensor([255], dtype=torch.uint8), [7]), (torch.zeros(2, dtype=torch.uint8), [8])):
         with pytest.raises(ValueError, match="bytes of mask for the shape"):
             files.unpack_bits(packed, shape)
+
+
+# ---------------------------------------------------------------------------- going on
+
+
+def train_a_step(ticket):
+    ticket.model(torch.ones(4, 7)).square().sum().backward()
+    ticket.hold()
+    with torch.no_grad():
+        for parameter in ticket.model.parameters():
+            parameter -= 0.1 * parameter.grad
+    ticket.stepped()
+
+
+def test_a_program_goes_on_with_a_ticket(tmp_path):
+    path = tmp_path / "t.safetensors"
+    ticket, model = ticket_file(path)
+    torch.manual_seed(2)
+    other = nn.Sequential(nn.Linear(7, 3), nn.BatchNorm1d(3))
+    again = lottery.Ticket(other)
+    files.go_on(again, files.load_ticket(path, other), round=4)
+    assert again.round == 4 and again.kept == 5 and again.start_sha256 == ticket.start_sha256
+    for name, value in lottery.state_of(model).items():
+        assert torch.equal(lottery.state_of(other)[name], value)
+    train_a_step(ticket)
+    train_a_step(again)
+    again.check()
+    assert lottery.sha256(lottery.state_of(other)) == lottery.sha256(lottery.state_of(model))
+
+
+def test_a_search_goes_on_from_a_file(tmp_path):
+    """The round of the file is trained again, and the next ones are those of a search that never stopped."""
+
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5))
+
+    path, hashes = tmp_path / "t.safetensors", []
+    for found in lottery.find_ticket(net := model(), train_a_step, lambda m: {}, sparsity=0.6, rewind_step=1):
+        hashes.append(found.row["trained_sha256"])
+        if found.row["round"] == 2:
+            files.save_ticket(path, found.ticket.masks, found.ticket.rewind_state, net.state_dict(), found.row)
+
+    def resume(ticket):
+        file = files.load_ticket(path, ticket.model)
+        files.go_on(ticket, file, file.info["round"])
+        return file.info["parent_sha256"]
+
+    torch.manual_seed(9)
+    net = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5))
+    rest = lottery.find_ticket(net, train_a_step, lambda m: {}, sparsity=0.6, rewind_step=1, resume=resume)
+    assert [found.row["trained_sha256"] for found in rest] == hashes[2:] and len(hashes) == 5
+
+
+def test_going_on_with_another_ticket_is_refused_by_name(tmp_path):
+    path = tmp_path / "t.safetensors"
+    _, model = ticket_file(path)
+    file = files.load_ticket(path)
+    for ticket, message in (
+        (lottery.Ticket(nn.Sequential(nn.Linear(7, 4))), r"0.weight: the file has a mask of \[3, 7\] for .* \[4, 7\]"),
+        (lottery.Ticket(nn.Linear(7, 3)), r"0.weight: the file has a mask of \[3, 7\] for pruned weights of none"),
+    ):
+        with pytest.raises(lottery.LotteryError, match=message):
+            files.go_on(ticket, file)
+    with pytest.raises(lottery.LotteryError, match="the file has no rewind state to go on from"):
+        files.go_on(lottery.Ticket(model), file._replace(rewind=None))
+
+
+def test_a_ticket_of_a_model_with_excluded_weights_and_hidden_buffers(tmp_path):
+    """Excluded weights have no mask; buffers that a state_dict leaves out are rewound to, infinite ones too."""
+
+    class Masked(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(7, 3), nn.Linear(3, 2))
+            self.register_buffer("mask", torch.tensor([0.0, float("-inf")]), persistent=False)
+
+    path, model = tmp_path / "t.safetensors", Masked()
+    ticket = lottery.Ticket(model, exclude="1")
+    ticket.prune(5)
+    ticket.rewind()
+    files.save_ticket(path, ticket.masks, ticket.rewind_state, model.state_dict(), {})
+    model.mask.fill_(3)
+    file = files.load_ticket(path, model)
+    assert file.masks.keys() == {"0.weight"} and "mask" in file.rewind and "mask" not in file.trained
+    with pytest.raises(lottery.LotteryError, match="mask has a NaN or infinite value"):
+        files.load_ticket(path)  # without the model nothing says that it is a buffer
+    with pytest.raises(lottery.LotteryError, match=r"1.weight: the file has a mask of none"):
+        files.go_on(lottery.Ticket(model), file)
+    again = lottery.Ticket(model, exclude="1")
+    files.go_on(again, file)
+    assert model.mask.tolist() == [0, float("-inf")] and again.start_sha256 == ticket.start_sha256
+    model.mask[0] = float("nan")
+    files.save_ticket(path, ticket.masks, lottery.copy_state(model), model.state_dict(), {})
+    with pytest.raises(lottery.LotteryError, match="mask has a NaN or infinite value"):
+        files.load_ticket(path, model)
+
+
+def test_the_program_in_the_readme_runs_word_for_word(tmp_path, monkeypatch, capsys):
+    readme = (Path(files.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "readme"}
+    exec(compile(program, "README.md", "exec"), names)
+    out = capsys.readouterr().out
+    assert out.count("% remain, accuracy ") == 12 and "10.0% remain, accuracy " in out
+    (again,) = re.findall(r"trained again: accuracy (\S+)", out)
+    assert float(again) == pytest.approx(names["found"].row["accuracy"], abs=5e-4)  # the same masks from the same start
+    assert float(again) > 0.5 and [path.name for path in tmp_path.iterdir()] == ["ticket.safetensors"]
+    assert {type(row).__name__ for row in names["rows"]} == {"Taken"}

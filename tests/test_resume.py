@@ -418,3 +418,32 @@ def test_only_the_process_that_writes_decides_when_to_save(tmp_path, monkeypatch
         monkeypatch.setattr(folder.processes, "index", lambda: process)  # noqa: B023
         train.Checkpointer(tmp_path, "", 0, train.Signals(), None).after_step(None, None, None, None)
         assert len(saved) == expected
+
+
+def test_buffers_that_a_state_dict_leaves_out_survive_a_checkpoint(tmp_path):
+    """The model's own in checkpoint.safetensors, and those that every round rewinds to in rewind.safetensors."""
+
+    def network():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+        model.register_buffer("steps", torch.zeros(()), persistent=False)
+        return model
+
+    ticket = lottery.Ticket(network())
+    ticket.prune(4)
+    ticket.round = 1
+    ticket.rewind()
+    ticket.model.steps += 5
+    optimizer = torch.optim.AdamW(ticket.model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    at = folder.Progress(best=lottery.copy_state(ticket.model))
+    folder.Checkpointer(tmp_path, "a run", None, folder.Signals(), None).save(ticket, optimizer, schedule, at)
+    again = lottery.Ticket(network())
+    checkpoint = folder.Checkpoint(tmp_path, "a run")
+    checkpoint.resume(again)
+    assert int(again.model.steps) == 5 and again.start_sha256 == ticket.start_sha256
+    assert int(checkpoint.restore(again.model, optimizer, schedule, "cpu").best["steps"]) == 5
+    again.prune(3)
+    again.rewind()
+    assert int(again.model.steps) == 0
+    assert lottery.sha256(again.rewind_state) == lottery.sha256(ticket.rewind_state)
