@@ -30,7 +30,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     without_peers = "without torch.nn.utils.prune, which takes minutes"
     add("--no-peers", dest="peers", action="store_false", help=without_peers)
     add("--short", action="store_true", help="infer: one thread and 90 %% sparsity only")
-    tickets = "infer: files ticket.safetensors on the test set of --data, with WER"
+    tickets = "infer: tickets (files or run folders) on the test set of --data, with WER"
     add("--ticket", type=Path, nargs="+", help=tickets)
     add("--data", type=Path, default=Path("demo"), help="of --ticket (default: demo)")
     args = parser.parse_args(argv)

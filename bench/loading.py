@@ -42,7 +42,7 @@ def bench_data(args: argparse.Namespace) -> None:
             code += f"loading.memory_of_cached_training(Path({name!r}), {copies})"
             bytes_of[copies] = int(in_a_process(code).split()[-1])
         told = ", ".join(f"{n * minutes:.0f} minutes {size / 1e6:.0f} MB" for n, size in bytes_of.items())
-        print(f"training from the cache, peak memory (mapped files aside): {told}", flush=True)
+        print(f"training from the cache, peak memory: {told}", flush=True)
         bench_waiting(folder)
 
 
@@ -95,7 +95,7 @@ def train_quietly(argv: list[str]) -> None:
 def memory_of_cached_training(folder: Path, copies: int) -> None:
     """Child process: an epoch from the cache on `copies` times the demo's train set; print the peak of its own memory.
 
-    Anonymous memory: pages of the mapped cache are the system's to take back.
+    Anonymous memory: pages of files are the system's to take back.
     """
     rows = demo_rows("train")
     for split in ("train", "valid", "test"):

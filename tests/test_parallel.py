@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import soak
 import torch
@@ -96,6 +97,38 @@ def test_two_processes_are_stopped_and_go_on(script, corpus, tmp_path):
     alone = start(script, corpus, tmp_path / "whole", 1, "--batch-size", 2)
     _, said = alone.communicate(timeout=100)
     assert alone.returncode == 2 and "holds another run (processes 2 there, 1 now)" in said
+
+
+def spans(lengths, seconds, processes) -> list[list[list[int]]]:
+    """Frames of each utterance in each process's share of each batch."""
+    examples = [data.Example(torch.zeros(n, 4), "", [1]) for n in lengths]
+    epochs = [data.Epoch(examples, 1, 0, 0, None, seconds, p, processes) for p in range(processes)]
+    found = []
+    for k, chunk in enumerate(epochs[0].chunks):
+        shares = [[lengths[i] for i in chunk[epoch.mine(k)]] if epoch.weight(k) else [] for epoch in epochs]
+        assert sum(map(len, shares)) == len(chunk)
+        found.append(shares)
+    return found
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_batch_seconds_hold_in_each_process(processes):
+    """60 s gave 66.4: the cut looked at lengths that were jittered by up to 10 %."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(100, 1500, 600).tolist() + [9000, 7000, 6500]
+    batches = spans(lengths, 60, processes)
+    assert sorted(n for shares in batches for share in shares for n in share) == sorted(lengths)
+    padded = [max(share) * len(share) for shares in batches for share in shares if len(share) > 1]
+    assert max(padded) <= 6000 and np.median(padded) > 5000
+    assert {n for shares in batches for share in shares for n in share if n > 6000} == {9000, 7000, 6500}
+    assert all(len(share) == 1 for shares in batches for share in shares if max(share, default=0) > 6000)
+
+
+def test_batches_by_seconds_by_hand():
+    # Shortest first; two of 30 frames are 0.6 s, a third would be 0.9. The long one has a process for itself.
+    assert sorted(spans([30, 30, 30, 30, 500], 0.6, 1)) == [[[30, 30]], [[30, 30]], [[500]]]
+    assert sorted(spans([30, 30, 30, 30, 500], 0.6, 2)) == [[[30, 30], [30, 30]], [[500], []]]
+    assert sorted(spans([30, 30, 500], 0.6, 2)) == [[[30], [30]], [[500], []]]
 
 
 def in_processes(count, folder, work) -> list:
