@@ -17,11 +17,12 @@ import os
 import re
 import signal
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import soundfile
@@ -40,74 +41,134 @@ class DataError(ValueError):
     """Something is wrong with a file of the user's; the message names it."""
 
 
+class Broken(DataError):
+    """Several recordings are: the first of them by name, and how many there are."""
+
+    SHOWN = 10
+
+    def __init__(self, errors: list[DataError]):
+        super().__init__(errors)
+        self.errors = [one for error in errors for one in (error.errors if isinstance(error, Broken) else [error])]
+
+    def __str__(self) -> str:
+        shown, more = "; ".join(map(str, self.errors[: self.SHOWN])), len(self.errors) - self.SHOWN
+        if len(self.errors) == 1:
+            return shown
+        return f"{len(self.errors)} recordings are broken: {shown}" + (f"; and {more} more" if more > 0 else "")
+
+
 # ---------------------------------------------------------------------------- manifests
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Utterance:
     audio: Path
     text: str
     speaker: str = ""
-    offset: float | None = None  # seconds; None: the whole file
+    offset: float | None = None  # seconds; None: from the beginning, and the whole file without a duration
     duration: float | None = None  # seconds
+    source: str = dataclasses.field(default="", compare=False)  # the manifest or transcript that names it, and
+    line: int = dataclasses.field(default=0, compare=False)  # where in it; for messages
+
+    @property
+    def where(self) -> str:
+        """ "SOURCE, line N", or "" if no file names it."""
+        return self.source and f"{self.source}, line {self.line}"
 
 
 def read_manifest(path: Path) -> list[Utterance]:
     """The utterances of one manifest, in its order. Raises DataError naming file and line."""
+    source, folder, utterances = str(path), str(path.parent), []
+    recordings: dict[str, Path] = {}  # one Path, looked for once, for all segments of a recording
     try:
-        content = path.read_bytes()
+        with open(path, "rb") as file:
+            for line, row in manifest_rows(file, source):
+                text, name = row.get("text"), row["audio_filepath"]
+                text = " ".join(text.split()) if isinstance(text, str) else text
+                if not text or not isinstance(text, str) or not text.isascii():
+                    _check_text(text, f"{source}, line {line}")
+                if (audio := recordings.get(name)) is None:
+                    audio = recordings[name] = Path(folder, name)
+                    if not os.path.isfile(audio):
+                        raise DataError(f"{source}, line {line}: no such audio file: {audio}")
+                speaker = sys.intern(str(row.get("speaker", "")))
+                utterances.append(Utterance(audio, text, speaker, row["offset"], row["duration"], source, line))
     except OSError as error:
         raise DataError(f"{path}: cannot read the manifest ({error.strerror})") from None
-    utterances = []
-    for where, row in manifest_rows(content, str(path)):
-        if not isinstance(row.get("text"), str):
-            raise DataError(f"{where}: 'text' must be a string, got {row.get('text')!r}")
-        text = " ".join(row["text"].split())
-        if not text:
-            raise DataError(f"{where}: the text is empty (every utterance needs at least one character)")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise DataError(f"{where}: the text has half a surrogate pair, which no UTF-8 file can hold: {text!r}")
-        audio = path.parent / row["audio_filepath"]
-        if not audio.is_file():
-            raise DataError(f"{where}: no such audio file: {audio}")
-        utterances.append(Utterance(audio, text, str(row.get("speaker", "")), row["offset"], row["duration"]))
     return utterances
 
 
-def manifest_rows(content: bytes, name: str) -> Iterator[tuple[str, dict]]:
-    """("name, line N", object) a line of a manifest: audio_filepath is a string, offset and duration seconds or None.
+def _check_text(text: object, where: str) -> None:
+    if not isinstance(text, str):
+        raise DataError(f"{where}: 'text' must be a string, got {text!r}")
+    if not text:
+        raise DataError(f"{where}: the text is empty (every utterance needs at least one character)")
+    if re.search("[\ud800-\udfff]", text):
+        raise DataError(f"{where}: the text has half a surrogate pair, which no UTF-8 file can hold: {text!r}")
 
+
+MARK = b"\xef\xbb\xbf"  # a byte-order mark: some editors begin a text file with it
+LONGEST = 2**20  # bytes of a line
+
+
+def manifest_rows(content: bytes | BinaryIO, name: str) -> Iterator[tuple[int, dict]]:
+    """(line, object) of each line of a manifest: audio_filepath is a string, offset and duration seconds or None.
+
+    content: the file, read line by line, so that memory does not grow with it; or its bytes.
     Raises DataError naming the line for what is no such object, and if there is none.
     """
-    empty = True
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if not line.strip():
+    file, empty = io.BytesIO(content) if isinstance(content, bytes) else content, True
+    for number, line in enumerate(iter(functools.partial(file.readline, LONGEST), b""), 1):
+        line = line.removeprefix(MARK) if number == 1 else line
+        if line.isspace() or not line:
             continue
         empty = False
-        where = f"{name}, line {number}"
         try:
-            row = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not a JSON object in UTF-8 ({error})") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: not a JSON object")
-        if not isinstance(row.get("audio_filepath"), str):
-            raise DataError(f"{where}: 'audio_filepath' must be a string, got {row.get('audio_filepath')!r}")
-        seconds = {key: row.get(key) for key in ("offset", "duration")}
-        for key, value in seconds.items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (number and 0 <= value < 1e7):
-                raise DataError(f"{where}: {key!r} must be a number of seconds from 0 to 1e7, got {str(value)[:40]!r}")
-        yield where, row | seconds
+            yield number, _manifest_row(line)
+        except DataError as error:
+            raise DataError(f"{name}, line {number}: {error}") from None
     if empty:
         raise DataError(f"{name}: the manifest is empty")
 
 
+def _manifest_row(line: bytes) -> dict:
+    if len(line) == LONGEST:
+        raise DataError(f"longer than {LONGEST} bytes: no line of a manifest")
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not a JSON object in UTF-8 ({error})") from None
+    if not isinstance(row, dict):
+        raise DataError("not a JSON object")
+    name = row.get("audio_filepath")
+    if not isinstance(name, str) or not name:
+        raise DataError(f"'audio_filepath' must be a string, got {name!r}")
+    for key in ("offset", "duration"):
+        value = row.setdefault(key, None)
+        if value is not None and not (type(value) in (int, float) and 0 <= value < 1e7):  # a bool is neither
+            raise DataError(f"{key!r} must be a number of seconds from 0 to 1e7, got {str(value)[:40]!r}")
+    return row
+
+
 def read_corpus(folder: Path) -> dict[str, list[Utterance]]:
-    """{"train": [...], "valid": [...], "test": [...]}."""
+    """{"train": [...], "valid": [...], "test": [...]}. Raises DataError for a recording that is in two of them."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder (--data wants one with train.jsonl, valid.jsonl and test.jsonl)")
-    return {split: read_manifest(folder / f"{split}.jsonl") for split in ("train", "valid", "test")}
+    corpus = {split: read_manifest(folder / f"{split}.jsonl") for split in ("train", "valid", "test")}
+    check_apart(corpus)
+    return corpus
+
+
+def check_apart(corpus: dict[str, list[Utterance]]) -> None:
+    """Raise DataError for a recording that is in two parts."""
+    part_of: dict[str, str] = {}
+    for part, utterances in corpus.items():
+        for utterance in utterances:
+            name = str(utterance.audio)
+            other = part_of.setdefault(os.path.normpath(name) if ".." in name else name, part)
+            if other != part:
+                with told_of(utterance):
+                    raise DataError(f"{name}: is in {part} and in {other}: a recording may be in one of them only")
 
 
 def audio_files(corpus: dict[str, list[Utterance]]) -> list[Path]:
@@ -359,7 +420,7 @@ def _check_length(
 
 
 def to_sample_rate(blocks: Iterator[Tensor], sample_rate: int) -> Iterator[Tensor]:
-    """Blocks (N,) at sample_rate -> blocks at 16 kHz, together what torchaudio.functional.resample makes of the whole."""
+    """Blocks (N,) at sample_rate -> blocks at 16 kHz: what torchaudio.functional.resample makes of the whole."""
     # A divisor below 25 Hz makes a filter of thousands of phases: round such rates, by 0.2 % at most from 8 kHz on.
     rate = sample_rate if math.gcd(sample_rate, SAMPLE_RATE) >= 25 else round(sample_rate / 25) * 25
     if rate == SAMPLE_RATE:
@@ -383,10 +444,6 @@ def to_sample_rate(blocks: Iterator[Tensor], sample_rate: int) -> Iterator[Tenso
         kept = torch.cat([kept, block])
     if kept is not None:
         yield resample(kept)[(done - start) // old * new :]
-
-
-# All that decides which samples come of a recording, for whoever keeps what is computed of them.
-DECODING = (load_audio, audio_blocks, _Forward, _opened, _mono, _check_length, to_sample_rate)
 
 
 def _checked(waveform: Tensor) -> Tensor:
@@ -479,24 +536,54 @@ def features_of(
     mix: what becomes of the waveform (N,) before, e.g. noise added. waveform: where it is decoded already.
     """
     if waveform is None:
-        waveform = load_audio(utterance.audio, utterance.offset, utterance.duration)
-    features = normalize(FEATURES[kind](mix(waveform) if mix else waveform))
-    if not features.isfinite().all():
-        raise DataError(f"{utterance.audio}: its samples are too large (features are not finite; full scale is 1)")
+        waveform = waveform_of(utterance)
+    with told_of(utterance), memory_for(utterance.audio):
+        features = normalize(FEATURES[kind](mix(waveform) if mix else waveform))
+        if not features.isfinite().all():
+            name = segment_name(utterance.audio, utterance.offset, utterance.duration)
+            raise DataError(f"{name}: its samples are too large (features are not finite; full scale is 1)")
     return features, len(waveform) / SAMPLE_RATE
 
 
-def in_parallel(dataset, progress: str = "", workers: int = 0, unit: str = "utt") -> Iterator:
-    """The items of a dataset, in order, computed by worker processes. An item that is a DataError is raised."""
+def waveform_of(utterance: Utterance) -> Tensor:
+    """(N,) at 16 kHz. Raises DataError as load_audio does, naming the line that names the recording as well."""
+    with told_of(utterance):
+        return load_audio(utterance.audio, utterance.offset, utterance.duration)
+
+
+@contextlib.contextmanager
+def told_of(utterance: Utterance) -> Iterator[None]:
+    """A DataError in here names the line that names the utterance, too."""
+    try:
+        yield
+    except DataError as error:
+        if not utterance.source:
+            raise
+        raise DataError(f"{utterance.where}: {error}") from None
+
+
+def in_parallel(
+    dataset, progress: str = "", workers: int = 0, unit: str = "utt", first_error: bool = False
+) -> Iterator:
+    """The items of a dataset, in order, computed by worker processes.
+
+    Items that are DataErrors are raised together, as Broken, once all are through; with first_error the first, at once.
+    """
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=None, num_workers=workers, worker_init_fn=_leave_signals_to_the_parent,
         multiprocessing_context="fork" if workers else None, collate_fn=lambda item: item,
         generator=torch.Generator(),  # else it draws from the global one
     )  # fmt: skip
+    errors = []
     for item in tqdm(loader, desc=progress, unit=unit, disable=None if progress else True, leave=False):
         if isinstance(item, DataError):
-            raise item
-        yield item
+            if first_error:
+                raise item
+            errors.append(item)
+        elif not errors:
+            yield item
+    if errors:
+        raise Broken(errors)
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
@@ -509,18 +596,47 @@ def frames_needed(targets: list[int]) -> int:
     return len(targets) + sum(a == b for a, b in itertools.pairwise(targets))
 
 
-def hash_files(paths: list[Path]) -> dict[Path, str]:
-    """SHA-256 of each file's bytes. Raises DataError naming the file."""
+class _Whole(torch.utils.data.Dataset):
+    """What is wrong with each utterance's recording, "" for nothing."""
 
-    def one(path: Path) -> str:
+    def __init__(self, utterances: list[Utterance]):
+        self.utterances = utterances
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def __getitem__(self, index: int) -> str:
         try:
-            return hashlib.sha256(path.read_bytes()).hexdigest()
+            features_of(self.utterances[index], "log-mel")
+        except DataError as error:
+            return str(error)
+        return ""
+
+
+def what_is_broken(utterances: list[Utterance], progress: str = "", workers: int = 0) -> list[str]:
+    """What is wrong with each utterance's recording, "" for nothing, by decoding all of them."""
+    return list(in_parallel(_Whole(utterances), progress, workers))
+
+
+def hash_files(paths: list[Path]) -> dict[Path, str]:
+    """SHA-256 of each file's bytes. Raises DataError naming the files that cannot be read."""
+
+    def one(path: Path) -> str | DataError:
+        digest = hashlib.sha256()
+        try:
+            with open(path, "rb", buffering=0) as file:
+                while piece := file.read(2**20):
+                    digest.update(piece)
         except OSError as error:
-            raise DataError(f"{path}: cannot read the audio ({error.strerror})") from None
+            return DataError(f"{path}: cannot read the audio ({error.strerror})")
+        return digest.hexdigest()
 
     distinct = list(dict.fromkeys(paths))
     with ThreadPoolExecutor() as pool:
-        return dict(zip(distinct, pool.map(one, distinct)))
+        found = dict(zip(distinct, pool.map(one, distinct)))
+    if errors := [error for error in found.values() if isinstance(error, DataError)]:
+        raise Broken(errors)
+    return found
 
 
 # ---------------------------------------------------------------------------- SpecAugment and batches
@@ -638,7 +754,8 @@ class Epoch(torch.utils.data.Dataset):
 
     def batches(self, first: int = 0, workers: int = 0) -> Iterator["Batch"]:
         """From batch `first` on, prepared ahead by worker processes if there are any."""
-        yield from in_parallel(torch.utils.data.Subset(self, range(first, len(self))), workers=workers)
+        left = torch.utils.data.Subset(self, range(first, len(self)))
+        yield from in_parallel(left, workers=workers, first_error=True)
 
 
 def _chunks_of_frames(order: np.ndarray, lengths: np.ndarray, frames: float) -> list[np.ndarray]:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 import lottery
 from audio_lottery import files, ledger
-from audio_lottery.console import fail
+from audio_lottery.console import fail, printable
 from lab import plan, report
 from runner import flags, processes, retrain, settings
 from runner.cache import Cache, load_examples
@@ -87,14 +87,14 @@ class Corpus:
         self.setting, self.tokens, noise = setting, setting.tokens, setting.noise
         cached = isinstance(setting.cache, Cache)
         splits = processes.first_then_others(self.load) if cached else self.load()
-        print(f"data: {', '.join(f'{len(part)} {split}' for split, part in splits.items())} utterances")
+        print(printable(f"data: {', '.join(f'{len(part)} {split}' for split, part in splits.items())} utterances"))
         self.train, self.valid = self.trainable(splits.pop("train")), splits.pop("valid")
         self.tests = splits  # by name; the first is what the verdicts are about
         for split in ("valid", *self.tests):
             unseen = data.unseen_characters(setting.utterances[split], self.tokens)
             if unseen:
                 counts = ", ".join(f"{c!r} x {n}" for c, n in sorted(unseen.items()))
-                print(f"data: {split} has characters that train has not, counted as errors: {counts}")
+                print(f"data: {printable(split)} has characters that train has not, counted as errors: {counts}")
         if noise:
             print(f"noise: {noise}")
             for split, snr in itertools.product(list(self.tests), noise.test_snr):
@@ -110,9 +110,15 @@ class Corpus:
     def load(self) -> dict[str, list[data.Example]]:
         noise = self.setting.noise
         noisy = noise is not None and noise.snr is not None
-        return {
-            split: self.examples(split, split, fresh=noisy and split == "train") for split in self.setting.utterances
-        }
+        found, broken = {}, []
+        for split in self.setting.utterances:
+            try:
+                found[split] = self.examples(split, split, fresh=noisy and split == "train")
+            except data.Broken as error:
+                broken.append(error)
+        if broken:
+            raise data.DataError(f"{data.Broken(broken)} (--skip-broken leaves those of train and valid out)")
+        return found
 
     def trainable(self, train: list[data.Example]) -> list[data.Example]:
         """Those of the recipe's lengths that CTC can align, in order."""
@@ -360,7 +366,7 @@ def run(args: argparse.Namespace, signals: Signals) -> None:
     setting = settings.prepare(args)
     config, rounds = setting.config, len(setting.rounds)
     rows, corpus = rows_there(args.out, config, flags.NAMES), None
-    print("config: " + ", ".join(f"{key} {value}" for key, value in config.items()))
+    print(printable("config: " + ", ".join(f"{key} {value}" for key, value in config.items())))
     if len(rows) < rounds:
         say_start(setting)
         corpus = Corpus(setting)
@@ -374,7 +380,7 @@ def run(args: argparse.Namespace, signals: Signals) -> None:
         if not processes.index():
             rows = rows_there(args.out, config, flags.NAMES)  # again, now that nobody else writes
         if len(rows) == rounds:
-            print(f"{args.out} is finished: nothing to train")
+            print(printable(f"{args.out} is finished: nothing to train"))
             say_rows(rows)
         else:
             if not processes.index():
@@ -387,8 +393,8 @@ def run(args: argparse.Namespace, signals: Signals) -> None:
             if not all((args.out / name).exists() for name in ("report.md", "report.png")):
                 report.write_report(args.out, config, rows)
             (args.out / "checkpoint.safetensors").unlink(missing_ok=True)
-    print("\n".join(report.summary(setting.config, rows)))
-    print(f"{args.out}: ledger.jsonl, ticket.safetensors, report.md, report.png")
+    print("\n".join(map(printable, report.summary(setting.config, rows))))
+    print(printable(f"{args.out}: ledger.jsonl, ticket.safetensors, report.md, report.png"))
 
 
 def say_start(setting: Setting) -> None:
@@ -421,7 +427,7 @@ def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signa
     if setting.dense and not rows:
         ledger.append_row(out / "ledger.jsonl" if first else None, rows, setting.dense, config)
         where = setting.config["machine"]["dense"]
-        print(f"{report.text_line(report.cells(rows[0]))}  (the row of {where})", flush=True)
+        print(printable(f"{report.text_line(report.cells(rows[0]))}  (the row of {where})"), flush=True)
     rounds = Rounds(setting, corpus, rows, checkpointer, checkpoint, board)
     for found in rounds.retrain_tickets() if args.source else rounds.search():
         info = setting.info(found.row)
@@ -484,7 +490,7 @@ def main(argv: list[str] | None = None) -> int:
         except Stopped as stopped:
             command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
             name = signal.Signals(stopped.number).name
-            print(f"train.py: stopped by {name}; go on with: {command}", file=sys.stderr)
+            print(printable(f"train.py: stopped by {name}; go on with: {command}"), file=sys.stderr)
             return 128 + stopped.number
     return 0
 

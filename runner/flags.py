@@ -176,6 +176,8 @@ TABLE = (
     Flag("test_sets", DATA, "always", str, otherwise="its test sets", count="+", metavar="SET",
          help="sets of --corpus to test on, each by itself, e.g. test-clean"),
     Flag("download", DATA, "no", bool, help="fetch what of LibriSpeech or TED-LIUM is not in --data"),
+    Flag("skip_broken", DATA, "changed", bool, otherwise="no",
+         help="leave broken recordings out of train and valid, counted aloud; one of a test set stops the run"),
     Flag("tokens", DATA, "always", str, default="chars", metavar="chars|bpe:N",
          help="what texts are spelled with: characters, or N pieces of words that sentencepiece finds"),
 
@@ -283,6 +285,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.ticket:
         args = parse_with_source(p, args, argv)
     args.data = "demo" if args.data is None else args.data
+    args.skip_broken = args.skip_broken or None  # --no-skip-broken is as if it were not given
     args.lm, args.noise, args.init = (None if path == NONE else path for path in (args.lm, args.noise, args.init))
     args.recipe = RECIPES[args.backbone, "paper" if args.plan else args.size]
     chosen = {flag.name: getattr(args, flag.name) for flag in TABLE if flag.identity == "recipe"}

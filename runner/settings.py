@@ -18,6 +18,7 @@ import data
 import lottery
 import models
 from audio_lottery import files, ledger
+from audio_lottery.console import printable
 from lab import controls, corpora, decode
 from lab.noise import Noise
 from runner import flags, processes
@@ -93,6 +94,8 @@ class Setting:
 def prepare(args: argparse.Namespace) -> Setting:
     """Read the corpus, build the network, make the configuration. What cannot be trained is refused here, by name."""
     utterances = read_corpus(args)
+    if args.skip_broken:
+        leave_out_broken(utterances, args.workers)
     cache = Cache(args.cache) if isinstance(args.cache, Path) else args.cache
     tokens = data.tokens_of(utterances["train"], args.tokens)
     torch.manual_seed(args.seed)  # the draw of theta_0
@@ -131,6 +134,25 @@ def read_corpus(args: argparse.Namespace) -> dict[str, list[data.Utterance]]:
     return corpora.read(args.corpus, args.data, *sets)
 
 
+def leave_out_broken(utterances: dict[str, list[data.Utterance]], workers: int) -> None:
+    """Take the utterances whose recordings cannot be decoded out of train and valid, and say so. A test stays whole.
+
+    Each process decodes its share. Raises DataError if none is left.
+    """
+    for part in ("train", "valid"):
+        all_of_them, count = utterances[part], processes.count()
+        wrong = data.what_is_broken(all_of_them[processes.index() :: count], f"decoding {part}", workers)
+        shares = processes.gather(wrong)
+        wrong = [shares[i % count][i // count] for i in range(len(all_of_them))]
+        utterances[part] = [utterance for utterance, why in zip(all_of_them, wrong) if not why]
+        errors = [data.DataError(why) for why in wrong if why]
+        if not utterances[part]:
+            raise data.DataError(f"--skip-broken: no {part} recording is left: {data.Broken(errors)}")
+        if errors:
+            what = f"{len(errors)} of {len(wrong)} {part} recordings left out by --skip-broken"
+            print(printable(f"data: {what}: {data.Broken(errors)}"))
+
+
 def hashes_of(utterances: dict[str, list[data.Utterance]], cache: str | Cache) -> dict[Path, str]:
     """SHA-256 of every recording. Raises DataError if they are too many for --cache memory."""
     recordings = data.audio_files(utterances)
@@ -152,7 +174,7 @@ def start_from(path: Path, model: torch.nn.Module, tokens: list[str]) -> None:
     model.load_state_dict(state)
     said = f"; made new, for other tokens: {', '.join(renewed)}" if renewed else ""
     removed = sum(int((~mask).sum()) for mask in file.masks.values())
-    print(f"theta_0: the trained weights of {path}{f', {removed:,} of them 0' if removed else ''}{said}")
+    print(printable(f"theta_0: the trained weights of {path}{f', {removed:,} of them 0' if removed else ''}{said}"))
 
 
 # ---------------------------------------------------------------------------- another run's round 0, and its tickets
