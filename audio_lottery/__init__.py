@@ -2,14 +2,14 @@
 
     from audio_lottery import find_ticket, save_ticket, load_ticket, compress
 
-The algorithm is lottery.py; here is what leans on it and knows no speech: files, the ledger, sparse inference.
+The algorithm is lottery.py; here is what leans on it and knows no speech: files, verdicts, ledger, sparse inference.
 """
 
 __version__ = "0.2.0"
 
 from audio_lottery import fakes as fakes
 from audio_lottery.compression import Taken, compress
-from audio_lottery.counting import weight_uses
+from audio_lottery.counting import multiply_adds, weight_uses
 from audio_lottery.files import TicketFile, go_on, load_ticket, save_ticket
 from audio_lottery.verdicts import Verdict, verdict
 from lottery import (
@@ -27,6 +27,6 @@ from lottery import (
 
 __all__ = [
     "Found", "LotteryError", "Pruning", "Scoped", "Taken", "Ticket", "TicketFile", "Verdict", "compress",
-    "find_ticket", "go_on", "kept_counts", "load_ticket", "prunable", "prune", "save_ticket", "scope", "verdict",
-    "weight_uses",
+    "find_ticket", "go_on", "kept_counts", "load_ticket", "multiply_adds", "prunable", "prune", "save_ticket", "scope",
+    "verdict", "weight_uses",
 ]  # fmt: skip

@@ -153,7 +153,7 @@ def load_ticket(path: Path, model: nn.Module | None = None) -> TicketFile:
     path = ticket_path(path)
     tensors, about = read_sealed(path, "ticket")
     try:
-        file = _ticket_of(path, tensors, about, dict(model.named_buffers()) if model else {})
+        file = _ticket_of(path, tensors, about, dict(model.named_buffers()) if model is not None else {})
     except LotteryError:
         raise
     except Exception as error:  # metadata that a seal was put on again
@@ -190,6 +190,8 @@ def go_on(ticket: Ticket, file: TicketFile, round: int = 1) -> None:
             raise LotteryError(f"{name}: the file has a mask of {shapes[0]} for pruned weights of {shapes[1]}")
     if file.rewind is None:
         raise LotteryError("the file has no rewind state to go on from")
+    if round == 0 and ticket.rewind_step:
+        raise LotteryError(f"round 0 starts before step {ticket.rewind_step}, which is all that the file has of it")
     own, weights = state_of(ticket.model), ticket.weights
     ticket.masks = {name: file.masks[name].to(weight.device) for name, weight in weights.items()}
     ticket.rewind_state = {n: value.to(own[n].device) if n in own else value for n, value in file.rewind.items()}

@@ -143,21 +143,23 @@ def test_a_search_goes_on_from_a_file(tmp_path):
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5))
 
-    path, hashes = tmp_path / "t.safetensors", []
+    path, rows = tmp_path / "t.safetensors", []
     for found in lottery.find_ticket(net := model(), train_a_step, lambda m: {}, sparsity=0.6, rewind_step=1):
-        hashes.append(found.row["trained_sha256"])
+        rows.append(found.row)
         if found.row["round"] == 2:
             files.save_ticket(path, found.ticket.masks, found.ticket.rewind_state, net.state_dict(), found.row)
 
     def resume(ticket):
         file = files.load_ticket(path, ticket.model)
         files.go_on(ticket, file, file.info["round"])
+        ticket.threshold = file.info["threshold"]
         return file.info["parent_sha256"]
 
     torch.manual_seed(9)
     net = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5))
     rest = lottery.find_ticket(net, train_a_step, lambda m: {}, sparsity=0.6, rewind_step=1, resume=resume)
-    assert [found.row["trained_sha256"] for found in rest] == hashes[2:] and len(hashes) == 5
+    start = {"rewind_sha256": ""}  # the file's is 0 where it is pruned
+    assert [found.row | start for found in rest] == [row | start for row in rows[2:]] and len(rows) == 5
 
 
 def test_going_on_with_another_ticket_is_refused_by_name(tmp_path):
@@ -172,6 +174,10 @@ def test_going_on_with_another_ticket_is_refused_by_name(tmp_path):
             files.go_on(ticket, file)
     with pytest.raises(lottery.LotteryError, match="the file has no rewind state to go on from"):
         files.go_on(lottery.Ticket(model), file._replace(rewind=None))
+    with pytest.raises(
+        lottery.LotteryError, match="round 0 starts before step 2, which is all that the file has of it"
+    ):
+        files.go_on(lottery.Ticket(model, rewind_step=2), file, round=0)
 
 
 def test_a_ticket_of_a_model_with_excluded_weights_and_hidden_buffers(tmp_path):
