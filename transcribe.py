@@ -443,7 +443,7 @@ def run(args: argparse.Namespace) -> int:
         from lab import export
 
         paths = export.export(recogniser.model, recogniser.tokens, args.export)
-        print("\n".join(f"{path}: {path.stat().st_size:,} bytes" for path in paths))
+        print("\n".join(f"{printable(path)}: {path.stat().st_size:,} bytes" for path in paths))
         return 0
     if args.stream and "-" in args.audio:
         if len(args.audio) > 1:

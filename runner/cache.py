@@ -25,18 +25,7 @@ from torch import Tensor
 
 import data
 from audio_lottery.files import SEAL, digest, write_atomically
-from data import (
-    FEATURES,
-    SAMPLE_RATE,
-    Broken,
-    DataError,
-    Example,
-    Fresh,
-    Utterance,
-    features_of,
-    in_parallel,
-    waveform_of,
-)
+from data import FEATURES, SAMPLE_RATE, Broken, DataError, Example, Fresh, Utterance, features_of, in_parallel
 
 # ---------------------------------------------------------------------------- in memory, or computed anew
 
