@@ -10,6 +10,7 @@ nothing but its words is kept.
 import argparse
 import array
 import collections
+import contextlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -129,7 +130,7 @@ def sources(audio: list[str]) -> Iterator[data.Utterance]:
     for name in audio:
         path = Path(name)
         if name == "-":
-            yield from of_manifest(sys.stdin.buffer.read(), "stdin", Path())
+            yield from of_manifest(sys.stdin.buffer, "stdin", Path())
         elif path.is_dir():
             found = data.recordings(path)
             if not found:
@@ -137,18 +138,19 @@ def sources(audio: list[str]) -> Iterator[data.Utterance]:
             yield from (data.Utterance(path, "") for path in found)
         elif path.suffix.lower() in MANIFESTS:
             try:
-                content = path.read_bytes()
+                with open(path, "rb") as file:
+                    yield from of_manifest(file, name, path.parent)
             except OSError as error:
                 raise data.DataError(f"{name}: cannot read the manifest ({error.strerror})") from None
-            yield from of_manifest(content, name, path.parent)
         else:
             yield data.Utterance(path, "")
 
 
-def of_manifest(content: bytes, name: str, folder: Path) -> Iterator[data.Utterance]:
+def of_manifest(file: BinaryIO, name: str, folder: Path) -> Iterator[data.Utterance]:
     """The recordings of a manifest, whose paths are relative to the folder; its texts may be missing."""
-    for _, row in data.manifest_rows(content, name):
-        yield data.Utterance(folder / row["audio_filepath"], "", "", row["offset"], row["duration"])
+    for line, row in data.manifest_rows(file, name):
+        audio = folder / row["audio_filepath"]
+        yield data.Utterance(audio, "", "", row["offset"], row["duration"], source=name, line=line)
 
 
 # ---------------------------------------------------------------------------- recognition
@@ -210,7 +212,7 @@ class Recogniser:
         """Where each piece of a recording starts and ends, in samples, and its features (T, F), as it is decoded."""
         piece, overlap = (round(seconds * data.SAMPLE_RATE) for seconds in (self.args.piece, self.args.overlap))
         found = pieces_of(blocks_of(recording, self.args.piece), piece, overlap)
-        with data.memory_for(name_of(recording)):
+        with told_of(recording):
             while True:
                 started = time.monotonic()
                 start, samples = next(found, (0, None))
@@ -230,6 +232,13 @@ class Recogniser:
             found = self.emissions(*padded)
             self.seconds += time.monotonic() - started
         return found
+
+
+@contextlib.contextmanager
+def told_of(recording: data.Utterance) -> Iterator[None]:
+    """What goes wrong in here, memory that runs out too, is a DataError that names recording, segment and line."""
+    with data.told_of(recording), data.memory_for(name_of(recording)):
+        yield
 
 
 def blocks_of(recording: data.Utterance, seconds: float) -> Iterator[Tensor]:
@@ -291,7 +300,7 @@ class Hearing:
 def hear(recogniser: Recogniser, batch: list[tuple[Hearing, int, int, Tensor]]) -> None:
     """Recognise pieces (of a recording, from and to which sample, features) and drop them."""
     try:
-        with data.memory_for(name_of(batch[0][0].source)):
+        with told_of(batch[0][0].source):
             found = recogniser.recognise([features for *_, features in batch])
     except data.DataError as error:
         if len(batch) > 1:  # each by itself takes less
@@ -396,7 +405,7 @@ def streamed(
         try:
             stdin = recording.audio == Path("-")
             chunks = chunks_of_stdin(size) if stdin else chunks_of(blocks_of(recording, PIECE), size)
-            with data.memory_for(name_of(recording)):
+            with told_of(recording):
                 for new, samples, took in follow(recogniser.model, chunks, recogniser.moments, recording.audio):
                     seconds += samples / data.SAMPLE_RATE
                     latencies.append(took)
@@ -434,7 +443,7 @@ def run(args: argparse.Namespace) -> int:
         from lab import export
 
         paths = export.export(recogniser.model, recogniser.tokens, args.export)
-        print("\n".join(f"{path}: {path.stat().st_size:,} bytes" for path in paths))
+        print("\n".join(f"{printable(path)}: {path.stat().st_size:,} bytes" for path in paths))
         return 0
     if args.stream and "-" in args.audio:
         if len(args.audio) > 1:

@@ -386,9 +386,8 @@ def bench_tickets(paths: list[Path], corpus: Path, repeats: int) -> None:
     print("\nkB: dense checkpoint, or ticket without its rewind state; real-time factor, times over dense")
     for (path, dtype), cell in cells.items():
         took, dense = t[f"{path} {dtype}"], t[f"{path} dense"]
-        print(
-            f"  {files.ticket_path(path).parent.name:28} {dtype:9} {cell}  {took / seconds:.5f}  {dense / took:5.2f} x"
-        )
+        name, ratio = files.ticket_path(path).parent.name, dense / took
+        print(f"  {name:28} {dtype:9} {cell}  {took / seconds:.5f}  {ratio:5.2f} x")
 
 
 def bench_infer(args: argparse.Namespace) -> None:

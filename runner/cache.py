@@ -25,7 +25,7 @@ from torch import Tensor
 
 import data
 from audio_lottery.files import SEAL, digest, write_atomically
-from data import FEATURES, SAMPLE_RATE, DataError, Example, Fresh, Utterance, features_of, in_parallel, load_audio
+from data import FEATURES, SAMPLE_RATE, Broken, DataError, Example, Fresh, Utterance, features_of, in_parallel
 
 # ---------------------------------------------------------------------------- in memory, or computed anew
 
@@ -50,13 +50,10 @@ def load_examples(
         if fresh:
             found = ((Fresh(u, kind, (1 + len(w) // 160, bins), w), s) for u, (w, s) in zip(utterances, found))
     elif cache == "none" or mixes:
-        lengths = (
-            ((e.frames, e.seconds) for e in clean) if clean else in_parallel(_Count(utterances), progress, workers)
-        )
-        found = (
-            (Fresh(u, kind, (frames, bins), mix=mix), seconds)
-            for u, mix, (frames, seconds) in zip(utterances, mixes or [None] * len(utterances), lengths)
-        )
+        counted = [(example.frames, example.seconds) for example in clean or ()]
+        counted = counted or in_parallel(_Count(utterances, kind), progress, workers)
+        each = zip(utterances, mixes or [None] * len(utterances), counted)
+        found = ((Fresh(u, kind, (frames, bins), mix=mix), seconds) for u, mix, (frames, seconds) in each)
     else:
         found = cache.features(utterances, kind, progress, workers)
         if fresh:
@@ -68,24 +65,25 @@ def load_examples(
     ]
 
 
-def length(utterance: Utterance) -> tuple[int, float]:
-    """Feature frames and seconds, by decoding it: a header may count up to two MP3 frames too many."""
-    samples = len(load_audio(utterance.audio, utterance.offset, utterance.duration))
-    return 1 + samples // 160, samples / SAMPLE_RATE
+def length(utterance: Utterance, kind: str = "log-mel") -> tuple[int, float]:
+    """Feature frames and seconds, by decoding it (a header may count two MP3 frames too many). What cannot be trained
+    on is refused now, as where features are kept."""
+    features, seconds = features_of(utterance, kind)
+    return len(features), seconds
 
 
 class _Count(torch.utils.data.Dataset):
     """The length of each utterance, or the DataError met (a worker must not raise it)."""
 
-    def __init__(self, utterances: list[Utterance]):
-        self.utterances = utterances
+    def __init__(self, utterances: list[Utterance], kind: str):
+        self.utterances, self.kind = utterances, kind
 
     def __len__(self) -> int:
         return len(self.utterances)
 
     def __getitem__(self, index: int) -> tuple[int, float] | DataError:
         try:
-            return length(self.utterances[index])
+            return length(self.utterances[index], self.kind)
         except DataError as error:
             return error
 
@@ -105,7 +103,7 @@ class _Compute(torch.utils.data.Dataset):
     def __getitem__(self, index: int):
         u = self.utterances[index]
         try:
-            waveform = load_audio(u.audio, u.offset, u.duration)
+            waveform = data.waveform_of(u)
             features, seconds = features_of(u, self.kind, self.mixes and self.mixes[index], waveform)
         except DataError as error:
             return error
@@ -207,8 +205,9 @@ class Cache:
         """(Stored, seconds) an utterance, in order. Computes what is not there yet."""
         bins, shards = FEATURES[kind](torch.zeros(1)).shape[1], self.shards(utterances, kind)
         missing = {path: part for path, part in shards if not path.exists()}
-        for _ in in_parallel(_Shards(list(missing.items()), kind), progress, workers, "file"):
-            pass
+        for unwritten in in_parallel(_Shards(list(missing.items()), kind), progress, workers, "file"):
+            if unwritten:
+                raise DataError(unwritten)
         for path, part in shards:
             yield from read_shard(path, len(part), bins)
 
@@ -256,7 +255,7 @@ def read_shard(path: Path, utterances: int, bins: int) -> Iterator[tuple[Stored,
 
 
 class _Shards(torch.utils.data.Dataset):
-    """Writing each missing file of a cache: an item is None, or the DataError met."""
+    """Writing each missing file of a cache: an item is "", why it cannot be written, or all DataErrors met."""
 
     def __init__(self, shards: list[tuple[Path, list[Utterance]]], kind: str):
         self.shards, self.kind = shards, kind
@@ -264,16 +263,21 @@ class _Shards(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.shards)
 
-    def __getitem__(self, index: int) -> DataError | None:
+    def __getitem__(self, index: int) -> str | DataError:
         path, utterances = self.shards[index]
+        found, errors = [], []
+        for utterance in utterances:
+            try:
+                found.append(features_of(utterance, self.kind))
+            except DataError as error:
+                errors.append(error)
+        if errors:
+            return Broken(errors)
         try:
-            content = shard_content([features_of(utterance, self.kind) for utterance in utterances])
-            write_atomically(path, content, _temporary())
+            write_atomically(path, shard_content(found), _temporary())
         except OSError as error:
-            return DataError(f"{path}: cannot write the cache ({error.strerror})")
-        except DataError as error:
-            return error
-        return None
+            return f"{path}: cannot write the cache ({error.strerror})"
+        return ""
 
 
 def _temporary() -> str:

@@ -214,6 +214,22 @@ def test_a_file_cut_while_it_is_in_use_is_one_line(workers, recordings, tmp_path
         list(data.Epoch(examples, 2, 0, 0, None).batches(0, workers))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_all_broken_recordings_are_named_wherever_features_are_kept(workers, recordings, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache.Cache, "SHARD", 4)
+    for i in (1, 2, 9):  # two of one file of the cache, and the last one
+        recordings[i].audio.write_bytes(b"")
+    said = set()
+    for kept in ("memory", "none", cache.Cache(tmp_path / "cache")):
+        with pytest.raises(data.Broken) as broken:
+            examples_of(recordings, kept, workers=workers)
+        said.add(str(broken.value))
+    (message,) = said
+    assert message.startswith("3 recordings are broken: ")
+    assert all(f"{recordings[i].audio.name}: the file is empty (0 bytes)" in message for i in (1, 2, 9))
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1  # those without a broken one are kept
+
+
 def test_a_complete_cache_that_can_only_be_read_serves(recordings, tmp_path, monkeypatch):
     first = everything(recordings, tmp_path / "cache")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
