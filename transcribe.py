@@ -9,7 +9,6 @@ widest pause in the middle half of the overlap.
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,8 +24,8 @@ import data
 import lottery
 import models
 from audio_lottery import compress, files
-from audio_lottery.console import Parser, fail
-from lab import decode, streaming
+from audio_lottery.console import Parser, command, fail, printable
+from lab import decode, networks, streaming
 from models import Emission
 from runner.flags import check_beam
 
@@ -68,8 +67,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not 0.1 <= args.overlap <= args.piece - 0.1 < math.inf:
         got = f"got {args.piece:g} and {args.overlap:g}"
         p.error(f"--overlap must be at least 0.1 seconds and --piece 0.1 seconds more than it, {got}")
-    if not 0.01 <= args.chunk < math.inf:
-        p.error(f"--chunk must be at least 0.01 seconds, got {args.chunk:g}")
+    if args.piece > 3600:
+        p.error(f"--piece must be at most 3600 seconds, got {args.piece:g}")
+    if not 0.01 <= args.chunk <= 60:
+        p.error(f"--chunk must be at least 0.01 seconds and at most 60, got {args.chunk:g}")
     if args.calibrate and not (args.stream or args.normalize == "running"):
         p.error("--calibrate goes with --stream or --normalize running")
     check_beam(p, args)
@@ -85,11 +86,10 @@ def load(path: Path) -> tuple[nn.Module, files.TicketFile]:
     """The model of a ticket with its trained weights, for evaluation. Raises LotteryError naming the file."""
     file = files.load_ticket(path)
     try:
-        model = models.of(file.info)
+        model = networks.of(file.info, file.trained)
     except ValueError as error:
         raise lottery.LotteryError(f"{path}: {error}") from None
     files.check_fit(path, file, model)
-    model.load_state_dict(file.trained)
     return model.eval(), file
 
 
@@ -183,7 +183,7 @@ class Recogniser:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.model, self.ticket = load(args.ticket)
-        self.backbone, self.tokens = self.ticket.info["backbone"], self.ticket.info["tokens"]
+        self.backbone, self.tokens = self.ticket.info["backbone"], list(map(printable, self.ticket.info["tokens"]))
         self.frame = self.model.stride * data.FRAME_SECONDS
         self.seconds = 0.0  # of the network
         self.reading = 0.0  # seconds to decode audio and make features of it
@@ -356,6 +356,8 @@ def latency(model: models.Transducer, args: argparse.Namespace, latencies: list[
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.export:
+        files.check_target(args.export)
     recogniser = Recogniser(args)
     if args.stream and not isinstance(recogniser.model, models.Transducer):
         raise lottery.LotteryError(f"--stream goes with a transducer (rnnt); this ticket is of {recogniser.backbone}")
@@ -364,7 +366,7 @@ def run(args: argparse.Namespace) -> int:
     if args.export:
         from lab import export
 
-        paths = export.export(recogniser.model, recogniser.tokens, args.export)
+        paths = export.export(recogniser.model, recogniser.ticket.info["tokens"], args.export)
         print("\n".join(f"{path}: {path.stat().st_size:,} bytes" for path in paths))
         return 0
     if args.stream and "-" in args.audio:
@@ -394,15 +396,11 @@ def run(args: argparse.Namespace) -> int:
     return int(failed > 0)
 
 
+@command("transcribe.py")
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         return run(args)
-    except BrokenPipeError:  # | head: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it closes stdout
-        return 128 + 13
-    except KeyboardInterrupt:
-        return 130
     except (data.DataError, lottery.LotteryError, OSError) as error:
         return fail("transcribe.py", error)
 

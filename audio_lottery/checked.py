@@ -219,7 +219,7 @@ def record(needed: dict[str, Shape], may: dict[str, Shape] | None = None, others
         if not isinstance(value, dict):
             _refuse(where, "an object", value)
         if missing := [key for key in needed if key not in value]:
-            raise LotteryError(f"{where}: has no {', '.join(missing)}")
+            raise LotteryError(f"{where}: a value is missing: {', '.join(missing)}")
         if unknown := [] if others else [key for key in value if key not in shapes]:
             raise LotteryError(f"{where}: has {said(unknown[0])}, which nothing here writes")
         for key, shape in shapes.items():
