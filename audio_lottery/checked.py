@@ -83,16 +83,15 @@ def _pairs(pairs: list[tuple[str, object]]) -> dict:
 def _depth(value: object) -> None:
     """Raise ValueError if lists and objects go deeper than DEPTH, or for half a surrogate pair."""
     level = [value]
-    for _ in range(DEPTH + 1):
+    for depth in range(DEPTH + 1):
         texts = [v for v in level if isinstance(v, str)]
         texts += [key for v in level if isinstance(v, dict) for key in v]
         if any(map(SURROGATE.search, texts)):
             raise ValueError("half a surrogate pair, which no UTF-8 text can hold")
         level = [v for v in level if isinstance(v, (list, dict))]
+        if level and depth == DEPTH:
+            raise ValueError(f"deeper than {DEPTH} levels")
         level = [item for v in level for item in (v.values() if isinstance(v, dict) else v)]
-        if not level:
-            return
-    raise ValueError(f"deeper than {DEPTH} levels")
 
 
 def parse(content: bytes | str, where: str, shape: Shape | None = None, what: str = "JSON"):

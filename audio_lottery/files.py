@@ -142,9 +142,7 @@ def _whole(file) -> bytes:
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or not 2 <= length <= min(HEADER, size - 8):
-        raise ValueError(
-            f"{size} bytes with a header of {length} (of 2 to {HEADER:,} bytes, and no more than there are)"
-        )
+        raise ValueError(f"a header of {length:,} bytes in {size:,} (2 to {HEADER:,} are read)")
     header = file.read(length)
     rows = checked.parse(header, "its header", checked.record({"__metadata__": METADATA}))
     end = 0

@@ -67,7 +67,10 @@ def read_source(path: Path) -> Source:
         settings, tokens = dict(file.info), file.info["tokens"]
         for key in ("tokens", "sizes", "features"):
             del settings[key]
-        networks.described(file.info, file.trained)
+        try:
+            networks.described(file.info, file.trained)
+        except lottery.LotteryError as error:
+            raise lottery.LotteryError(f"{path}: {error}") from None
         ledger.check_settings(settings, f"{path}: its info")
         if not path.is_dir():
             pruning = lottery.Pruning(tuple(settings.get("block", (1, 1))))

@@ -230,7 +230,7 @@ def edit(path, old, new):
         (lambda run: (run / "ledger.jsonl").write_bytes(b"{}\n"), "a value is missing"),
         (lambda run: (run / "ledger.jsonl").write_bytes(b"[\n"), "line 1: not a row of a ledger"),
         (lambda run: (run / "config.json").write_text("{"), "not a run folder"),
-        (lambda run: edit(run / "config.json", '"/corpora/demo"', "1"), "not a run folder: no config.json that can be read"),
+        (lambda run: edit(run / "config.json", '"/corpora/demo"', "1"), "machine, data: must be a text"),
         (lambda run: edit(run / "config.json", '"seed": 0', '"seed": 1'), "round 0 does not follow the configuration"),
         (lambda run: (run / "ledger.jsonl").unlink(), "cannot read the ledger"),
         (lambda run: (run / "ledger.jsonl").write_bytes(b""), "no run with a finished round"),
