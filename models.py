@@ -547,14 +547,3 @@ BACKBONES = {"cnn-lstm": CnnLstm, "rnnt": Transducer, "conformer": ConformerCtc}
 def build(backbone: str, size: str, tokens: int) -> nn.Module:
     """A freshly initialised network; draws from torch's global generator."""
     return BACKBONES[backbone](tokens, **BACKBONES[backbone].SIZES[size])
-
-
-def of(info: dict) -> nn.Module:
-    """The network that a ticket's info describes, to load its weights into.
-
-    Raises ValueError unless `info` has a backbone, its sizes and the tokens.
-    """
-    try:
-        return BACKBONES[info["backbone"]](len(info["tokens"]), **info["sizes"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"not a recogniser's ticket: its backbone, sizes or tokens do not fit ({error!r})") from None

@@ -29,7 +29,7 @@ import data
 import lottery
 import models
 from audio_lottery import files, ledger, verdicts
-from audio_lottery.console import fail, printable
+from audio_lottery.console import command, fail, printable
 from lab import plan, report
 from runner import flags, processes, retrain, settings
 from runner.cache import Cache, load_examples
@@ -39,7 +39,9 @@ from runner.folder import (
     Progress,
     Signals,
     Stopped,
+    check_out,
     checkpoint_there,
+    end,
     locked,
     rows_there,
     scalars_to,
@@ -368,6 +370,8 @@ class Rounds:
 
 def run(args: argparse.Namespace, signals: Signals) -> None:
     """Everything that is missing of a run, in its folder."""
+    if not processes.index():
+        check_out(args.out)
     setting = settings.prepare(args)
     config, rounds = setting.config, len(setting.rounds)
     rows, corpus = rows_there(args.out, config, flags.NAMES), None
@@ -395,9 +399,7 @@ def run(args: argparse.Namespace, signals: Signals) -> None:
                 (args.out / "masks").mkdir(exist_ok=True)
             train_all(setting, corpus, rows, signals)
         if not processes.index():
-            if not all((args.out / name).exists() for name in ("report.md", "report.png")):
-                report.write_report(args.out, config, rows)
-            (args.out / "checkpoint.safetensors").unlink(missing_ok=True)
+            end(args.out, rows)
     print("\n".join(map(printable, report.summary(setting.config, rows))))
     print(printable(f"{args.out}: ledger.jsonl, ticket.safetensors, report.md, report.png"))
 
@@ -441,6 +443,8 @@ def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signa
         new = row["round"] not in [earlier["round"] for earlier in rows]
         if first:
             save_round(out, found.ticket, row["round"], info, masks=args.control != "dense-small")
+            if args.source and args.control not in ("random-init", "dense-small"):
+                save_start(out, found.ticket, run_sha256)
         ledger.append_row(out / "ledger.jsonl" if first else None, rows, row, config)
         if new:
             print(report.text_line(report.cells(row)), flush=True)
@@ -462,9 +466,19 @@ def save_round(out: Path, ticket: lottery.Ticket, number: int, info: dict, masks
     files.save_ticket(out / "ticket.safetensors", ticket.masks, ticket.rewind_state, state, info)
 
 
-def train_again(run: Path, number: int) -> None:
-    """Train a round of a finished run again and compare bit for bit. Raises LotteryError if anything differs."""
-    there = retrain.read(run, number)
+def save_start(out: Path, ticket: lottery.Ticket, run_sha256: str) -> None:
+    """What all rounds of --ticket but round 0 start from, less what their masks remove: verify compares it."""
+    path = out / "rewind.safetensors"
+    if ticket.round and not path.exists():
+        files.write_sealed(path, "rewind state", ticket.rewind_state, {"run": run_sha256})
+
+
+def train_again(run: Path, number: int, cache: str | Path = "memory") -> None:
+    """Train a round of a finished run again and compare bit for bit. Raises LotteryError if anything differs.
+
+    cache: of this command, and no other: what the run's configuration names is not written to.
+    """
+    there = retrain.read(run, number, cache)
     setting, ticket = retrain.prepare(there)
     corpus = Corpus(setting)
     at = train_round(ticket, corpus, setting)
@@ -474,6 +488,7 @@ def train_again(run: Path, number: int) -> None:
     print(retrain.compare(there, found))
 
 
+@command("train.py", goes_on=True)
 def main(argv: list[str] | None = None) -> int:
     args = flags.parse(argv)
     if args.plan:
@@ -487,16 +502,16 @@ def main(argv: list[str] | None = None) -> int:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         try:
             if args.retrain:
-                train_again(*args.retrain)
+                train_again(*args.retrain, args.cache)
             else:
                 run(args, signals)
         except (data.DataError, lottery.LotteryError, OSError) as error:
             code = fail("train.py", error)
             return 1 if args.retrain else code
         except Stopped as stopped:
-            command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+            line = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
             name = signal.Signals(stopped.number).name
-            print(printable(f"train.py: stopped by {name}; go on with: {command}"), file=sys.stderr)
+            print(printable(f"train.py: stopped by {name}; go on with: {line}"), file=sys.stderr)
             return 128 + stopped.number
     return 0
 

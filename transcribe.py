@@ -13,7 +13,6 @@ import collections
 import contextlib
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -31,8 +30,8 @@ import data
 import lottery
 import models
 from audio_lottery import compress, files
-from audio_lottery.console import Parser, fail, printable
-from lab import decode, streaming
+from audio_lottery.console import Parser, command, fail, printable
+from lab import decode, networks, streaming
 from lab.pieces import Word, join, pieces_of, words_of
 from models import Emission
 from runner.flags import check_beam
@@ -81,8 +80,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not 0.1 <= args.overlap <= args.piece - 0.1 < math.inf:
         got = f"got {args.piece:g} and {args.overlap:g}"
         p.error(f"--overlap must be at least 0.1 seconds and --piece 0.1 seconds more than it, {got}")
-    if not 0.01 <= args.chunk < math.inf:
-        p.error(f"--chunk must be at least 0.01 seconds, got {args.chunk:g}")
+    if args.piece > 3600:
+        p.error(f"--piece must be at most 3600 seconds, got {args.piece:g}")
+    if not 0.01 <= args.chunk <= 60:
+        p.error(f"--chunk must be at least 0.01 seconds and at most 60, got {args.chunk:g}")
     if args.calibrate and not (args.stream or args.normalize == "running"):
         p.error("--calibrate goes with --stream or --normalize running")
     check_beam(p, args)
@@ -117,11 +118,10 @@ def load(path: Path) -> tuple[nn.Module, files.TicketFile]:
     """
     file = files.load_ticket(path)
     try:
-        model = models.of(file.info)
+        model = networks.of(file.info, file.trained)
     except ValueError as error:
         raise lottery.LotteryError(f"{path}: {error}") from None
     files.check_fit(path, file, model)
-    lottery.load_state(model, file.trained)
     return model.eval(), file
 
 
@@ -169,7 +169,7 @@ class Recogniser:
         self.args = args
         check_order(args)
         self.model, self.ticket = load(args.ticket)
-        self.backbone, self.tokens = self.ticket.info["backbone"], self.ticket.info["tokens"]
+        self.backbone, self.tokens = self.ticket.info["backbone"], list(map(printable, self.ticket.info["tokens"]))
         self.frame = self.model.stride * data.FRAME_SECONDS
         self.seconds = 0.0  # of the network
         self.reading = 0.0  # seconds to decode audio and make features of it
@@ -434,6 +434,8 @@ def latency(model: models.Transducer, args: argparse.Namespace, latencies: "arra
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.export:
+        files.check_target(args.export)
     recogniser = Recogniser(args)
     if args.stream and not isinstance(recogniser.model, models.Transducer):
         raise lottery.LotteryError(f"--stream goes with a transducer (rnnt); this ticket is of {recogniser.backbone}")
@@ -442,7 +444,7 @@ def run(args: argparse.Namespace) -> int:
     if args.export:
         from lab import export
 
-        paths = export.export(recogniser.model, recogniser.tokens, args.export)
+        paths = export.export(recogniser.model, recogniser.ticket.info["tokens"], args.export)
         print("\n".join(f"{printable(path)}: {path.stat().st_size:,} bytes" for path in paths))
         return 0
     if args.stream and "-" in args.audio:
@@ -473,15 +475,11 @@ def run(args: argparse.Namespace) -> int:
     return int(failed > 0)
 
 
+@command("transcribe.py")
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         return run(args)
-    except BrokenPipeError:  # | head: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it closes stdout
-        return 128 + 13
-    except KeyboardInterrupt:
-        return 130
     except (data.DataError, lottery.LotteryError, OSError) as error:
         return fail("transcribe.py", error)
 

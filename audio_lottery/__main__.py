@@ -1,11 +1,15 @@
 """Check runs, copy and weigh tickets: python -m audio_lottery verify|copy|size"""
 
 import argparse
+import importlib
+import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
-from audio_lottery import files, ledger
-from audio_lottery.console import Parser, fail
+from audio_lottery import files
+from audio_lottery import verify as checks
+from audio_lottery.console import Parser, command, fail, printable
 from lottery import LotteryError
 
 PROGRAM = "audio-lottery"
@@ -14,7 +18,7 @@ PROGRAM = "audio-lottery"
 def parser() -> Parser:
     p = Parser(prog=PROGRAM, description="Check runs, copy and weigh tickets.")
     commands = p.add_subparsers(dest="command", required=True, metavar="verify|copy|size")
-    command = commands.add_parser("verify", help="print a line a check; exit code 0 if all hold, 1 if not")
+    command = commands.add_parser("verify", help="a line a check: ok, FAILED or not here; exit code 1 if one FAILED")
     command.add_argument("run", type=Path, metavar="RUN", help="run folder")
     command.set_defaults(function=verify)
     command = commands.add_parser("copy", help="copy a ticket, checked on the way")
@@ -35,10 +39,21 @@ def verify(args: argparse.Namespace) -> int:
     if not args.run.is_dir():
         raise LotteryError(f"{args.run}: no such run folder")
     failed = False
-    for name, wrong in ledger.verify(args.run):
-        print(f"{'FAILED' if wrong else 'ok':6}  {name}{f': {wrong}' if wrong else ''}", flush=True)
-        failed |= bool(wrong)
+    for check in checks.verify(args.run, networks()):
+        why = check.wrong or check.missing
+        print(f"{check.word:8}  {check.name}{f': {printable(why)}' if why else ''}", flush=True)
+        failed |= bool(check.wrong)
     return int(failed)
+
+
+def networks() -> ModuleType | None:
+    """lab.networks of the checkout that this package lies in, which knows the networks; None where it is installed."""
+    try:
+        lab = importlib.util.find_spec("lab")
+        here = Path(__file__).resolve().parents[1] / "lab" / "__init__.py"
+        return importlib.import_module("lab.networks") if lab and lab.origin == str(here) else None
+    except ImportError:
+        return None
 
 
 def copy(args: argparse.Namespace) -> int:
@@ -62,6 +77,7 @@ def size(args: argparse.Namespace) -> int:
     return 0
 
 
+@command(PROGRAM)
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:

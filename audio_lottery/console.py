@@ -4,10 +4,13 @@ What files, names and settings of others say is printed through printable(), and
 """
 
 import argparse
+import contextlib
+import functools
+import os
 import re
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from audio_lottery import __version__
@@ -76,6 +79,131 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(program: str, error: Exception) -> int:
-    """Say in one line on stderr what was wrong; the exit code for it."""
-    print(f"{program}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+    """Say in one line on stderr what was wrong; the exit code for it. An OSError is its path and why."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        if isinstance(error, BrokenPipeError) and error.filename == STDOUT:
+            raise error  # no error of the command's: `command` answers it
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    print(f"{program}: error: {printable(' '.join(text.split()))}", file=sys.stderr)
     return 2
+
+
+# ---------------------------------------------------------------------------- streams that nobody reads
+
+STDOUT = "stdout"  # the name of what cannot be written, in an OSError
+
+
+class Stream:
+    """stdout or stderr of a command. What cannot be written is an OSError that names the stream, or is left out.
+
+    After the first time nothing more is tried. All that it does not say itself is the stream's behind it.
+    """
+
+    def __init__(self, behind, gives_up: Callable[[OSError], None] | None):
+        """gives_up: called with the error, once, in place of raising it."""
+        self.behind, self.gives_up, self.error = behind, gives_up, None
+
+    def __getattr__(self, name: str):
+        return getattr(self.behind, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._call(self.behind.write, text)
+        except UnicodeEncodeError:  # half a surrogate pair, or a terminal of another encoding
+            self._call(self.behind.write, text.encode("ascii", "backslashreplace").decode("ascii"))
+        return len(text)
+
+    def flush(self) -> None:
+        self._call(self.behind.flush)
+
+    def _call(self, function: Callable, *arguments) -> None:
+        if self.error:
+            return
+        try:
+            function(*arguments)
+        except OSError as error:
+            self.error = type(error)(error.errno, error.strerror, STDOUT)
+            _to_nowhere(self.behind)
+            if not self.gives_up:
+                raise self.error from None
+            self.gives_up(self.error)
+
+
+def _to_nowhere(stream) -> None:
+    """Let what is still in the stream's buffer go to /dev/null: Python complains at its end otherwise."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def open_closed() -> None:
+    """Let stdin, stdout and stderr be there if they were closed: empty, not to be written to, and /dev/null.
+
+    Else the next file that is opened gets their number, and what a library prints goes into it.
+    """
+    for number, (name, mode, flags) in enumerate(
+        (("stdin", "r", os.O_RDONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY))
+    ):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, flags)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.open(os.devnull, flags), mode))
+
+
+def command(program: str, goes_on: bool = False):
+    """Decorates main(argv) -> exit code of every command, so that no stream and no missing package is a traceback.
+
+    stderr is written to as long as it can be. What cannot be written to stdout ends the command: in silence and with
+    141 where its reader has left (as `| head` does), else in one line and with 2; goes_on: that line, if any, and the
+    work goes on unseen. Ctrl-C is 130, a package that is not there one line and 2.
+    """
+
+    def decorate(main: Callable[..., int]):
+        @functools.wraps(main)
+        def guarded(argv: list[str] | None = None) -> int:
+            open_closed()
+            before = out, err = sys.stdout, sys.stderr
+
+            def unseen(error: OSError) -> None:
+                if not isinstance(error, BrokenPipeError):
+                    print(f"{program}: {STDOUT}: {error.strerror}: going on unseen", file=sys.stderr)
+
+            sys.stderr = Stream(err, lambda error: None)
+            sys.stdout = Stream(out, unseen if goes_on else None)
+            try:
+                return _called(program, main, argv)
+            finally:
+                sys.stdout, sys.stderr = before
+
+        return guarded
+
+    return decorate
+
+
+def _called(program: str, main: Callable[..., int], argv: list[str] | None) -> int:
+    """The exit code of main, all that it printed being written."""
+    stdout = sys.stdout
+    try:
+        try:
+            code = main(argv)
+            stdout.flush()
+        except SystemExit as stop:  # argparse's; behind --help it has taken an OSError for good
+            stdout.flush()
+            if stop.code or not stdout.error:
+                raise
+            raise stdout.error from None
+        return code
+    except BrokenPipeError as error:
+        if error.filename != STDOUT:
+            return fail(program, error)
+        return 128 + 13
+    except KeyboardInterrupt:
+        return 130
+    except ModuleNotFoundError as error:
+        return fail(program, ValueError(f"the package {error.name} is not there: pip install {error.name}"))
+    except OSError as error:
+        return fail(program, error)

@@ -1,14 +1,18 @@
 """Files of tensors: masks, checkpoints and tickets, each written whole or not at all.
 
 Every one is a safetensors file with one metadata entry, "about": a SHA-256 of the whole file, its own digits taken as
-zeros, and JSON. Nothing is parsed before the hash holds, so damage has one outcome: LotteryError.
+zeros, and JSON. The header is checked before the rest is read, and the hash before the rest is parsed, so that damage
+has one outcome: LotteryError.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
-from collections.abc import Container
+import stat
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,32 +21,80 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from audio_lottery import checked
 from lottery import LotteryError, Masks, State, Ticket, prunable, sha256, state_of
 
 FORMAT = "audio-lottery 1"
 SEAL = b'"about":"sha256:'
+HEADER = 16 * 2**20  # bytes of a header, at most: of a million names and numbers
+LARGEST = 2**34  # bytes of a file, at most
+
+DIMENSIONS = checked.listed(checked.integer(0, 2**31 - 1), 0, 8)
+SHAPES = checked.keyed(DIMENSIONS)
+TENSOR = checked.record(
+    {
+        "dtype": checked.text(most=20), "shape": DIMENSIONS,
+        "data_offsets": checked.listed(checked.integer(0, LARGEST), 2, 2),
+    },
+    others=False,
+)  # fmt: skip
+METADATA = checked.record({"about": checked.text(most=HEADER)}, others=False)
+MASKS = checked.record({"shapes": SHAPES})
+TICKET = checked.record({"shapes": SHAPES, "mask_sha256": checked.keyed(checked.SHA256), "info": checked.OBJECT})
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError in here names `path`, whatever call it came from: a full disk has no name for what it is full of."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+
+
+def check_target(path: Path) -> None:
+    """Raise OSError, naming the path, unless a file can be written there: over a regular one, or under a new name."""
+    with naming(path):
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise OSError(errno.EINVAL, "not a regular file: only those, and new names, are written to")
+        except FileNotFoundError:
+            if not path.parent.is_dir():
+                raise OSError(errno.ENOENT, f"no such folder: {path.parent}") from None
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def write_atomically(path: Path, content: bytes, suffix: str = ".tmp") -> None:
     """Write to a temporary file, fsync, rename, fsync the folder: the file is whole, old or new, at any instant.
 
     suffix: of the temporary file; processes that may write one file at once need one each.
+    Raises OSError, naming the path; also if it is a folder, a device or a pipe, which a rename would replace.
     """
+    check_target(path)
     temporary = path.with_name(path.name + suffix)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
+    with naming(path):
         temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        try:
+            with open(temporary, "xb") as file:  # x: never through a link that lies there
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+# ---------------------------------------------------------------------------- sealed files
 
 
 def digest(content: bytes, at: int) -> str:
@@ -63,23 +115,56 @@ def write_sealed(path: Path, kind: str, tensors: dict[str, Tensor], about: dict)
     write_atomically(path, content[:at] + stated + content[at + 64 :])
 
 
-def read_sealed(path: Path, kind: str) -> tuple[dict[str, Tensor], dict]:
-    """Returns tensors and JSON. Raises LotteryError, naming the file, unless it is whole, and of this kind."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise LotteryError(f"{path}: cannot read the {kind} ({error.strerror})") from None
-    try:
-        at = content.index(SEAL) + len(SEAL)
-        if content[at : at + 64] != digest(content, at).encode():
-            raise ValueError("its content does not have the hash it states")
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        about = json.loads(header["__metadata__"]["about"][len("sha256:") + 65 :])
-        if (about["format"], about["kind"]) != (FORMAT, kind):
-            raise ValueError(f"it is a {about['kind']} of format {about['format']!r}, not a {kind} of {FORMAT!r}")
-        return safetensors.torch.load(content), about
-    except Exception as error:  # whatever damage makes the readers above raise
-        raise LotteryError(f"{path}: not a whole {kind}: {error}") from None
+def read_sealed(path: Path, kind: str, shape: checked.Shape = checked.OBJECT) -> tuple[dict[str, Tensor], dict]:
+    """Returns tensors and JSON, the latter of the shape.
+
+    Raises LotteryError, naming the file, unless it is a regular file, whole, and of this kind. What is no such file, or
+    larger or smaller than its header says, is refused before it is read.
+    """
+    with checked.open_regular(path, kind) as file:
+        try:
+            content = _whole(file)
+            about = checked.parse(_about(content), "its metadata", checked.OBJECT)
+            if (about.get("format"), about.get("kind")) != (FORMAT, kind):
+                found = f"a {about.get('kind')} of format {about.get('format')!r}"
+                raise ValueError(f"it is {found}, not a {kind} of {FORMAT!r}")
+            shape(about, "its metadata")
+            return safetensors.torch.load(content), about
+        except OSError as error:
+            raise LotteryError(f"{path}: cannot read the {kind} ({error.strerror})") from None
+        except Exception as error:  # whatever damage makes the readers above raise
+            raise LotteryError(f"{path}: not a whole {kind}: {error}") from None
+
+
+def _whole(file) -> bytes:
+    """The bytes of an open file. Raises ValueError unless its header is one, and its size what the header says."""
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or not 2 <= length <= min(HEADER, size - 8):
+        raise ValueError(f"a header of {length:,} bytes in {size:,} (2 to {HEADER:,} are read)")
+    header = file.read(length)
+    rows = checked.parse(header, "its header", checked.record({"__metadata__": METADATA}))
+    end = 0
+    for name, row in rows.items():
+        if name != "__metadata__":
+            TENSOR(row, f"its header, {name}")
+            end = max(end, *row["data_offsets"])
+    if 8 + length + end != size or size > LARGEST:
+        raise ValueError(f"{size:,} bytes where its header says {8 + length + end:,} ({LARGEST:,} at most)")
+    return start + header + file.read(end)
+
+
+def _about(content: bytes) -> str:
+    """The JSON of the metadata. Raises ValueError unless the content has the hash it states."""
+    at = content.index(SEAL) + len(SEAL)
+    if content[at : at + 64] != digest(content, at).encode():
+        raise ValueError("its content does not have the hash it states")
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    about = header["__metadata__"]["about"]
+    if not about.startswith(f"sha256:{content[at : at + 64].decode()} "):  # another text that looks like the seal
+        raise ValueError("its hash does not stand where it belongs")
+    return about[len("sha256:") + 65 :]
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -89,10 +174,12 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 def unpack_bits(bits: Tensor, shape: list[int]) -> Tensor:
     """Raises ValueError unless `bits` are as many as the shape needs, the unused ones 0."""
-    mask = torch.from_numpy(np.unpackbits(bits.numpy(), bitorder="little").astype(bool))
     n = math.prod(shape)
-    if bits.dim() != 1 or len(bits) != (n + 7) // 8 or mask[n:].any():
-        raise ValueError(f"{len(bits)} bytes of mask for the shape {shape}")
+    if bits.dim() != 1 or bits.dtype != torch.uint8 or len(bits) != (n + 7) // 8:
+        raise ValueError(f"{bits.numel()} bytes of mask for the shape {shape}")
+    mask = torch.from_numpy(np.unpackbits(bits.numpy(), bitorder="little").astype(bool))
+    if mask[n:].any():
+        raise ValueError(f"{bits.numel()} bytes of mask for the shape {shape}, with bits behind its end")
     return mask[:n].view(shape)
 
 
@@ -103,11 +190,13 @@ def save_masks(path: Path, masks: Masks) -> None:
 
 
 def load_masks(path: Path) -> Masks:
-    tensors, about = read_sealed(path, "masks")
+    tensors, about = read_sealed(path, "masks", MASKS)
     return _unpacked(path, tensors, about["shapes"])
 
 
 def _unpacked(path: Path, tensors: dict[str, Tensor], shapes: dict[str, list[int]]) -> Masks:
+    if tensors.keys() != shapes.keys():
+        raise LotteryError(f"{path}: masks and shapes do not fit: they are of other weights")
     try:
         return {name: unpack_bits(tensors[name], shape) for name, shape in shapes.items()}
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -151,7 +240,7 @@ def load_ticket(path: Path, model: nn.Module | None = None) -> TicketFile:
     Raises LotteryError, naming the file, for anything that is not a whole, finite ticket (for this model).
     """
     path = ticket_path(path)
-    tensors, about = read_sealed(path, "ticket")
+    tensors, about = read_sealed(path, "ticket", TICKET)
     try:
         file = _ticket_of(path, tensors, about, dict(model.named_buffers()) if model is not None else {})
     except LotteryError:
@@ -210,9 +299,13 @@ def _ticket_of(path: Path, tensors: dict[str, Tensor], about: dict, buffers: Con
     masks = _unpacked(path, {n[5:]: t for n, t in tensors.items() if n.startswith("mask/")}, about["shapes"])
     if about["mask_sha256"] != {name: sha256({name: mask}) for name, mask in masks.items()}:
         raise LotteryError(f"{path}: a mask does not have the hash the ticket states")
+    if not any(mask.numel() for mask in masks.values()):
+        raise LotteryError(f"{path}: not a whole ticket: it has no mask")
     states: dict[str, State] = {"rewind": {}, "trained": {}}
     for key, value in tensors.items():
         part, name = key.split("/", 1)
+        if part not in states and part != "mask":
+            raise LotteryError(f"{path}: not a whole ticket: {key} is no part of one")
         if part not in states:
             continue
         if name in masks:
@@ -221,8 +314,10 @@ def _ticket_of(path: Path, tensors: dict[str, Tensor], about: dict, buffers: Con
                 raise LotteryError(f"{path}: {key} has {tuple(value.shape)} values for {kept} kept places")
             value = torch.zeros(masks[name].shape, dtype=value.dtype).masked_scatter_(masks[name], value)
         states[part][name] = value
-    for state in states.values():
+    for part, state in states.items():
         check_finite(path, state, buffers)
+        if missing := masks.keys() - state.keys() if state or part == "trained" else ():
+            raise LotteryError(f"{path}: not a whole ticket: it has no {part}/{min(missing)}")
     return TicketFile(masks, states["rewind"] or None, states["trained"], about["info"])
 
 

@@ -1,8 +1,9 @@
-"""The ledger: one JSON object a line, a line a round, chained; and `verify`, which checks a run from its files alone.
+"""The ledger: one JSON object a line, a line a round, chained; and config.json, where the chain begins.
 
 "previous" is the hash of the line before (in the first line of the configuration): the chain. It leaves out "seconds",
 "waited" (of them, for data), "resumed" and "timing_sha256", so that an interrupted run has the chain of an
-uninterrupted one; "timing_sha256" covers those.
+uninterrupted one; "timing_sha256" covers those. A run that has ended has one line more, which is no row and outside of
+the chain: "end", the hashes of its report. Runs of before do not have it.
 """
 
 import hashlib
@@ -10,13 +11,98 @@ import json
 import os
 from pathlib import Path
 
-import torch
-
-from audio_lottery.files import load_masks, load_ticket, read_sealed
-from audio_lottery.verdicts import Verdict, verdict
-from lottery import LotteryError, Masks, Pruning, kept_counts, sha256
+from audio_lottery import checked
+from audio_lottery.checked import SHA256, integer, keyed, listed, maybe, number, one_of, record, text
+from audio_lottery.files import naming
+from lottery import SCOPES, LotteryError, kept_counts
 
 TIMING = ("seconds", "waited", "resumed", "timing_sha256")
+
+# ---------------------------------------------------------------------------- what may stand in the files
+
+BACKBONES, SIZES = ("cnn-lstm", "rnnt", "conformer"), ("demo", "wide", "wider", "paper")
+CONTROLS = ("random-mask", "random-mask-matched", "random-init", "dense-small")
+COUNT, RATE, SECONDS = integer(0, 2**53), number(0, 1e6), number(0, 1e9)
+HASH = text(most=1_000)  # as reports take it; verify wants SHA-256
+PATH = maybe(text(most=5_000))
+
+MACHINE = record(
+    {"data": text(most=5_000)},
+    {
+        "device": one_of("cpu", "cuda"), "threads": integer(1, 1024), "cache": text(most=5_000),
+        "lm": PATH, "ticket": PATH, "dense": PATH, "init": PATH, "noise": PATH,
+    },
+)  # fmt: skip
+NEEDED = {
+    "backbone": one_of(*BACKBONES), "size": one_of(*SIZES), "seed": integer(0, 2**31 - 1),
+    "sparsity": number(0, 1), "prune_rate": number(0, 1), "margin": number(0, 100), "data_sha256": text(most=1_000),
+}  # fmt: skip
+SETTINGS = record(
+    NEEDED,
+    {
+        "rewind_step": integer(0, 2**31 - 1), "epochs": integer(1, 10_000), "processes": integer(1, 10_000),
+        "batch_size": integer(1), "batch_seconds": maybe(number(0, 1e9)), "accumulate": integer(1),
+        "lr": number(0, 1e6), "seconds": listed(number(0, 1e9), 2, 2), "amp": checked.switch, "tokens": text(),
+        "block": listed(integer(1, 10**9), 2, 2), "scope": one_of(*SCOPES), "min_remaining": number(0, 1),
+        "beam": maybe(integer(1, 2**31 - 1)), "rounds": listed(integer(0, 1000), 1, 1001),
+        "control": maybe(one_of(*CONTROLS)), "ticket_weights": one_of("rewind", "trained"),
+        "snr": maybe(listed(number(-100, 100), 2, 2)), "test_snr": maybe(listed(number(-100, 100), 1, 1000)),
+        "dense": HASH, "ticket_sha256": HASH, "init_sha256": HASH, "noise_sha256": HASH, "lm_sha256": maybe(HASH),
+    },
+)  # fmt: skip
+
+TEST = {
+    "test_wer": RATE, "test_cer": RATE, "test_errors": listed(COUNT, 1), "test_words": listed(COUNT, 1),
+    "verdict": one_of("winning", "matching", "worse", "undecided"), "interval": listed(number(-1e6, 1e6), 2, 2),
+}  # fmt: skip
+TESTED = ("test_wer", "test_cer", "test_errors", "test_words")
+ROW_NEEDED = {
+    "round": integer(0, 1000), "remaining": number(0, 1), "remaining_all": number(0, 1), "kept": COUNT, "total": COUNT,
+    "kept_per_layer": keyed(COUNT), "mask_sha256": HASH, "last_sha256": HASH, "trained_sha256": HASH,
+    "valid_wer": RATE, "seconds": SECONDS, "previous": SHA256, "timing_sha256": SHA256,
+    **{key: TEST[key] for key in TESTED},
+}  # fmt: skip
+ROW_MAY = {
+    "seed": integer(0, 2**31 - 1), "config_sha256": SHA256, "data_sha256": SHA256, "code_sha256": SHA256,
+    "versions": keyed(text(most=100), 20), "device": one_of("cpu", "cuda"), "threads": integer(1, 1024),
+    "rewind_sha256": SHA256, "start_sha256": SHA256, "threshold": number(0, 1e30), "best_epoch": integer(1, 10_000),
+    "info_sha256": SHA256, "waited": SECONDS, "resumed": integer(0, 10**9), "parent_sha256": SHA256,
+    "source_mask_sha256": HASH, "valid_wers": listed(RATE, 1, 10_000), "losses": listed(number(), 1, 10_000),
+    "kept_blocks": COUNT, "total_blocks": COUNT, "sizes": keyed(checked.anything, 20),
+    "verdict": TEST["verdict"], "interval": TEST["interval"],
+    "other_tests": keyed(record({key: TEST[key] for key in TESTED}, TEST)),
+}  # fmt: skip
+_ROW = record(ROW_NEEDED, ROW_MAY)
+END = record({"end": keyed(SHA256, 10), "previous": SHA256}, others=False)
+
+
+def check_row(row: object, where: str) -> None:
+    """A row of a ledger, as a shape of audio_lottery.checked."""
+    _ROW(row, where)
+    if row["round"] and not ("verdict" in row and "interval" in row):
+        raise LotteryError(f"{where}: has no verdict and interval")
+    for name, test in {"": row, **row.get("other_tests", {})}.items():
+        if len(test["test_errors"]) != len(test["test_words"]) or not sum(test["test_words"]):
+            raise LotteryError(
+                f"{where}: has not as many test_errors as test_words, or no words{name and f' ({name})'}"
+            )
+        if row["round"] and "verdict" not in test:
+            raise LotteryError(f"{where}: has no verdict of {name}")
+    if not row["total"] or not row["kept_per_layer"]:
+        raise LotteryError(f"{where}: has no weights")
+
+
+def check_settings(settings: dict, where: str) -> None:
+    """config.json, or a ticket's info, as a shape of audio_lottery.checked; with the rules between its values."""
+    SETTINGS(settings, where)
+    if not settings["sparsity"] < 1 or not 0 < settings["prune_rate"] < 1:
+        raise LotteryError(f"{where}: sparsity must be below 1, and prune_rate between 0 and 1")
+    rounds = settings.get("rounds", [0])
+    if rounds[0] != 0 or rounds != sorted(set(rounds)):
+        raise LotteryError(f"{where}, rounds: must be 0 and then growing, got {checked.said(rounds)}")
+
+
+# ---------------------------------------------------------------------------- lines and hashes
 
 
 def hash_json(value) -> str:
@@ -35,22 +121,44 @@ def ledger_line(row: dict) -> bytes:
     return (json.dumps(row) + "\n").encode()
 
 
-def read_ledger(path: Path) -> list[dict]:
-    """The whole lines of a ledger; a last line without its newline was being written and does not count.
+def read_lines(path: Path) -> tuple[list[dict], dict | None]:
+    """The rows of a ledger, and its end if it has one; a last line without its newline was being written.
 
-    Raises LotteryError, naming file and line, for a line that is no row.
+    Raises LotteryError, naming file and line, for a line that is neither.
     """
+    rows, end = [], None
+    for at, line in enumerate(checked.read_bytes(path, "ledger").split(b"\n")[:-1], 1):
+        where = f"{path}, line {at}"
+        value = checked.parse(line, where, what="a row of a ledger")
+        if end:
+            raise LotteryError(f"{where}: stands behind the end")
+        if isinstance(value, dict) and "end" in value:
+            END(value, where)
+            end = value
+        else:
+            check_row(value, where)
+            rows.append(value)
+    if end and (not rows or end["previous"] != row_hash(rows[-1])):
+        raise LotteryError(f"{path}, line {at}: the end does not follow the last round")
+    return rows, end
+
+
+def read_ledger(path: Path) -> list[dict]:
+    """The rows of a ledger. Raises LotteryError, naming file and line, as read_lines does."""
+    return read_lines(path)[0]
+
+
+def read_config(run: Path) -> dict:
+    """config.json of a run folder. Raises LotteryError unless it is one, with every value of its kind."""
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise LotteryError(f"{path}: cannot read the ledger ({error.strerror})") from None
-    rows = []
-    for number, line in enumerate(content.split(b"\n")[:-1], 1):
-        try:
-            rows.append(dict(json.loads(line.decode())))
-        except (ValueError, TypeError, RecursionError):
-            raise LotteryError(f"{path}, line {number}: not a row of a ledger") from None
-    return rows
+        return checked.read_json(run / "config.json", "configuration", check_config)
+    except LotteryError as error:
+        raise LotteryError(f"{run}: not a run folder: no config.json that can be read ({error})") from None
+
+
+def check_config(config: object, where: str) -> None:
+    check_settings(config, where)
+    record({"machine": MACHINE})(config, where)
 
 
 def best_epoch(valid_wers: list[float]) -> tuple[float, int]:
@@ -107,10 +215,7 @@ def check_chain(rows: list[dict], settings: dict) -> None:
 
 def read_run(path: Path) -> tuple[dict, list[dict]]:
     """Configuration and ledger of a run folder. Raises LotteryError unless they are one chain."""
-    try:
-        config = dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise LotteryError(f"{path}: not a run folder: no config.json that can be read") from None
+    config = read_config(path)
     rows = read_ledger(path / "ledger.jsonl")
     try:
         check_chain(rows, settings_of(config))
@@ -133,148 +238,35 @@ def append_row(path: Path | None, rows: list[dict], row: dict, config: dict) -> 
                 raise LotteryError(f"{path}: round {row['round']} came out with another {key} than the ledger says")
         return
     if path:
-        whole = path.read_bytes().rfind(b"\n") + 1  # behind it: a line that was being written
-        with open(path, "r+b") as file:
-            file.truncate(whole)
-            file.seek(whole)
-            file.write(ledger_line(row))
-            file.flush()
-            os.fsync(file.fileno())
+        _append(path, ledger_line(row))
     rows.append(row)
 
 
-# ---------------------------------------------------------------------------- verify
+def _append(path: Path, line: bytes) -> None:
+    """Behind the whole rows, in place of an end or a line that was being written. Raises OSError, naming the path."""
+    with naming(path):
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        last = content.rfind(b"\n", 0, max(0, whole - 1)) + 1
+        if content.startswith(b'{"end": ', last, whole):
+            whole = last
+        with open(path, "r+b") as file:
+            file.truncate(whole)
+            file.seek(whole)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def verify(run: Path) -> list[tuple[str, str]]:
-    """Check a finished run from its files alone. Returns (check, "" or what is wrong) in order.
-
-    Files: config.json, ledger.jsonl, rewind.safetensors (theta_k), masks/ROUND.safetensors, ticket.safetensors. They
-    hold no secret: who writes new counts with new hashes is found out by training a round again, not by this.
-    """
-    found: dict = {"run": run}
-    checks = []
-    for name, function in (
-        ("the ledger is one chain from the configuration on, with exact counts", _verify_chain),
-        ("rates, verdicts and shares follow from the counts beside them", _verify_rows),
-        ("masks are nested and exact, and every round starts at theta_k * mask", _verify_masks),
-        ("the ticket is the last round's, and its pruned weights are exactly 0", _verify_ticket),
-    ):
-        try:
-            function(found)
-            checks.append((name, ""))
-        except (LotteryError, OSError) as error:
-            checks.append((name, str(error)))
-        except Exception as error:  # whatever a tampered file makes the check trip over
-            checks.append((name, f"a value is missing or of the wrong kind ({type(error).__name__}: {error})"))
-    return checks
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(checked.read_bytes(path, "report")).hexdigest()
 
 
-def _expect(right: bool, what: str) -> None:
-    if not right:
-        raise LotteryError(what)
+def end_line(row: dict, names: dict[str, str]) -> bytes:
+    """names: of files and their hashes; row: the last one."""
+    return ledger_line({"end": names, "previous": row_hash(row)})
 
 
-def _verify_chain(found: dict) -> None:
-    run = found["run"]
-    found["settings"] = settings_of(json.loads((run / "config.json").read_text(encoding="utf-8")))
-    rows = found["rows"] = read_ledger(run / "ledger.jsonl")
-    written = (run / "ledger.jsonl").read_bytes()
-    _expect(written == b"".join(map(ledger_line, rows)), "it is not as this program writes it")
-    check_chain(rows, found["settings"])
-    rounds = len(rounds_of(rows, found["settings"]))
-    _expect(len(rows) == rounds, f"it has {len(rows)} rounds of {rounds}: the run is not finished")
-
-
-def _verify_rows(found: dict) -> None:
-    settings, dense = found["settings"], found["rows"][0]
-    rest = never_pruned(found["rows"][-1])
-    for row in found["rows"]:
-        where = f"round {row['round']}: "
-        _expect(row["total"] == dense["total"], where + "another total than round 0's")
-        _expect(row["remaining"] == row["kept"] / row["total"], where + "remaining is not kept / total")
-        if "sizes" not in row:  # dense-small: another network, its parameters by the dense one's
-            share = (row["kept"] + rest) / (row["total"] + rest)
-            _expect(row["remaining_all"] == share, where + f"remaining_all is not {share}, as the last round's is")
-        for key in ("seed", "data_sha256"):
-            _expect(row[key] == settings[key], where + f"{key} is not the configuration's")
-        if row is dense and "dense" in settings:  # of another run, where its settings were the line before
-            row_there = row_hash({**row, "previous": row["config_sha256"]})
-            _expect(row_there == settings["dense"], where + "it is not the row that the configuration names")
-        else:
-            _expect(row["config_sha256"] == hash_json(settings), where + "config_sha256 is not the configuration's")
-        if "valid_wers" in row:  # ledgers of before do not have it
-            epochs = len(row["valid_wers"]), len(row["losses"])
-            _expect(epochs == (settings["epochs"],) * 2, where + "not as many epochs as configured")
-            best, stated = best_epoch(row["valid_wers"]), (row["valid_wer"], row["best_epoch"])
-            _expect(stated == best, where + f"the best valid WER and its epoch are {best}, not {stated}")
-        others, dense_others = row.get("other_tests", {}), dense.get("other_tests", {})
-        _expect(list(others) == list(dense_others), where + "other test sets than round 0's")
-        for test, dense_test in zip([row, *others.values()], [dense, *dense_others.values()]):
-            errors, words = test["test_errors"], test["test_words"]
-            _expect(words == dense_test["test_words"], where + "other test utterances than round 0's")
-            _expect(test["test_wer"] == sum(errors) / sum(words), where + "test_wer is not test_errors / test_words")
-            if row["round"]:
-                right = verdict(errors, dense_test["test_errors"], words, settings["margin"])
-                stated = Verdict(test["verdict"], *test["interval"])
-                _expect(stated == right, where + f"the verdict is {right}, not {stated}")
-
-
-def _verify_masks(found: dict) -> None:
-    if "rounds" in found["settings"]:  # given, not pruned: a start of its own each round, which the ticket has
-        for row in found["rows"]:
-            where, masks = f"round {row['round']}: ", None
-            if row["round"] and found["settings"].get("control") != "dense-small":
-                masks = load_masks(found["run"] / "masks" / f"{row['round']:02d}.safetensors")
-                counts = {name: int(mask.sum()) for name, mask in masks.items()}
-                _expect(counts == row["kept_per_layer"], where + "other counts than the ledger's")
-                _expect(sha256(masks) == row["mask_sha256"], where + "other masks than the ledger's")
-                _verify_blocks(masks, row, found["settings"])
-            _expect(sum(row["kept_per_layer"].values()) == row["kept"], where + "the layers' counts do not add up")
-        return
-    run, theta = found["run"], read_sealed(found["run"] / "rewind.safetensors", "rewind state")[0]
-    names = found["rows"][0]["kept_per_layer"]
-    parent = {name: torch.ones_like(theta[name], dtype=torch.bool) for name in names}
-    for row in found["rows"]:
-        where = f"round {row['round']}: "
-        masks = parent if row["round"] == 0 else load_masks(run / "masks" / f"{row['round']:02d}.safetensors")
-        shapes = {name: mask.shape for name, mask in masks.items()}
-        _expect(shapes == {name: theta[name].shape for name in names}, where + "masks of other weights")
-        counts = {name: int(mask.sum()) for name, mask in masks.items()}
-        _expect(counts == row["kept_per_layer"], where + "other counts than the ledger's")
-        _expect(sum(counts.values()) == row["kept"], where + "the layers' counts do not add up")
-        _verify_blocks(masks, row, found["settings"])
-        grown = any((masks[name] & ~parent[name]).any() for name in names)
-        _expect(not grown, where + "keeps a weight that was pruned before")
-        hashes = sha256(masks), sha256(parent)
-        _expect(hashes == (row["mask_sha256"], row["parent_sha256"]), where + "other hashes than the ledger's")
-        _expect(sha256(theta) == row["rewind_sha256"], where + "rewind.safetensors is not its rewind state")
-        start = {n: v.masked_fill(~masks[n], 0) if n in masks else v for n, v in theta.items()}
-        if row["round"] or found["settings"]["rewind_step"] == 0:  # else round 0 started before theta_k
-            _expect(sha256(start) == row["start_sha256"], where + "does not start at theta_k * mask")
-        parent = masks
-
-
-def _verify_blocks(masks: Masks, row: dict, settings: dict) -> None:
-    where, pruning = f"round {row['round']}: ", Pruning(tuple(settings.get("block", (1, 1))))
-    _expect(sum(mask.numel() for mask in masks.values()) == row["total"], where + "total is not the masks'")
-    units = {name: pruning.units(mask) for name, mask in masks.items()}
-    whole = {name: pruning.weights(unit, masks[name]) for name, unit in units.items()}
-    _expect(sha256(whole) == sha256(masks), where + "a block is kept in part")
-    if "block" in settings:
-        counts = [sum(int(unit.sum()) for unit in units.values()), sum(unit.numel() for unit in units.values())]
-        stated = [row["kept_blocks"], row["total_blocks"]]
-        _expect(stated == counts, where + f"its masks keep {counts[0]} of {counts[1]} blocks, not {stated}")
-
-
-def _verify_ticket(found: dict) -> None:
-    file, row = load_ticket(found["run"] / "ticket.safetensors"), found["rows"][-1]
-    _expect(sha256(file.masks) == row["mask_sha256"], "its masks are not the last round's")
-    tested = sha256(file.trained) == row["trained_sha256"]
-    _expect(tested, "its weights are not those that were tested in the last round")
-    zero = not any((file.trained[name][~mask] != 0).any() for name, mask in file.masks.items())
-    _expect(zero, "a pruned weight is not 0")
-    if file.rewind is not None:  # round 0 starts before theta_k, if k is not 0
-        start = row["start_sha256" if row["round"] or not found["settings"]["rewind_step"] else "rewind_sha256"]
-        _expect(sha256(file.rewind) == start, "its rewind state is not what its round started from")
-    _expect(hash_json(file.info) == row["info_sha256"], "its info (tokens, sizes, features) is not the last round's")
+def append_end(run: Path, rows: list[dict], names: tuple[str, ...]) -> None:
+    """Say in the ledger that the run has ended, and with which files. In place of an end that is there."""
+    _append(run / "ledger.jsonl", end_line(rows[-1], {name: file_hash(run / name) for name in names}))

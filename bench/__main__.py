@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import models
-from audio_lottery.console import Parser, fail
+from audio_lottery.console import Parser, command, fail
 from bench.infer import bench_infer
 from bench.loading import bench_data, bench_save
 from bench.measure import PROGRAM
@@ -39,6 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@command(PROGRAM)
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:

@@ -1,7 +1,6 @@
 """Runs merged into methods: seeds pooled at each round, a method beside its dense model and beside another method."""
 
 import itertools
-import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,7 +148,8 @@ class Method:
 
         def mean(rows: list[dict]) -> float:  # a narrower network's row has its own sizes
             return statistics.fmean(
-                plan.multiply_adds(backbone, row.get("sizes", sizes), row["kept_per_layer"]) for row in rows
+                plan.multiply_adds(backbone, row.get("sizes", sizes), row["kept_per_layer"], "sizes" in row)
+                for row in rows
             )
 
         return mean(point.others), mean(point.rows)
@@ -185,8 +185,8 @@ def origin(run: Run, what: str, sources: dict[str, Run]) -> str | None:
         return source.data
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     try:
-        return Run(json.loads((folder / "config.json").read_text(encoding="utf-8")), []).data
-    except (OSError, ValueError, KeyError, TypeError):
+        return Run(ledger.read_config(folder), []).data
+    except lottery.LotteryError:
         return "another run"
 
 

@@ -21,8 +21,9 @@ from torch import nn
 import lottery
 import models
 from audio_lottery import files, ledger
+from lab import networks
 
-CONTROLS = ("random-mask", "random-mask-matched", "random-init", "dense-small")
+CONTROLS = ledger.CONTROLS
 RANDOM = ("random-mask", "random-mask-matched")  # which keep weights that the ticket does not
 PATHS = ("data", "noise", "lm", "init")  # flags of a run that name files
 WIDTHS = {  # the sizes that dense-small scales
@@ -67,6 +68,11 @@ def read_source(path: Path) -> Source:
         settings, tokens = dict(file.info), file.info["tokens"]
         for key in ("tokens", "sizes", "features"):
             del settings[key]
+        try:
+            networks.described(file.info, file.trained)
+        except lottery.LotteryError as error:
+            raise lottery.LotteryError(f"{path}: {error}") from None
+        ledger.check_settings(settings, f"{path}: its info")
         if not path.is_dir():
             pruning = lottery.Pruning(tuple(settings.get("block", (1, 1))))
             units = [pruning.units(mask) for mask in file.masks.values()]

@@ -74,6 +74,15 @@ class Joiner(Ctc):
         return self.model.join(encoder_out + predictor_out)
 
 
+def paths_of(model: nn.Module, path: Path) -> dict[str, Path]:
+    """The files of the model's graphs, by part. Raises DataError for a path that names no file."""
+    if not path.name or path.name == "..":
+        raise data.DataError(f"--export {path}: must name a file")
+    if not isinstance(model, models.Transducer):
+        return {"": path}
+    return {part: path.with_name(f"{path.stem}-{part}{path.suffix}") for part in ("encoder", "predictor", "joiner")}
+
+
 def export(model: nn.Module, tokens: list[str], path: Path) -> list[Path]:
     """Write the model's graphs, each whole or not at all. Returns their paths.
 
@@ -84,6 +93,8 @@ def export(model: nn.Module, tokens: list[str], path: Path) -> list[Path]:
         import onnxscript  # noqa: F401
     except ImportError:
         raise data.DataError("--export needs two packages: pip install onnx onnxscript (the extra [onnx])") from None
+    for target in paths_of(model, path).values():
+        files.check_target(target)
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.LSTM):
@@ -103,9 +114,9 @@ def export(model: nn.Module, tokens: list[str], path: Path) -> list[Path]:
             ),
             "joiner": (Joiner, {"encoder_out": joined[0], "predictor_out": joined[1]}, ["logits"]),
         }  # fmt: skip
-        paths = {part: path.with_name(f"{path.stem}-{part}{path.suffix}") for part in graphs}
     else:
-        graphs, paths = {"": (Ctc, {"features": features}, ["log_probs"])}, {"": path}
+        graphs = {"": (Ctc, {"features": features}, ["log_probs"])}
+    paths = paths_of(model, path)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     for part, (form, inputs, outputs) in graphs.items():
         frames = {name: {1: torch.export.Dim.DYNAMIC} if name == "features" else None for name in inputs}

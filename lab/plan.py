@@ -14,7 +14,8 @@ import torch
 import lottery
 import models
 from audio_lottery import counting, files
-from audio_lottery.console import Parser, fail
+from audio_lottery.console import Parser, command, fail
+from lab import networks
 
 HOURS = {"LibriSpeech": 960, "TED-LIUM 1": 118, "Common Voice (as in the paper)": 582}  # of training speech
 SPARSITIES = (0.79, 0.9, 0.956)  # the paper's sparsest matching tickets of CNN-LSTM: 21 %, (10 %) and 4.4 % remain
@@ -23,19 +24,37 @@ SECONDS, TOKENS_A_SECOND = 4, 15  # of the utterance that is counted; characters
 TOKENS = 29  # the paper's; how often a weight multiplies does not depend on them
 
 
-def multiply_adds(backbone: str, sizes: dict | None = None, kept: dict[str, int] | None = None) -> float:
+def multiply_adds(
+    backbone: str, sizes: dict | None = None, kept: dict[str, int] | None = None, whole: bool = False
+) -> float:
     """Multiply-adds of the loss per second of speech, forward: convolutions, LSTMs (each step), linear layers, joiner.
 
     sizes: of the network (default: the paper's).  kept: weights by layer, as in a row of a ledger, so that zeros are
-    skipped (default: all, with the paper's 29 tokens).  Raises LotteryError if they are of other layers.
+    skipped (default: all, with the paper's 29 tokens); whole: they are all that such a network has.
+    Raises LotteryError if they are of other layers, or not as many; nothing is built then.
     The utterance is of 4 s and 15 tokens a second; a transducer's joiner is counted over its whole lattice, as the
     loss computes it. Products of two activations, as in attention, are not counted.
     """
+    if whole:
+        check_whole(backbone, sizes, kept)
     uses, weights = _uses_and_weights(backbone, json.dumps(sizes or models.BACKBONES[backbone].SIZES["paper"]))
     kept = weights if kept is None else kept
     if not kept or kept.keys() - uses.keys():
         raise lottery.LotteryError(f"{backbone} has the prunable layers {', '.join(uses)}, not {', '.join(kept)}")
     return sum(uses[name] * kept.get(name, weights[name]) for name in uses) / SECONDS  # no count: kept dense
+
+
+def check_whole(backbone: str, sizes: dict, kept: dict[str, int]) -> None:
+    """Raise LotteryError unless a network of these sizes has these weights by layer, those of tokens aside."""
+    model = networks.skeleton(backbone, sizes, TOKENS, len(kept))
+    there = {name: weight.numel() for name, weight in lottery.prunable(model).items()}
+    other = [
+        n
+        for n in there.keys() | kept.keys()
+        if n.split(".")[0] not in model.TOKEN_LAYERS and there.get(n) != kept.get(n)
+    ]
+    if other:
+        raise lottery.LotteryError(f"sizes of another {backbone} than kept_per_layer tells of: {min(other)}")
 
 
 @functools.cache
@@ -99,8 +118,7 @@ def of_ticket(path: Path) -> str:
     """
     file = files.load_ticket(path)
     try:
-        with torch.device("meta"):
-            model = models.of(file.info)
+        model = networks.described(file.info, file.trained)
     except ValueError as error:
         raise lottery.LotteryError(f"{path}: {error}") from None
     files.check_fit(path, file, model)
@@ -116,6 +134,7 @@ def of_ticket(path: Path) -> str:
     )
 
 
+@command("lab.plan")
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="lab.plan", description="What a ticket multiplies, by the second of audio.")
     parser.add_argument("ticket", type=Path, metavar="TICKET", help="ticket.safetensors of a run, or the run's folder")

@@ -3,6 +3,7 @@
 python -m lab.report RUN [RUN ...] [--out FOLDER]
 """
 
+import hashlib
 import io
 import itertools
 import json
@@ -15,7 +16,7 @@ import numpy as np
 
 import lottery
 from audio_lottery import files, verdicts
-from audio_lottery.console import Parser, fail
+from audio_lottery.console import Parser, command, fail, markdown_text, printable
 from lab import plan
 from lab.compare import Method, Point, Run, compared, load, merge, of_test, rivals
 
@@ -82,10 +83,21 @@ def write_report(out: Path, config: dict, ledger: list[dict]) -> None:
         "round is tested once, at its epoch with the best valid WER; pruning uses the last epoch. `remaining` is of "
         "the prunable weights, `of all` of all parameters."
     )
-    lines = [f"# {config['backbone']} on {config['machine']['data']}, seed {config['seed']}", ""]
-    lines += [*(f"- {line}" for line in summary(config, ledger)), "", explained, "", *markdown_table(ledger)]
+    lines = [f"# {config['backbone']} on {markdown_text(config['machine']['data'])}, seed {config['seed']}", ""]
+    lines += [
+        *(f"- {markdown_text(line)}" for line in summary(config, ledger)),
+        "",
+        explained,
+        "",
+        *markdown_table(ledger),
+    ]
     for name in ledger[0].get("other_tests", {}):
-        lines += ["", f"{name}:", "", *markdown_table([row | row["other_tests"][name] for row in ledger])]
+        lines += [
+            "",
+            f"{markdown_text(name)}:",
+            "",
+            *markdown_table([row | row["other_tests"][name] for row in ledger]),
+        ]
     lines += ["", "![WER and CER against remaining weights](report.png)", ""]
     lines += ["```json", json.dumps(config, indent=2), "```", ""]
     files.write_atomically(out / "report.md", "\n".join(lines).encode())
@@ -142,12 +154,13 @@ def merged_cells(method: Method, point: Point, test: str) -> list[str]:
     """A round of a method under MERGED."""
     whole, skipped = method.multiply_adds(point)
     return [
-        test or "test", method.name, str(point.round),
+        markdown_text(test or "test"), markdown_text(method.name), str(point.round),
         *(f"{point.mean(key):.1%}" for key in ("remaining", "remaining_all")),
         str(len(point.seeds)), spread(point.values("valid_wer")),
         *(spread(point.values(key, test)) for key in ("test_wer", "test_cer")),
         *([spread(point.differences("test_wer", test), "+"), str(point.verdict(test))] if point.round else ["-", "-"]),
-        f"{whole / 1e6:.1f} M, {skipped / 1e6:.1f} M ({skipped / whole:.1%})", ", ".join(point.empty_layers()),
+        f"{whole / 1e6:.1f} M, {skipped / 1e6:.1f} M ({skipped / whole:.1%})",
+        markdown_text(", ".join(point.empty_layers())),
     ]  # fmt: skip
 
 
@@ -163,7 +176,7 @@ def tables(methods: list[Method]) -> list[str]:
     """Summary beside the paper's points, every round on every test set, and comparisons of methods."""
     columns = ["method", "dense, test WER", "sparsest winning or matching ticket", "ticket with the best valid WER"]
     rows = [
-        [m.name, spread(m.dense().values("test_wer")), told(m.sparsest()), told(m.best()), "these runs"]
+        [markdown_text(m.name), spread(m.dense().values("test_wer")), told(m.sparsest()), told(m.best()), "these runs"]
         for m in methods
     ]
     rows += [[f"paper: {row[1]}", *row[2:]] for row in PAPER if row[0] == methods[0].settings["backbone"]]
@@ -173,7 +186,8 @@ def tables(methods: list[Method]) -> list[str]:
     rows = [merged_cells(m, point, test) for test in tests for m, point in points if test in point.tests()]
     lines += plan.markdown(MERGED, rows)
     rows = [
-        [f"{a.name} less {b.name}", f"{p.mean('remaining'):.1%}", str(len(p.seeds)), word_of(p), interval(p)]
+        [markdown_text(f"{a.name} less {b.name}"), f"{p.mean('remaining'):.1%}",
+         str(len(p.seeds)), word_of(p), interval(p)]
         for a, b in rivals(methods) for p in compared(a, b)
     ]  # fmt: skip
     if rows:
@@ -214,7 +228,8 @@ def claims(title: str, methods: list[Method]) -> list[str]:
         for p in at_limits(points) or points[-1:]:
             found.append((f"{a.name} is better than {b.name} at {p.mean('remaining'):.1%}", p, "", ("winning",)))
     return [
-        f"- {title}: {claim}{f' on {test}' if test else ''}: **{word_of(p, test, true)}**, {interval(p, test)}, "
+        f"- {markdown_text(f'{title}: {claim}' + (f' on {test}' if test else ''))}: "
+        f"**{word_of(p, test, true)}**, {interval(p, test)}, "
         f"{seeds_of(p)} ({', '.join(map(str, sorted(p.seeds)))}), "
         f"{len(of_test(p.rows[0], test)['test_words'])} test utterances."
         for claim, p, test, true in found
@@ -224,7 +239,7 @@ def claims(title: str, methods: list[Method]) -> list[str]:
 def merged_report(groups: dict[str, list[Method]], pictures: bool) -> str:
     lines = ["# Tickets: seeds and methods", "", EXPLAINED, "", CAVEAT]
     for title, methods in groups.items():
-        lines += ["", f"## {title}", "", *tables(methods)]
+        lines += ["", f"## {markdown_text(title)}", "", *tables(methods)]
         if pictures:
             lines += ["", f"![WER and CER against remaining weights]({file_name(title)}.png)"]
             lines += ["", f"![weights kept, by layer]({file_name(title)}-layers.png)"]
@@ -244,7 +259,14 @@ T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5 % of Stud
 
 
 def file_name(title: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", title)
+    """For a picture: letters, digits, dots and hyphens, and not too many for a file system."""
+    name = re.sub(r"[^\w.-]+", "-", title)
+    return name if len(name.encode()) <= 200 else f"{name[:40]}-{hashlib.sha256(title.encode()).hexdigest()[:8]}"
+
+
+def plain(text: str) -> str:
+    """A foreign text for a picture: one line, and no mathematics, which matplotlib finds between two $."""
+    return printable(text).replace("$", r"\$")
 
 
 def wer_band(point: Point) -> tuple[float, float]:
@@ -289,7 +311,7 @@ def draw(path: Path, title: str, methods: list[Method]) -> None:
             few, many = (choose(len(p.seeds) for p in points) for choose in (min, max))
             seeds = f"{few} to {many} seeds" if few < many else seeds_of(points[0])
             ax.axhline(rates[0], color=color, linewidth=1, linestyle="--")
-            ax.plot(remaining, rates, "o-", color=color, markersize=4, label=f"{method.name}, {seeds}")
+            ax.plot(remaining, rates, "o-", color=color, markersize=4, label=plain(f"{method.name}, {seeds}"))
             bands = [(x, *band(p)) for x, p in zip(remaining[1:], points[1:]) if band(p)]
             if bands:
                 ax.fill_between(*map(list, zip(*bands)), color=color, alpha=0.2)
@@ -303,7 +325,7 @@ def draw(path: Path, title: str, methods: list[Method]) -> None:
         ax.invert_xaxis()
         ax.grid(alpha=0.3)
         ax.legend(loc="upper left", fontsize=8)
-    figure.suptitle(title)
+    figure.suptitle(plain(title))
     save(path, figure)
 
 
@@ -322,10 +344,10 @@ def draw_layers(path: Path, title: str, methods: list[Method]) -> None:
         image = ax.imshow(np.ma.masked_equal(array, 0), norm=LogNorm(min(least, 0.99), 1), aspect="auto")
         remaining = [f"{100 * point.mean('remaining'):.3g}" for point in method.points.values()]
         ax.set_xticks(range(len(remaining)), remaining, fontsize=7)
-        ax.set_yticks(range(len(names)), names, fontsize=7)
-        ax.set(xlabel="remaining prunable weights, %", title=method.name)
+        ax.set_yticks(range(len(names)), list(map(plain, names)), fontsize=7)
+        ax.set(xlabel="remaining prunable weights, %", title=plain(method.name))
     figure.colorbar(image, ax=list(axes), label="share kept (white: none)")
-    figure.suptitle(title)
+    figure.suptitle(plain(title))
     save(path, figure)
 
 
@@ -347,6 +369,7 @@ def read(path: Path) -> Run:
     return run
 
 
+@command(PROGRAM)
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog=PROGRAM, description="Merge runs: tables, pictures, claims.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, finished or not")
@@ -355,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         runs = {path: read(path) for path in args.runs}
         for path in [path for path, run in runs.items() if not run.rows]:
-            print(f"{PROGRAM}: {path}: no round is finished yet: left out", file=sys.stderr)
+            print(f"{PROGRAM}: {printable(path)}: no round is finished yet: left out", file=sys.stderr)
             del runs[path]
         if not runs:
             raise lottery.LotteryError("no run with a finished round")
@@ -363,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
         for method in itertools.chain(*groups.values()):
             for run in method.left_out:
                 why = f"a run before it is {method.name}, seed {run.config['seed']}, too"
-                print(f"{PROGRAM}: {run.path}: left out where {why}", file=sys.stderr)
+                print(printable(f"{PROGRAM}: {run.path}: left out where {why}"), file=sys.stderr)
         print(merged_report(groups, pictures=False), end="")
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +15,16 @@ import torch
 
 import lottery
 import models
+from audio_lottery import checked
 from audio_lottery.console import Parser
 from lab import controls, corpora, decode
 from runner import processes
 from runner.recipes import RECIPES
 
+NO_FLAG = r"(?!-)[^\0]*"  # a text that a command line does not take for a flag
 HERE = Path(__file__).resolve().parent.parent  # the repository
 NONE = Path("none")  # as --lm, --noise and --init: without, where --ticket's run has it
+MOST_BEAM = 100_000
 SCOPE_OF_BLOCKS = "lamp"  # measured: results/blocks.md
 
 
@@ -30,13 +32,13 @@ SCOPE_OF_BLOCKS = "lamp"  # measured: results/blocks.md
 
 
 def low_high(text: str) -> tuple[float, float]:
-    """LO:HI, two numbers with 0 <= LO < HI."""
+    """LO:HI, two numbers with 0 <= LO < HI <= 1e7."""
     try:
         low, high = map(float, text.split(":"))
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be LO:HI, two numbers of seconds, got {text!r}") from None
-    if not 0 <= low < high:
-        raise argparse.ArgumentTypeError(f"must be LO:HI with 0 <= LO < HI, got {text!r}")
+    if not 0 <= low < high <= 1e7:
+        raise argparse.ArgumentTypeError(f"must be LO:HI with 0 <= LO < HI <= 1e7, got {text!r}")
     return low, high
 
 
@@ -100,8 +102,8 @@ class Flag:
     otherwise: str = ""  # the default in words, where `default` does not say it
     absent: object = None  # what a configuration without it means, where that is not the default
     rule: str = ""  # what it must be, for the help; or
-    least: int | None = None  # what it is checked for, with
-    below: int = 2**31
+    least: float | None = None  # what it is checked for, with
+    most: float = 2**31 - 1
     metavar: str | tuple[str, ...] | None = None
     count: int | str | None = None  # argparse's nargs
     between: str = ""  # what stands between the numbers of its value
@@ -117,7 +119,7 @@ class Flag:
     def range(self) -> str:
         if self.least is None:
             return self.rule
-        return f"at least {self.least}" + (f" and at most {self.below - 1}" if self.below < 2**31 else "")
+        return f"at least {self.least}" + (f" and at most {self.most}" if self.most < 2**31 - 1 else "")
 
     @property
     def when_absent(self) -> object:
@@ -133,6 +135,36 @@ class Flag:
             return " ".join(map(str, value))
         return self.between.join(f"{v}" for v in value) if self.between else str(value)
 
+    @property
+    def shape(self) -> checked.Shape:
+        """What its value is in JSON, as a configuration or a ticket has it."""
+        if self.value is bool:
+            return checked.switch
+        if isinstance(self.value, tuple):
+            return checked.one_of(*self.value)
+        if self.between:
+            return checked.listed(checked.number(), 1, 1000)
+        one = {int: checked.integer(-(2**31)), float: checked.number()}.get(self.value, checked.text(NO_FLAG))
+        return checked.listed(one, 1, 1001) if self.count else one
+
+    def read_back(self, value, where: str):
+        """The value of a configuration or a ticket, as if it had been typed: of the flag's own type and range.
+
+        Raises LotteryError, which begins with `where`, for any other.
+        """
+        self.shape(value, f"{where}, {self.name}")
+        if self.value is bool or isinstance(self.value, tuple):
+            return value
+        try:
+            if self.count:
+                return [self.value(str(one)) for one in value]
+            value = self.value(self.written(value))
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise lottery.LotteryError(f"{where}, {self.name}: {error}") from None
+        if self.least is not None and not self.least <= value <= self.most:
+            raise lottery.LotteryError(f"{where}, {self.name}: must be {self.range}, got {value}")
+        return value
+
 
 # name, group, identity, what reads it; then default, rule and how it is written; then the help.
 TABLE = (
@@ -140,14 +172,15 @@ TABLE = (
          help="kind of network: a CNN-LSTM or a Conformer trained with CTC, or a transducer (rnnt)"),
     Flag("size", TRAIN, "always", ("demo", "wide", "wider", "paper"), default="demo",
          help="size of the network and its recipe; wide and wider are demo with 2 and 3 times the widths"),
-    Flag("epochs", TRAIN, "recipe", int, least=1, metavar="N", help="passes over the training speech in each round"),
-    Flag("batch_size", TRAIN, "recipe", int, least=1, metavar="N", help="utterances in a batch"),
-    Flag("batch_seconds", TRAIN, "recipe", float, otherwise="none", least=1, metavar="S",
+    Flag("epochs", TRAIN, "recipe", int, least=1, most=10_000, metavar="N",
+         help="passes over the training speech in each round"),
+    Flag("batch_size", TRAIN, "recipe", int, least=1, most=1_000_000, metavar="N", help="utterances in a batch"),
+    Flag("batch_seconds", TRAIN, "recipe", float, otherwise="none", least=1, most=1_000_000, metavar="S",
          help="seconds of audio in a batch, padding counted, in place of --batch-size"),
-    Flag("accumulate", TRAIN, "recipe", int, least=1, metavar="N",
+    Flag("accumulate", TRAIN, "recipe", int, least=1, most=1_000_000, metavar="N",
          help="batches whose gradients make one optimizer step"),
-    Flag("lr", TRAIN, "recipe", float, rule="above 0", metavar="RATE", help="highest learning rate"),
-    Flag("seconds", TRAIN, "recipe", low_high, rule="0 <= LO < HI", between=":", metavar="LO:HI",
+    Flag("lr", TRAIN, "recipe", float, rule="above 0 and at most 100", metavar="RATE", help="highest learning rate"),
+    Flag("seconds", TRAIN, "recipe", low_high, rule="0 <= LO < HI <= 1e7", between=":", metavar="LO:HI",
          help="train only on utterances between LO and HI seconds long"),
     Flag("amp", TRAIN, "recipe", bool, otherwise="no",
          help="compute the forward pass in 16-bit floats (bfloat16), on CUDA only"),
@@ -198,15 +231,15 @@ TABLE = (
     Flag("keep_dense", PRUNE, "changed", str, default=(), otherwise="none", count="+", metavar="NAME", masks=True,
          help="layers or weights that are not pruned, by name or pattern, e.g. output 'encoder.*'"),
 
-    Flag("margin", TEST, "always", float, default=0.01, least=0, metavar="WER",
+    Flag("margin", TEST, "always", float, default=0.01, least=0, most=100, metavar="WER",
          help="word error rate (WER) that a matching ticket may lose"),
-    Flag("beam", TEST, "always", int, otherwise=f"1, with --lm {decode.BEAM}", least=1, metavar="N", part_of="lm",
-         help="texts that decoding keeps side by side; 1 keeps the likeliest token of each frame"),
+    Flag("beam", TEST, "always", int, otherwise=f"1, with --lm {decode.BEAM}", least=1, most=MOST_BEAM, metavar="N",
+         part_of="lm", help="texts that decoding keeps side by side; 1 keeps the likeliest token of each frame"),
     Flag("lm", TEST, "machine", Path, otherwise="none", metavar="FILE.arpa|none",
          help="language model for decoding, n-grams of words, for networks trained with CTC"),
-    Flag("lm_weight", TEST, "always", float, otherwise=f"{decode.LM_WEIGHT}", rule="finite", metavar="W", part_of="lm",
-         help="with --lm, what its log-probability counts beside the network's"),
-    Flag("word_score", TEST, "always", float, otherwise=f"{decode.WORD_SCORE}", rule="finite", metavar="S",
+    Flag("lm_weight", TEST, "always", float, otherwise=f"{decode.LM_WEIGHT}", rule="-1e6 to 1e6", metavar="W",
+         part_of="lm", help="with --lm, what its log-probability counts beside the network's"),
+    Flag("word_score", TEST, "always", float, otherwise=f"{decode.WORD_SCORE}", rule="-1e6 to 1e6", metavar="S",
          part_of="lm", help="with --lm, what every word of a text adds to its score"),
     Flag("noise", TEST, "machine", Path, otherwise="none", metavar="DIR|none",
          help="recordings of noise: DIR/train is mixed into training, DIR/test into the test"),
@@ -217,15 +250,15 @@ TABLE = (
 
     Flag("device", MACHINE, "machine", ("auto", "cpu", "cuda"), default="auto",
          help="where to compute; auto is CUDA where there is one, else the CPU"),
-    Flag("threads", MACHINE, "machine", int, otherwise="torch's own", least=1, below=1025, metavar="N",
+    Flag("threads", MACHINE, "machine", int, otherwise="torch's own", least=1, most=1024, metavar="N",
          help="threads that compute on the CPU"),
-    Flag("workers", MACHINE, "no", int, default=0, least=0, metavar="N",
+    Flag("workers", MACHINE, "no", int, default=0, least=0, most=1024, metavar="N",
          help="processes that prepare features and batches"),
     Flag("cache", MACHINE, "machine", str, default="memory", metavar="memory|none|DIR", help="where features are kept"),
     Flag("out", MACHINE, "no", Path, otherwise="runs/BACKBONE-DATA-SIZE-SPARSITY-seedSEED", metavar="DIR",
          help="run folder"),
-    Flag("save_every", MACHINE, "no", float, otherwise="5, more if slow to write", least=0, metavar="MINUTES",
-         help="time between checkpoints"),
+    Flag("save_every", MACHINE, "no", float, otherwise="5, more if slow to write", least=0, most=1_000_000,
+         metavar="MINUTES", help="time between checkpoints"),
     Flag("tensorboard", MACHINE, "no", bool, help="write losses and error rates for TensorBoard to the run folder"),
     Flag("retrain", MACHINE, "no", str, rule="ROUND at least 0", count=2, metavar=("RUN", "ROUND"),
          help="train a round of a finished run again and compare it bit for bit with the ledger"),
@@ -312,9 +345,9 @@ def parse_with_source(p: Parser, alone: argparse.Namespace, argv: list[str] | No
     """Parse again, with the settings of --ticket's run as defaults. alone: what the command line says without them."""
     try:
         source = controls.read_source(alone.ticket)
+        p.set_defaults(**defaults_of(source, alone))
     except lottery.LotteryError as error:
         p.error(f"--ticket {error}")
-    p.set_defaults(**defaults_of(source, alone))
     args = p.parse_args(argv, argparse.Namespace(source=source))
     if args.corpus != source.settings.get("corpus"):  # whose sets are no other's
         args.train_sets, args.valid_sets, args.test_sets = alone.train_sets, alone.valid_sets, alone.test_sets
@@ -326,7 +359,10 @@ def parse_with_source(p: Parser, alone: argparse.Namespace, argv: list[str] | No
 
 
 def defaults_of(source: controls.Source, alone: argparse.Namespace) -> dict:
-    """Every setting of a source's run, as defaults of the flags; less what those that are given stand in place of."""
+    """Every setting of a source's run, as defaults of the flags; less what those that are given stand in place of.
+
+    Raises LotteryError for a setting that its flag would not take.
+    """
     there = source.settings | {key: path for key, path in source.paths.items() if path}
     seconds = alone.batch_seconds or (alone.batch_size is None and there.get("batch_seconds"))
     instead = ["batch_size" if seconds else "batch_seconds"]
@@ -335,7 +371,7 @@ def defaults_of(source: controls.Source, alone: argparse.Namespace) -> dict:
     for flag in TABLE:
         value = there.get(flag.name, flag.when_absent)
         if flag.taken_over and flag.name not in instead and value is not None:
-            defaults[flag.name] = tuple(value) if flag.between else value
+            defaults[flag.name] = flag.read_back(value, str(source.path)) if flag.name in there else value
     return defaults
 
 
@@ -356,11 +392,11 @@ def check_values(p: Parser, args: argparse.Namespace) -> None:
     """What each flag may be by itself and beside others; --device auto becomes cpu or cuda."""
     for flag in TABLE:
         value = getattr(args, flag.name)
-        if flag.least is not None and value is not None and not flag.least <= value < flag.below:
-            p.error(f"{flag.option} must be {flag.range}{' and below 2^31' * (flag.below == 2**31)}, got {value}")
+        if flag.least is not None and value is not None and not flag.least <= value <= flag.most:
+            p.error(f"{flag.option} must be {flag.range}{' and below 2^31' * (flag.most == 2**31 - 1)}, got {value}")
     check_decoding(p, args)
-    if not 0 < args.recipe.lr < math.inf:
-        p.error(f"--lr must be above 0, got {args.recipe.lr}")
+    if not 0 < args.recipe.lr <= 100:
+        p.error(f"--lr must be above 0 and at most 100, got {args.recipe.lr}")
     try:
         lottery.check_rates(args.sparsity, args.prune_rate)
     except lottery.LotteryError as error:
@@ -447,13 +483,13 @@ def check_beam(p: Parser, args: argparse.Namespace, hint: str = "") -> None:
         p.error(f"--lm {args.lm}: no such file")
     if args.beam is None:
         args.beam = decode.BEAM if args.lm else 1
-    if not 1 <= args.beam < 2**31:
-        p.error(f"--beam must be at least 1 and below 2^31, got {args.beam}")
+    if not 1 <= args.beam <= MOST_BEAM:
+        p.error(f"--beam must be at least 1 and at most {MOST_BEAM}, got {args.beam}")
     for key, default in scores.items() if args.lm else ():
         if getattr(args, key) is None:
             setattr(args, key, default)
-        if not math.isfinite(getattr(args, key)):
-            p.error(f"--{key.replace('_', '-')} must be a finite number, got {getattr(args, key)}")
+        if not abs(getattr(args, key)) <= 1e6:  # nor is a NaN
+            p.error(f"--{key.replace('_', '-')} must be a finite number from -1e6 to 1e6, got {getattr(args, key)}")
 
 
 def check_packages(p: Parser, args: argparse.Namespace) -> None:
@@ -464,6 +500,7 @@ def check_packages(p: Parser, args: argparse.Namespace) -> None:
          "flashlight-text==0.0.7, or 'audio-lottery[lm]'"),
         (args.tensorboard, "--tensorboard", "tensorboard", "tensorboard, or 'audio-lottery[tensorboard]'"),
         (args.tokens != "chars", f"--tokens {args.tokens}", "sentencepiece", "sentencepiece"),
+        (not args.plan and not args.retrain, "report.png", "matplotlib", "matplotlib"),
     ):  # fmt: skip
         if wanted and not installed(module):
             p.error(f"{flag}: the package is not there: pip install {install}")
@@ -496,12 +533,16 @@ def configuration(args: argparse.Namespace) -> dict:
 
 
 def command_line(config: dict) -> list[str]:
-    """The flags that give this configuration again, but for files and machine."""
+    """The flags that give this configuration again, but for files and machine.
+
+    Raises LotteryError for a setting that its flag would not take.
+    """
     argv = []
     for flag in TABLE:
         value = config.get(flag.name, flag.when_absent)
         if flag.name not in NAMES or value in (None, ()) or (flag.name == "batch_size" and config["batch_seconds"]):
             continue
+        value = flag.read_back(value, "config.json")
         if isinstance(value, bool):
             argv.append(flag.option if value else flag.option.replace("--", "--no-", 1))
         elif flag.count:

@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
-import json
+import math
 import os
 import signal
 import socket
@@ -13,7 +14,9 @@ from pathlib import Path
 import torch
 
 import lottery
-from audio_lottery import files, ledger
+from audio_lottery import checked, files, ledger
+from audio_lottery.checked import SHA256, integer, listed, number
+from lab import report
 from runner import processes
 
 # ---------------------------------------------------------------------------- signals
@@ -37,8 +40,8 @@ class Signals:
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
 
     def receive(self, number: int, _frame) -> None:
         if not self.deferred or self.number:  # the second one does not wait
@@ -62,6 +65,22 @@ class Progress:
     seconds: float = 0.0
     waited: float = 0.0  # of these, for the next batch
     resumed: int = 0  # how often this round was taken up again
+
+
+PROGRESS = checked.record(
+    {"epoch": integer(0, 10_000), "batch": integer(), "loss": number()},
+    {
+        "losses": listed(number(), 0, 10_000), "valid_wers": listed(number(0), 0, 10_000),
+        "seconds": number(0), "waited": number(0), "resumed": integer(),
+    },
+)  # fmt: skip
+ABOUT = checked.record(
+    {
+        "run": checked.text(most=64), "round": integer(0, 1000), "steps": integer(), "threshold": number(0),
+        "has_rewind_state": checked.switch, "start": SHA256, "parent": checked.text(most=64), "schedule": integer(),
+        "group": checked.OBJECT, "progress": PROGRESS,
+    }
+)  # fmt: skip
 
 
 class Checkpointer:
@@ -97,6 +116,8 @@ class Checkpointer:
             raise Stopped(number)
 
     def save(self, ticket: lottery.Ticket, optimizer, schedule, at: Progress) -> None:
+        if not math.isfinite(at.loss):  # nothing can come of it
+            raise lottery.LotteryError(f"round {ticket.round}: the loss is {at.loss}: try a lower --lr")
         generators, started = processes.gather(generator_states()), time.monotonic()
         if processes.index():
             return
@@ -140,14 +161,14 @@ class Checkpoint:
     """A checkpoint as read back."""
 
     def __init__(self, out: Path, run_sha256: str):
-        self.tensors, self.about = files.read_sealed(out / "checkpoint.safetensors", "checkpoint")
+        self.tensors, self.about = files.read_sealed(out / "checkpoint.safetensors", "checkpoint", ABOUT)
         self.has_rewind_state, self.rewind_state = self.about["has_rewind_state"], None
         belong = [("checkpoint", self.about)]
         if self.has_rewind_state:
             self.rewind_state, about = files.read_sealed(out / "rewind.safetensors", "rewind state")
             belong.append(("rewind state", about))
         for kind, about in belong:
-            if about["run"] != run_sha256:
+            if about.get("run") != run_sha256:
                 raise lottery.LotteryError(f"--out {out}: the {kind} there is of another run")
 
     def part(self, name: str) -> dict[str, torch.Tensor]:
@@ -217,7 +238,9 @@ def locked(out: Path):
 
     lockf, not flock: worker processes do not inherit it, so that none of them outlives this one with it.
     """
-    with open(out / "lock", "a+") as file:
+    with files.naming(out / "lock"):
+        file = open(out / "lock", "a+")
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -227,6 +250,39 @@ def locked(out: Path):
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def check_out(out: Path) -> None:
+    """Raise LotteryError, naming it, unless the run folder can be written to, or made. Leaves nothing behind."""
+    if out.exists() and not out.is_dir():
+        raise lottery.LotteryError(f"--out {out}: is a file, not a folder")
+    made = []
+    try:
+        for folder in reversed([path for path in (out, *out.parents) if not path.exists()]):
+            folder.mkdir()
+            made.append(folder)
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise lottery.LotteryError(f"--out {out}: cannot write there ({error.strerror})") from None
+    finally:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):  # another process has put something into it
+                folder.rmdir()
+
+
+def end(out: Path, rows: list[dict]) -> None:
+    """The report, the ledger's end with its hashes, and no checkpoint: the last steps of a run, or those missing.
+
+    A run of before has a report and no end, and stays as it is.
+    """
+    reports, checkpoint = ("report.md", "report.png"), out / "checkpoint.safetensors"
+    _, ended = ledger.read_lines(out / "ledger.jsonl")
+    if not all((out / name).exists() for name in reports) or (not ended and checkpoint.exists()):
+        report.write_report(out, ledger.read_config(out), rows)
+        ledger.append_end(out, rows, reports)
+    with files.naming(checkpoint):
+        checkpoint.unlink(missing_ok=True)
 
 
 def rows_there(out: Path, config: dict, flags: tuple[str, ...]) -> list[dict]:
@@ -240,9 +296,12 @@ def rows_there(out: Path, config: dict, flags: tuple[str, ...]) -> list[dict]:
     if not out.exists() or {path.name for path in out.iterdir()} <= {"lock", "config.json.tmp"}:
         return []
     try:
-        old = dict(json.loads((out / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise lottery.LotteryError(f"--out {out}: the folder is not empty and holds no run: choose another") from None
+        old = ledger.read_config(out)
+    except lottery.LotteryError as error:
+        why = f": {error}" if (out / "config.json").exists() else ""
+        raise lottery.LotteryError(
+            f"--out {out}: the folder is not empty and holds no run: choose another{why}"
+        ) from None
     for key, value in config.items():
         if key != "machine" and old.get(key) != value:
             hashes = {"data_sha256": "--data, by its hash", "lm_sha256": "--lm, by its hash"}

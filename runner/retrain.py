@@ -1,7 +1,6 @@
 """Training a round of a finished run again, to compare it bit for bit: python train.py --retrain RUN ROUND"""
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +27,13 @@ class Recorded:
         return self.row["round"]
 
 
-def read(run: Path, number: int) -> Recorded:
-    """Raises LotteryError if there is no such round, or its command cannot be made again."""
+def read(run: Path, number: int, cache: str | Path = "memory") -> Recorded:
+    """cache: this command's --cache, as the run's may lie anywhere.
+
+    Raises LotteryError if there is no such round, or its command cannot be made again.
+    """
     try:
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        config = ledger.read_config(run)
         rows = ledger.read_ledger(run / "ledger.jsonl")
         if number not in [row["round"] for row in rows]:
             raise IndexError(f"the ledger has rounds {', '.join(str(row['round']) for row in rows)}")
@@ -39,9 +41,11 @@ def read(run: Path, number: int) -> Recorded:
         paths = {key: config["machine"].get(key) for key in ("lm", "noise", "ticket", "dense", "init")}
         paths |= {key: paths[key] or str(flags.NONE) for key in ("lm", "noise", "init")}
         argv = flags.command_line(config) + [f"--{key}={path}" for key, path in paths.items() if path]
-        where = ["--data", config["machine"]["data"], "--device", row["device"], "--cache", config["machine"]["cache"]]
-        args = flags.parse([*argv, *where, "--out", str(run)])
+        where = {"data": config["machine"]["data"], "device": row["device"], "cache": cache, "out": run}
+        args = flags.parse([*argv, *(f"--{key}={value}" for key, value in where.items())])
         torch.set_num_threads(row["threads"])
+    except lottery.LotteryError as error:
+        raise lottery.LotteryError(f"{run}: no round {number} to train again ({error})") from None
     except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
         why = f"{type(error).__name__}: {error}"
         raise lottery.LotteryError(f"{run}: no round {number} to train again ({why})") from None

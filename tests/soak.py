@@ -4,17 +4,20 @@
     python tests/soak.py tickets N     read N damaged tickets and checkpoints, and every single-byte flip of a small one
     python tests/soak.py ledgers N     verify a run with N damaged ledgers
     python tests/soak.py audio N       decode N damaged WAV, FLAC, Opus and MP3 files
+    python tests/soak.py lies N        read N lying tickets and forged runs, their hashes right (tests/lies.py)
 
 Each prints one line that says what was tried and what failed, and exits with 0 only if nothing did.
 """
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import tempfile
@@ -22,8 +25,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import lies  # noqa: E402
 import numpy as np  # noqa: E402
 import soundfile  # noqa: E402
 import torch  # noqa: E402
@@ -32,9 +36,10 @@ import data  # noqa: E402
 import lottery  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
-from audio_lottery import files, ledger  # noqa: E402
-from lab import controls  # noqa: E402
-from runner import cache  # noqa: E402
+import transcribe  # noqa: E402
+from audio_lottery import files, ledger, verify  # noqa: E402
+from lab import controls, networks, plan  # noqa: E402
+from runner import cache, flags  # noqa: E402
 
 # ---------------------------------------------------------------------------- kills
 
@@ -175,7 +180,7 @@ def kills(number: int, seed: int) -> bool:
                     killed += 1
                     by_point[where] = by_point.get(where, 0) + 1
                     continue
-                if status or result(out) != want or any(check[1] for check in ledger.verify(out)):
+                if status or result(out) != want or verify.failures(out, networks):
                     wrong.append(f"{name} (status {status})")
                 break
             for path in sorted(out.rglob("*"), reverse=True):
@@ -269,7 +274,7 @@ def ledgers(number: int, seed: int) -> bool:
         argv = ["--data", str(small_corpus(Path(folder))), "--epochs", "1", "--sparsity", "0.36", "--out", str(run)]
         with contextlib.redirect_stdout(io.StringIO()):
             train.main(argv)
-        if any(check[1] for check in ledger.verify(run)):
+        if verify.failures(run, networks):
             sys.exit("soak.py: the undamaged run does not verify")
         path = run / "ledger.jsonl"
         whole = path.read_bytes()
@@ -279,7 +284,7 @@ def ledgers(number: int, seed: int) -> bool:
                 continue
             path.write_bytes(content)
             try:
-                silent += not any(check[1] for check in ledger.verify(run))
+                silent += not verify.failures(run, networks)
             except BaseException as error:
                 crashes.append(repr(error))
     print(f"ledgers: {number} damaged ledgers: not found by verify {silent}, exceptions {len(crashes)}")
@@ -346,14 +351,166 @@ def audio(number: int, seed: int) -> bool:
     return not crashes and not hangs and not not_finite
 
 
+# ---------------------------------------------------------------------------- lies
+
+
+class Liars:
+    """Tickets and runs to forge, and who must find it out."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.corpus = folder, small_corpus(folder)
+        torch.set_num_threads(1)
+        shrink_models()
+        self.runs = {}
+        search = ["--data", str(self.corpus), "--backbone", "cnn-lstm", "--epochs", "2", "--sparsity", "0.36"]
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert train.main([*search, "--out", str(folder / "search")]) == 0
+            assert train.main(["--ticket", str(folder / "search"), "--out", str(folder / "given")]) == 0
+            for name in ("search", "given"):
+                run = folder / name
+                found = [f"{check.name}: {check.wrong}" for check in verify.verify(run, networks) if check.wrong]
+                assert not found, found
+                self.runs[name] = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+        self.infos = {}
+        for backbone in models.BACKBONES:
+            self.infos[backbone] = self.ticket_of(backbone)
+        verify.verdict = functools.lru_cache(1000)(  # the slow part, of the same errors again and again
+            lambda *values: lottery.verdict(*(list(v) if isinstance(v, tuple) else v for v in values))
+        )
+        exact = verify.verdict
+        verify.verdict = lambda *values: exact(*(tuple(v) if isinstance(v, list) else v for v in values))
+
+    def ticket_of(self, backbone: str) -> bytes:
+        """A ticket of the backbone, with the settings of a run."""
+        torch.manual_seed(0)
+        info = dict(files.load_ticket(self.folder / "search" / "ticket.safetensors").info)
+        model = models.build(backbone, "demo", len(info["tokens"]))
+        info |= {"backbone": backbone, "sizes": models.BACKBONES[backbone].SIZES["demo"], "features": model.features}
+        ticket = lottery.Ticket(model)
+        ticket.prune(ticket.kept // 2)
+        ticket.rewind()
+        path = self.folder / "ticket.safetensors"
+        files.save_ticket(path, ticket.masks, ticket.rewind_state, model.state_dict(), info)
+        return path.read_bytes()
+
+    def forge_run(self, kind: str, rng: random.Random) -> str:
+        """What became of one forged run: found, not here, silent or the exception."""
+        name = rng.choice(list(self.runs))
+        run = self.folder / name
+        lies.RUNS[kind](lies.Forged(run, rng))
+        try:
+            words = {check.word for check in verify.verify(run, networks)}
+            return "found" if "FAILED" in words else "not here" if "not here" in words else "silent"
+        finally:
+            self.restore(run, self.runs[name])
+
+    def restore(self, run: Path, whole: dict[Path, bytes]) -> None:
+        for path in sorted(run.rglob("*"), reverse=True):
+            if path.is_dir() and not path.is_symlink():
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+            elif path not in whole or not path.is_file() or path.is_symlink():
+                path.unlink()
+        for path, content in whole.items():
+            path.parent.mkdir(exist_ok=True)
+            if not path.exists() or path.stat().st_size != len(content) or path.read_bytes() != content:
+                path.write_bytes(content)
+
+    def forge_ticket(self, kind: str, rng: random.Random) -> str:
+        """As forge_run, of a ticket: everybody who reads what it lies about must refuse it."""
+        path = self.folder / "lying.safetensors"
+        if path.is_dir():
+            path.rmdir()
+        path.unlink(missing_ok=True)
+        path.write_bytes(self.infos[rng.choice(list(self.infos))])
+        lie, reader = lies.TICKETS[kind]
+        lie(lies.Lying(path, rng))
+        readers = {
+            "load": lambda: transcribe.load(path),
+            "plan": lambda: plan.of_ticket(path),
+            "--ticket": lambda: flags.parse(["--ticket", str(path), "--data", str(self.corpus)]),
+            "size": lambda: files.load_ticket(path),
+        }
+        asked = {"file": list(readers), "network": ["load", "plan", "--ticket"], "settings": ["--ticket"]}[reader]
+        outcome = "found"
+        for name, read in readers.items():
+            try:
+                read()
+                outcome = f"silent in {name}" if name in asked else outcome
+            except lottery.LotteryError:
+                pass
+            except SystemExit as stop:
+                if stop.code != 2:
+                    raise
+        return outcome
+
+
+def lies_in_a_child(liars: Liars, seeds: list[tuple[str, int]]) -> list[tuple[str, str]]:
+    """(kind, outcome) of each, in a process of its own: what it takes and where it dies is seen from here."""
+    read_end, write_end = os.pipe()
+    process = os.fork()
+    if process == 0:
+        nothing = open(os.devnull, "w")
+        with (
+            os.fdopen(write_end, "w") as told,
+            contextlib.redirect_stderr(nothing),
+            contextlib.redirect_stdout(nothing),
+        ):
+            for kind, seed in seeds:
+                forge = liars.forge_run if kind in lies.RUNS else liars.forge_ticket
+                try:
+                    outcome = forge(kind, random.Random(seed))
+                except BaseException as error:
+                    outcome = f"exception {type(error).__name__}: {' '.join(str(error).split())[:100]}"
+                told.write(json.dumps([kind, outcome]) + "\n")
+                told.flush()
+        os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end) as answers:
+        found = [tuple(json.loads(line)) for line in answers]
+    _, status = os.waitpid(process, 0)
+    if status:
+        found.append((seeds[len(found)][0], f"exception: died of {status}"))
+    return found
+
+
+def lies_(number: int, seed: int) -> bool:
+    rng, found = random.Random(seed), []
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        liars = Liars(Path(folder))
+        kinds = [*lies.RUNS, *lies.TICKETS]
+        todo = [(kinds[i % len(kinds)], rng.randrange(2**31)) for i in range(number)]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        for start in range(0, number, 500):
+            part = todo[start : start + 500]
+            while part:
+                done = lies_in_a_child(liars, part)
+                found += done
+                part = part[len(done) :]
+    most = max(before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 2**20
+    silent = [f"{kind}: {outcome}" for kind, outcome in found if outcome.startswith("silent")]
+    crashes = [f"{kind}: {outcome}" for kind, outcome in found if outcome.startswith("exception")]
+    runs = sum(kind in lies.RUNS for kind, _ in found)
+    told = sum(outcome == "not here" for _, outcome in found)
+    print(
+        f"lies: {len(found)} tried ({runs} forged runs of {len(lies.RUNS)} kinds, {len(found) - runs} tickets of "
+        f"{len(lies.TICKETS)}): silent {len(silent)}, tracebacks {len(crashes)}, at most {most:.2f} GiB; "
+        f"{told} were told of as not here"
+    )
+    print("".join(f"  {line}\n" for line in dict.fromkeys(silent + crashes)), end="")
+    return not silent and not crashes and most < 2
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("what", choices=["kills", "tickets", "ledgers", "audio"])
+    parser.add_argument("what", choices=["kills", "tickets", "ledgers", "audio", "lies"])
     parser.add_argument("number", type=int)
     parser.add_argument("--seed", type=int, default=int(np.random.default_rng().integers(2**31)))
     args = parser.parse_args()
     start = time.monotonic()
-    good = globals()[args.what](args.number, args.seed)
+    good = {"kills": kills, "tickets": tickets, "ledgers": ledgers, "audio": audio, "lies": lies_}[args.what](
+        args.number, args.seed
+    )
     print(f"  seed {args.seed}, {time.monotonic() - start:.0f} s", flush=True)
     sys.exit(not good)
 

@@ -12,7 +12,8 @@ import lottery
 import models
 import train
 import transcribe
-from audio_lottery import files, ledger
+from audio_lottery import files, ledger, verify
+from lab import networks
 from runner import cache
 
 ROOT = Path(train.__file__).parent
@@ -43,7 +44,7 @@ def test_from_speech_to_a_ticket(backbone, corpus, tmp_path, capsys):
     assert names == {"config.json", "ledger.jsonl", "rewind.safetensors", "masks", "lock"} | {
         "ticket.safetensors", "report.md", "report.png",
     }  # fmt: skip
-    assert [wrong for _, wrong in ledger.verify(tmp_path / "run")] == ["", "", "", ""]
+    assert [check.word for check in verify.verify(tmp_path / "run", networks)] == ["ok"] * 8
     rows = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
     total = rows[0]["total"]
     assert [row["kept"] for row in rows] == [total, round(0.8 * total), round(0.64 * total), round(0.6 * total)]

@@ -202,13 +202,13 @@ def test_a_ticket_s_run_gives_the_defaults(monkeypatch, capsys):
         (["--threads", "1025"], "--threads must be at least 1 and at most 1024, got 1025"),
         (["--threads", "two"], "argument --threads: invalid int value: 'two'"),
         (["--seed", 2**31], "--seed must be at least 0 and below 2^31, got 2147483648"),
-        (["--save-every", "nan"], "--save-every must be at least 0 and below 2^31, got nan"),
+        (["--save-every", "nan"], "--save-every must be at least 0 and at most 1000000, got nan"),
         (["--retrain", "run", "two"], "--retrain RUN ROUND: ROUND must be a whole number of at least 0, got 'two'"),
         (["--retrain", "run", "-1"], "--retrain RUN ROUND: ROUND must be a whole number of at least 0, got '-1'"),
         (["--retrain", "run", "1.5"], "--retrain RUN ROUND: ROUND must be a whole number of at least 0, got '1.5'"),
         (["--retrain", "run"], "argument --retrain: expected 2 arguments"),
         (["--rounds", "1"], "--control, --rounds, --dense and --ticket-weights go with --ticket"),
-        (["--beam", "0"], "--beam must be at least 1 and below 2^31, got 0"),
+        (["--beam", "0"], "--beam must be at least 1 and at most 100000, got 0"),
     ],
 )
 def test_unusable_flags(capsys, argv, message):
@@ -227,9 +227,11 @@ def test_unusable_flags(capsys, argv, message):
 def test_a_package_is_missed_before_anything_is_read(capsys, monkeypatch, argv, message):
     monkeypatch.setattr(flags, "installed", lambda module: True)
     flags.parse([str(word) for word in argv])
-    monkeypatch.setattr(flags, "installed", lambda module: False)
+    monkeypatch.setattr(flags, "installed", lambda module: module == "matplotlib")
     assert refused(capsys, *argv).startswith(message)
     assert flags.parse(["--beam", "4"]).beam == 4  # the transducer's search needs none
+    monkeypatch.setattr(flags, "installed", lambda module: module != "matplotlib")
+    assert refused(capsys) == "report.png: the package is not there: pip install matplotlib"
 
 
 def test_installed():
@@ -269,7 +271,7 @@ def test_help(columns, capsys, monkeypatch):
     for part in (
         "--sparsity SHARE share of the prunable weights that the last round has removed (at least 0, below 1; "
         "default: 0.9)",
-        "passes over the training speech in each round (at least 1; default: the recipe's: 18 for rnnt, 16 at --size",
+        "passes over the training speech in each round (at least 1 and at most 10000; default: the recipe's: 18 for",
         "--threads N threads that compute on the CPU (at least 1 and at most 1024; default: torch's own)",
         "train a round of a finished run again and compare it bit for bit with the ledger (ROUND at least 0)",
     ):

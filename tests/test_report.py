@@ -230,7 +230,7 @@ def edit(path, old, new):
         (lambda run: (run / "ledger.jsonl").write_bytes(b"{}\n"), "a value is missing"),
         (lambda run: (run / "ledger.jsonl").write_bytes(b"[\n"), "line 1: not a row of a ledger"),
         (lambda run: (run / "config.json").write_text("{"), "not a run folder"),
-        (lambda run: edit(run / "config.json", '"/corpora/demo"', "1"), "not a run of train.py: it has no data"),
+        (lambda run: edit(run / "config.json", '"/corpora/demo"', "1"), "machine, data: must be a text"),
         (lambda run: edit(run / "config.json", '"seed": 0', '"seed": 1'), "round 0 does not follow the configuration"),
         (lambda run: (run / "ledger.jsonl").unlink(), "cannot read the ledger"),
         (lambda run: (run / "ledger.jsonl").write_bytes(b""), "no run with a finished round"),
@@ -248,7 +248,7 @@ def test_a_ledger_chained_with_wrong_values_is_one_line(tmp_path, capsys):
     run = write_run(tmp_path / "run", [ROUND_0, ROUND_0], row={"interval": "x"})
     assert report.main([str(run)]) == 2
     assert capsys.readouterr().err.startswith(
-        f"lab.report: error: {run}: a value is missing or of the wrong kind (Type"
+        f"lab.report: error: {run / 'ledger.jsonl'}, line 2, interval: must be a list of 2 values, got 'x'"
     )
 
 

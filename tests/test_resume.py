@@ -15,7 +15,8 @@ import torch
 
 import lottery
 import train
-from audio_lottery import files, ledger, verdicts
+from audio_lottery import files, ledger, verdicts, verify
+from lab import networks
 from runner import folder
 
 ROOT = Path(train.__file__).parent
@@ -171,7 +172,7 @@ def verified(run):
 
 def test_verify_and_retrain(copy_of_run):
     done = verified(copy_of_run)
-    assert done.returncode == 0 and done.stdout.count("ok ") == 4, done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.count("ok ") == 8, done.stdout + done.stderr
     again = [sys.executable, "train.py", "--retrain", str(copy_of_run)]
     for number in ("0", "2"):
         done = subprocess.run([*again, number], capture_output=True, text=True, cwd=ROOT)
@@ -232,7 +233,7 @@ def forge(run, number, **changes):
 )
 def test_verify_finds_forged_rows(number, changes, message, copy_of_run):
     forge(copy_of_run, number, **changes)
-    wrong = [wrong for _, wrong in ledger.verify(copy_of_run) if wrong]
+    wrong = verify.failures(copy_of_run, networks)
     assert wrong and any(message in text for text in wrong), wrong
 
 
@@ -243,7 +244,7 @@ def test_retraining_finds_a_consistent_forgery(copy_of_run):
     found = verdicts.verdict(errors, rows[0]["test_errors"], rows[2]["test_words"])
     changes = {"test_errors": errors, "test_wer": 0.0, "verdict": found.word, "interval": [found.low, found.high]}
     forge(copy_of_run, 2, **changes)
-    assert not any(wrong for _, wrong in ledger.verify(copy_of_run))
+    assert not verify.failures(copy_of_run, networks)
     again = [sys.executable, "train.py", "--retrain", str(copy_of_run), "2"]
     done = subprocess.run(again, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "differs from the ledger in test_wer" in done.stderr

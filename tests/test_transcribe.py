@@ -20,7 +20,7 @@ import models
 import transcribe
 from audio_lottery import __main__ as audio_lottery
 from audio_lottery import files
-from lab import plan, streaming
+from lab import networks, plan, streaming
 from models import Emission
 from runner import settings
 
@@ -383,7 +383,7 @@ def test_a_ticket_by_its_run_folder(tickets, speech, tmp_path, capsys):
         (["{rnnt}", "x.wav", "--export", "y.onnx"], "give AUDIO (files, folders or -), or --export"),
         (["{rnnt}", "x.wav", "--dense", "--values", "int8"], "--values is of sparse weights, and --dense has none"),
         (["{rnnt}", "x.wav", "--overlap", "20"], "--overlap must be at least 0.1 seconds and --piece 0.1 seconds more"),
-        (["{rnnt}", "x.wav", "--chunk", "0"], "--chunk must be at least 0.01 seconds, got 0"),
+        (["{rnnt}", "x.wav", "--chunk", "0"], "--chunk must be at least 0.01 seconds and at most 60, got 0"),
         (["{rnnt}", "x.wav", "--calibrate", "y"], "--calibrate goes with --stream or --normalize running"),
         (["{rnnt}", "x.wav", "--word-score", "1"], "--lm-weight and --word-score need --lm"),
         (["{rnnt}", "x.wav", "--beam", "0"], "--beam must be at least 1"),
@@ -398,7 +398,7 @@ def test_a_ticket_by_its_run_folder(tickets, speech, tmp_path, capsys):
         (["/nowhere/at/all", "x.wav"], "/nowhere/at/all: cannot read the ticket (No such file or directory)"),
         (["{cut}", "x.wav"], "cut: not a whole ticket"),
         (["{other}", "x.wav"], "not a recogniser's ticket: its backbone, sizes or tokens do not fit"),
-        (["{misfit}", "x.wav"], "the ticket's masks are not of this model's prunable weights"),
+        (["{misfit}", "x.wav"], "the ticket's parameters are not its network's: "),
     ],
 )
 def test_what_cannot_be_is_one_line(argv, message, tickets, tmp_path, capsys):
@@ -600,7 +600,7 @@ def test_size_by_hand(tmp_path, capsys):
     assert f"remaining: {kept / 6854:.1%} of 6,854 prunable weights" in out
     assert plan.main([str(path)]) == 0
     out = capsys.readouterr().out
-    everything = sum(p.numel() for p in models.of(files.load_ticket(path).info).parameters())
+    everything = sum(p.numel() for p in networks.described(files.load_ticket(path).info, trained).parameters())
     assert f"remaining: {kept / 6854:.1%} of 6,854 prunable weights, " in out
     assert f"{1 - (6854 - kept) / everything:.1%} of all {everything:,} parameters" in out
     assert "multiply-adds a second of audio: dense " in out
