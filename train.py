@@ -330,7 +330,7 @@ class Rounds:
         number, at = self.trained
         return results(self.setting, self.corpus, at, self.rows[0] if number else None)
 
-    def retrain_tickets(self) -> Iterator[lottery.Found]:
+    def train_tickets(self) -> Iterator[lottery.Found]:
         """The tickets of --ticket, or their controls: nothing is pruned here."""
         setting = self.setting
         theta_0 = lottery.copy_state(setting.model)
@@ -437,7 +437,7 @@ def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signa
         where = setting.config["machine"]["dense"]
         print(printable(f"{report.text_line(report.cells(rows[0]))}  (the row of {where})"), flush=True)
     rounds = Rounds(setting, corpus, rows, checkpointer, checkpoint, board)
-    for found in rounds.retrain_tickets() if args.source else rounds.search():
+    for found in rounds.train_tickets() if args.source else rounds.search():
         info = setting.info(found.row)
         row = facts | found.row | {"info_sha256": ledger.hash_json(info)}
         new = row["round"] not in [earlier["round"] for earlier in rows]
@@ -474,7 +474,7 @@ def save_start(out: Path, ticket: lottery.Ticket, run_sha256: str) -> None:
 
 
 def train_again(run: Path, number: int, cache: str | Path = "memory") -> None:
-    """Train a round of a finished run again and compare bit for bit. Raises LotteryError if anything differs.
+    """Train a round of a finished run again and compare bit for bit. Raises retrain.Differs if anything does.
 
     cache: of this command, and no other: what the run's configuration names is not written to.
     """
@@ -507,7 +507,7 @@ def main(argv: list[str] | None = None) -> int:
                 run(args, signals)
         except (data.DataError, lottery.LotteryError, OSError) as error:
             code = fail("train.py", error)
-            return 1 if args.retrain else code
+            return 1 if isinstance(error, retrain.Differs) else code
         except Stopped as stopped:
             line = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
             name = signal.Signals(stopped.number).name

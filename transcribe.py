@@ -34,7 +34,7 @@ from audio_lottery.console import Parser, command, fail, printable
 from lab import decode, networks, streaming
 from lab.pieces import Word, join, pieces_of, words_of
 from models import Emission
-from runner.flags import check_beam
+from runner import flags
 
 BATCH = 8  # pieces
 PIECE = 20  # seconds, by default
@@ -43,28 +43,36 @@ MANIFESTS = (".jsonl", ".json")
 
 def parser() -> Parser:
     p = Parser(
-        prog="transcribe.py", usage="transcribe.py TICKET AUDIO... [flags]",
+        prog="transcribe.py", usage="transcribe.py TICKET AUDIO... [flags]", epilog="Words: docs/glossary.md.",
         description="Transcribe audio with a ticket: text on stdout, a line a file.",
     )  # fmt: skip
-    add = p.add_argument
-    add("ticket", type=Path, metavar="TICKET", help="ticket.safetensors of a run, or the run's folder")
+    p.add_argument("ticket", type=Path, metavar="TICKET", help="ticket.safetensors of a run, or the run's folder")
     audio = "files, folders, manifests (.jsonl, .json), or - for a manifest on stdin, paths from here"
-    add("audio", nargs="*", metavar="AUDIO", help=audio)
-    add("--json", action="store_true", help="an object a line: words, their seconds, confidence")
+    p.add_argument("audio", nargs="*", metavar="AUDIO", help=audio)
+    add = p.add_argument_group("what comes out").add_argument
+    add("--json", action="store_true", help="print an object a line: words with their seconds and confidence")
     add("--names", action="store_true", help="put the file's name and a tab before each line of text")
-    add("--dense", action="store_true", help="plain products, zeros multiplied, for comparison")
-    add("--values", choices=["float32", "bfloat16", "int8"], help="of sparse weights (default: float32)")
-    add("--piece", type=float, default=float(PIECE), metavar="S", help="longest audio recognised at once (default: 20)")
-    add("--overlap", type=float, default=4.0, metavar="S", help="of two pieces of a longer file (default: 4)")
-    add("--normalize", choices=["utterance", "running"], help="features by a whole piece's statistics, or as --stream")
-    add("--calibrate", type=Path, metavar="AUDIO", help="file or folder whose statistics the running ones begin with")
-    add("--beam", type=int, help=f"width of the beam search, CTC (default: 1, greedy; with --lm {decode.BEAM})")
-    add("--lm", type=Path, metavar="FILE.arpa", help="n-gram model of words, CTC")
-    add("--lm-weight", type=float, help=f"of its ln p (default: {decode.LM_WEIGHT})")
-    add("--word-score", type=float, help=f"added a word, with --lm (default: {decode.WORD_SCORE})")
-    add("--stream", action="store_true", help="in chunks, as audio arrives, transducers; - is raw 16-bit 16 kHz mono")
-    add("--chunk", type=float, default=0.32, metavar="S", help="seconds a chunk, with --stream (default: 0.32)")
     add("--export", type=Path, metavar="FILE.onnx", help="write the dense masked model as ONNX, and transcribe nothing")
+    decoding = p.add_argument_group("how to decode (networks trained with CTC)")
+    for name in ("beam", "lm", "lm_weight", "word_score"):
+        flags.add(decoding, flags.NAMED[name])
+    add = p.add_argument_group("long recordings").add_argument
+    add("--piece", type=float, default=float(PIECE), metavar="S",
+        help="seconds of audio that are recognised at once, at most (default: 20)")  # fmt: skip
+    add("--overlap", type=float, default=4.0, metavar="S", help="seconds that two pieces share (default: 4)")
+    add = p.add_argument_group("streams").add_argument
+    add("--stream", action="store_true",
+        help="recognise in chunks, as audio arrives (transducers); - is raw 16-bit mono at 16 kHz")  # fmt: skip
+    add("--chunk", type=float, default=0.32, metavar="S", help="seconds in a chunk, with --stream (default: 0.32)")
+    add("--normalize", choices=["utterance", "running"],
+        help="subtract the mean of the whole piece, or of what was heard so far, as --stream does "
+        "(default: utterance)")  # fmt: skip
+    add("--calibrate", type=Path, metavar="AUDIO", help="recordings whose mean and variance a running mean begins with")
+    machine = p.add_argument_group("the machine")
+    machine.add_argument("--dense", action="store_true", help="multiply the zeros too: plain products, for comparison")
+    machine.add_argument("--values", choices=["float32", "bfloat16", "int8"],
+                         help="how the weights of sparse products are kept (default: float32)")  # fmt: skip
+    flags.add(machine, flags.NAMED["threads"])
     return p
 
 
@@ -86,7 +94,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error(f"--chunk must be at least 0.01 seconds and at most 60, got {args.chunk:g}")
     if args.calibrate and not (args.stream or args.normalize == "running"):
         p.error("--calibrate goes with --stream or --normalize running")
-    check_beam(p, args)
+    if args.lm == flags.NONE:
+        args.lm = None
+    flags.check_beam(p, args)
+    flags.check_beam_package(p, args)
+    for module in ("onnx", "onnxscript") if args.export else ():
+        flags.need(p, "--export", module, "onnx onnxscript, or 'audio-lottery[onnx]'")
+    flags.check_range(p, flags.NAMED["threads"], args.threads)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     if args.stream and (args.normalize == "utterance" or args.beam > 1 or args.lm):
         p.error("--stream normalises with running statistics and is greedy: no --normalize utterance, --beam, --lm")
     return args
@@ -425,7 +441,7 @@ def latency(model: models.Transducer, args: argparse.Namespace, latencies: "arra
     return (
         f"chunks of {args.chunk:g} s: {median:.1f} ms of compute in the median, "
         f"{high:.1f} at 95 %, {most:.1f} at most; "
-        f"what is said can come out {after} ms after its frame of {10 * model.stride} ms"
+        f"a frame of {10 * model.stride} ms is known {after} ms after its end, once its chunk is whole and computed"
         + ("" if args.calibrate else ", the first second at its end")
     )
 

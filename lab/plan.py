@@ -134,15 +134,15 @@ def of_ticket(path: Path) -> str:
     )
 
 
-@command("lab.plan")
+@command("python -m lab.plan")
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="lab.plan", description="What a ticket multiplies, by the second of audio.")
+    parser = Parser(prog="python -m lab.plan", description="What a ticket multiplies, by the second of audio.")
     parser.add_argument("ticket", type=Path, metavar="TICKET", help="ticket.safetensors of a run, or the run's folder")
     args = parser.parse_args(argv)
     try:
         print(of_ticket(args.ticket))
     except (lottery.LotteryError, OSError) as error:
-        return fail("lab.plan", error)
+        return fail("python -m lab.plan", error)
     return 0
 
 

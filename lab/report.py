@@ -20,7 +20,7 @@ from audio_lottery.console import Parser, command, fail, markdown_text, printabl
 from lab import plan
 from lab.compare import Method, Point, Run, compared, load, merge, of_test, rivals
 
-PROGRAM = "lab.report"
+PROGRAM = "python -m lab.report"
 COLUMNS = ["round", "remaining", "of all", "valid WER", "test WER", "test CER", "seconds", "against dense"]
 
 

@@ -260,10 +260,11 @@ TABLE = (
     Flag("save_every", MACHINE, "no", float, otherwise="5, more if slow to write", least=0, most=1_000_000,
          metavar="MINUTES", help="time between checkpoints"),
     Flag("tensorboard", MACHINE, "no", bool, help="write losses and error rates for TensorBoard to the run folder"),
-    Flag("retrain", MACHINE, "no", str, rule="ROUND at least 0", count=2, metavar=("RUN", "ROUND"),
+    Flag("retrain", TRAIN, "no", str, rule="ROUND at least 0", count=2, metavar=("RUN", "ROUND"),
          help="train a round of a finished run again and compare it bit for bit with the ledger"),
 )  # fmt: skip
 
+NAMED = {flag.name: flag for flag in TABLE}
 NAMES = tuple(flag.name for flag in TABLE if flag.identity in IN_CONFIG)
 NOT_OF_DENSE = tuple(  # round 0 is the same without them; but --keep-dense is in all of its counts
     flag.name for flag in TABLE if (flag.masks or flag.with_ticket) and flag.name != "keep_dense"
@@ -300,14 +301,19 @@ def parser() -> Parser:
     )  # fmt: skip
     groups = {title: p.add_argument_group(title) for title in (TRAIN, DATA, PRUNE, TEST, MACHINE)}
     for flag in TABLE:
-        options = {"help": described(flag)}
-        if flag.value is bool:  # what --ticket's run may have needs a --no- as well
-            options["action"] = argparse.BooleanOptionalAction if flag.taken_over else "store_true"
-        else:
-            reads = {"choices": flag.value} if isinstance(flag.value, tuple) else {"type": flag.value}
-            options |= {"default": flag.default, "metavar": flag.metavar, "nargs": flag.count} | reads
-        groups[flag.group].add_argument(flag.option, **options)
+        add(groups[flag.group], flag)
     return p
+
+
+def add(group, flag: Flag) -> None:
+    """Put a flag of the table into a group of a parser, of train.py's or another command's."""
+    options = {"help": described(flag)}
+    if flag.value is bool:  # what --ticket's run may have needs a --no- as well
+        options["action"] = argparse.BooleanOptionalAction if flag.taken_over else "store_true"
+    else:
+        reads = {"choices": flag.value} if isinstance(flag.value, tuple) else {"type": flag.value}
+        options |= {"default": flag.default, "metavar": flag.metavar, "nargs": flag.count} | reads
+    group.add_argument(flag.option, **options)
 
 
 # ---------------------------------------------------------------------------- from the command line to the settings
@@ -388,12 +394,15 @@ def default_out(args: argparse.Namespace) -> Path:
 # ---------------------------------------------------------------------------- what cannot be
 
 
+def check_range(p: Parser, flag: Flag, value) -> None:
+    if flag.least is not None and value is not None and not flag.least <= value <= flag.most:
+        p.error(f"{flag.option} must be {flag.range}{' and below 2^31' * (flag.most == 2**31 - 1)}, got {value}")
+
+
 def check_values(p: Parser, args: argparse.Namespace) -> None:
     """What each flag may be by itself and beside others; --device auto becomes cpu or cuda."""
     for flag in TABLE:
-        value = getattr(args, flag.name)
-        if flag.least is not None and value is not None and not flag.least <= value <= flag.most:
-            p.error(f"{flag.option} must be {flag.range}{' and below 2^31' * (flag.most == 2**31 - 1)}, got {value}")
+        check_range(p, flag, getattr(args, flag.name))
     check_decoding(p, args)
     if not 0 < args.recipe.lr <= 100:
         p.error(f"--lr must be above 0 and at most 100, got {args.recipe.lr}")
@@ -494,16 +503,28 @@ def check_beam(p: Parser, args: argparse.Namespace, hint: str = "") -> None:
 
 def check_packages(p: Parser, args: argparse.Namespace) -> None:
     """What a flag asks for and only an extra installs: missed now, before anything is read."""
-    beam = args.backbone != "rnnt" and args.beam > 1
+    if args.backbone != "rnnt":
+        check_beam_package(p, args)
     for wanted, flag, module, install in (
-        (args.lm or beam, "--lm" if args.lm else f"--beam {args.beam}", "flashlight.lib.text",
-         "flashlight-text==0.0.7, or 'audio-lottery[lm]'"),
         (args.tensorboard, "--tensorboard", "tensorboard", "tensorboard, or 'audio-lottery[tensorboard]'"),
         (args.tokens != "chars", f"--tokens {args.tokens}", "sentencepiece", "sentencepiece"),
         (not args.plan and not args.retrain, "report.png", "matplotlib", "matplotlib"),
     ):  # fmt: skip
-        if wanted and not installed(module):
-            p.error(f"{flag}: the package is not there: pip install {install}")
+        if wanted:
+            need(p, flag, module, install)
+
+
+def check_beam_package(p: Parser, args: argparse.Namespace) -> None:
+    """A beam search for CTC, with or without --lm, needs the extra [lm]."""
+    if args.lm or args.beam > 1:
+        flag = "--lm" if args.lm else f"--beam {args.beam}"
+        need(p, flag, "flashlight.lib.text", "flashlight-text==0.0.7, or 'audio-lottery[lm]'")
+
+
+def need(p: Parser, flag: str, module: str, install: str) -> None:
+    """End in one line unless the module that a flag asks for can be imported."""
+    if not installed(module):
+        p.error(f"{flag}: the package is not there: pip install {install}")
 
 
 def installed(module: str) -> bool:

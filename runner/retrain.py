@@ -12,6 +12,10 @@ from runner import flags, settings
 from runner.folder import Progress
 
 
+class Differs(lottery.LotteryError):
+    """The round came out differently."""
+
+
 @dataclass
 class Recorded:
     """A round that a ledger tells of."""
@@ -36,7 +40,7 @@ def read(run: Path, number: int, cache: str | Path = "memory") -> Recorded:
         config = ledger.read_config(run)
         rows = ledger.read_ledger(run / "ledger.jsonl")
         if number not in [row["round"] for row in rows]:
-            raise IndexError(f"the ledger has rounds {', '.join(str(row['round']) for row in rows)}")
+            raise lottery.LotteryError(f"the ledger has rounds {', '.join(str(row['round']) for row in rows)}")
         row = next(row for row in rows if row["round"] == number)
         paths = {key: config["machine"].get(key) for key in ("lm", "noise", "ticket", "dense", "init")}
         paths |= {key: paths[key] or str(flags.NONE) for key in ("lm", "noise", "init")}
@@ -96,10 +100,10 @@ def next_row(there: Recorded) -> dict | None:
 
 
 def compare(there: Recorded, values: dict) -> str:
-    """One line that all are the ledger's. Raises LotteryError naming the first that is not."""
+    """One line that all are the ledger's. Raises Differs naming the first that is not."""
     after = next_row(there)
     for what, value in values.items():
         stated = after["mask_sha256"] if what == "next_mask_sha256" else there.row.get(what)
         if value != stated:
-            raise lottery.LotteryError(f"round {there.number} trained again differs from the ledger in {what}")
+            raise Differs(f"round {there.number} trained again differs from the ledger in {what}")
     return f"ok      round {there.number} trained again: {', '.join(values)} are the ledger's, bit for bit"

@@ -37,7 +37,7 @@ import lottery  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
 import transcribe  # noqa: E402
-from audio_lottery import files, ledger, verify  # noqa: E402
+from audio_lottery import files, ledger, verdicts, verify  # noqa: E402
 from lab import controls, networks, plan  # noqa: E402
 from runner import cache, flags  # noqa: E402
 
@@ -375,7 +375,7 @@ class Liars:
         for backbone in models.BACKBONES:
             self.infos[backbone] = self.ticket_of(backbone)
         verify.verdict = functools.lru_cache(1000)(  # the slow part, of the same errors again and again
-            lambda *values: lottery.verdict(*(list(v) if isinstance(v, tuple) else v for v in values))
+            lambda *values: verdicts.verdict(*(list(v) if isinstance(v, tuple) else v for v in values))
         )
         exact = verify.verdict
         verify.verdict = lambda *values: exact(*(tuple(v) if isinstance(v, list) else v for v in values))

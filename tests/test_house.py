@@ -110,6 +110,10 @@ def test_links_lead_somewhere(page):
             assert "://" in target or (path.parent / target).exists(), f"{path}: {target}"
 
 
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_pip_installs_three_names(tmp_path):
     """As setuptools copies them, without the compiled _lottery."""
     build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "lib")]

@@ -217,7 +217,7 @@ def test_a_second_run_of_one_seed_is_named(tmp_path, capsys):
     runs = [write_run(tmp_path / name, [ROUND_0, [n, 3, 3, 3]]) for name, n in (("a", 3), ("b", 2), ("c", 3))]
     assert report.main([str(run) for run in runs]) == 0
     (said,) = capsys.readouterr().err.splitlines()
-    assert said == f"lab.report: {runs[1]}: left out where a run before it is global magnitude, seed 0, too"
+    assert said == f"python -m lab.report: {runs[1]}: left out where a run before it is global magnitude, seed 0, too"
 
 
 def edit(path, old, new):
@@ -241,14 +241,14 @@ def test_a_damaged_run_is_one_line(damage, said, tmp_path, capsys):
     damage(run)
     assert report.main([str(run)]) == 2
     *_, error = capsys.readouterr().err.splitlines()
-    assert error.startswith("lab.report: error: ") and said in error
+    assert error.startswith("python -m lab.report: error: ") and said in error
 
 
 def test_a_ledger_chained_with_wrong_values_is_one_line(tmp_path, capsys):
     run = write_run(tmp_path / "run", [ROUND_0, ROUND_0], row={"interval": "x"})
     assert report.main([str(run)]) == 2
     assert capsys.readouterr().err.startswith(
-        f"lab.report: error: {run / 'ledger.jsonl'}, line 2, interval: must be a list of 2 values, got 'x'"
+        f"python -m lab.report: error: {run / 'ledger.jsonl'}, line 2, interval: must be a list of 2 values, got 'x'"
     )
 
 

@@ -180,7 +180,7 @@ def test_verify_and_retrain(copy_of_run):
         assert f"ok      round {number} trained again" in done.stdout
         assert ("mask_sha256" in done.stdout) == (number == "0")  # round 2 is the last: nothing was pruned after it
     done = subprocess.run([*again, "9"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1 and "the ledger has rounds 0, 1, 2" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "the ledger has rounds 0, 1, 2" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_copy_without_rewind(copy_of_run, tmp_path):

@@ -366,7 +366,7 @@ def test_a_ticket_by_its_run_folder(tickets, speech, tmp_path, capsys):
             told.append(capsys.readouterr().out)
     assert told[0] == told[1] and told[2] == told[3]
     model, file = transcribe.load(tmp_path / "run")
-    other = models.of(file.info)
+    other = networks.of(file.info, file.rewind or file.trained)
     settings.start_from(tmp_path / "run", other, TOKENS)
     assert lottery.sha256(other.state_dict()) == lottery.sha256(model.state_dict())
     assert "theta_0: the trained weights of" in capsys.readouterr().out
@@ -492,7 +492,7 @@ def test_streams_have_the_text_of_the_whole(tickets, speech, capsys):
         code, lines, err = said(capsys, tickets["rnnt"], *speech, "--dense", "--stream", "--chunk", chunk)
         assert code == 0 and lines == offline and all(lines)
         assert f"chunks of {float(chunk):g} s: " in err and " ms of compute in the median" in err
-        assert "can come out 46 ms after its frame of 80 ms" in err
+        assert "a frame of 80 ms is known 46 ms after its end" in err
     calibrated = ("--dense", "--calibrate", DEMO / "audio" / "added.opus")
     _, other, _ = said(capsys, tickets["rnnt"], *speech, *calibrated, "--normalize", "running")
     assert said(capsys, tickets["rnnt"], *speech, *calibrated, "--stream")[1] == other != offline

@@ -10,11 +10,10 @@ import pytest
 import soak
 import torch
 
-import lottery
 import models
 import train
 from audio_lottery import __main__ as command
-from audio_lottery import files, ledger, verify
+from audio_lottery import files, ledger, verdicts, verify
 from lab import networks
 
 NAMES = [name for name, _ in verify.CHECKS]
@@ -74,9 +73,9 @@ VERDICTS = {}
 
 
 def told(errors, dense, counts, margin):
-    """lottery.verdict, once for the same errors: it is the slow part."""
+    """verdicts.verdict, once for the same errors: it is the slow part."""
     key = str((errors, dense, counts, margin))
-    VERDICTS[key] = VERDICTS.get(key) or lottery.verdict(errors, dense, counts, margin)
+    VERDICTS[key] = VERDICTS.get(key) or verdicts.verdict(errors, dense, counts, margin)
     return VERDICTS[key]
 
 
