@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torchaudio
 
-from data import DataError, Utterance
+from audio_lottery.console import printable
+from data import MARK, DataError, Utterance, check_apart, foreign
 
 LIBRISPEECH_960 = ["train-clean-100", "train-clean-360", "train-other-500"]  # what "train-960" stands for
 TEDLIUM_RELEASES = {"TEDLIUM_release1": "release1", "TEDLIUM_release2": "release2", "TEDLIUM_release-3": "release3"}
@@ -70,12 +71,7 @@ def read(
             print(f"data: {empty} {part} utterances have an empty text once normalised; kept: any word is an error")
         if len(found) == empty:
             raise DataError(f"{root}: no utterance with a text in {' '.join(parts[part])}")
-    part_of: dict[Path, str] = {}
-    for part, found in utterances.items():
-        for utterance in found:
-            other = part_of.setdefault(utterance.audio, part)
-            if other != part:
-                raise DataError(f"{utterance.audio}: is in {part} and in {other}: choose other sets")
+    check_apart(utterances)
     return utterances
 
 
@@ -129,21 +125,26 @@ def choose(corpus: str, *sets: list[str] | None) -> list[list[str]]:
     return chosen
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """("PATH, line N", the line without its end) of a text file's lines, blank ones left out."""
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, the line without its end) of a text file's lines, blank ones and a byte-order mark left out."""
     try:
         file = path.open("rb")
     except OSError as error:
         raise DataError(f"{path}: cannot read it ({error.strerror})") from None
     with file:
         for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
+            line = line.removeprefix(MARK) if number == 1 else line
             try:
                 text = line.decode("utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 ({error})") from None
+                raise DataError(f"{path}, line {number}: not UTF-8 ({error})") from None
             if text.strip():
-                yield where, text
+                yield number, text
+
+
+def listed(folder: Path, pattern: str) -> list[Path]:
+    """What fits the pattern in a folder, sorted, without what a system put there (data.foreign)."""
+    return sorted(path for path in folder.glob(pattern) if not any(map(foreign, path.relative_to(folder).parts)))
 
 
 # ---------------------------------------------------------------------------- LibriSpeech
@@ -151,22 +152,22 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 def librispeech_sets(root: Path) -> dict[str, Path]:
     home = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
-    return {path.name: path for path in sorted(home.iterdir()) if path.is_dir() and not path.name.endswith(".partial")}
+    return {path.name: path for path in listed(home, "*") if path.is_dir() and not path.name.endswith(".partial")}
 
 
 def read_librispeech(folder: Path) -> list[Utterance]:
     utterances = []
-    for chapter in sorted(path for path in folder.glob("*/*") if path.is_dir()):
+    for chapter in [path for path in listed(folder, "*/*") if path.is_dir()]:
         speaker = chapter.parent.name
         transcripts = chapter / f"{speaker}-{chapter.name}.trans.txt"
-        without_text = {path.stem for path in chapter.glob("*.flac")}
-        for where, line in numbered_lines(transcripts):
+        source, without_text = str(transcripts), {path.stem for path in listed(chapter, "*.flac")}
+        for number, line in numbered_lines(transcripts):
             name, _, text = line.partition(" ")
             audio = chapter / f"{name}.flac"
             if name not in without_text:
-                raise DataError(f"{where}: no such audio file, or a second text for it: {audio}")
+                raise DataError(f"{source}, line {number}: no such audio file, or a second text for it: {audio}")
             without_text.remove(name)
-            utterances.append(Utterance(audio, normalise_librispeech(text), speaker))
+            utterances.append(Utterance(audio, normalise_librispeech(text), speaker, source=source, line=number))
         if without_text:
             raise DataError(f"{transcripts}: no text for {min(without_text)}.flac")
     return utterances
@@ -194,28 +195,35 @@ def tedlium_sets(root: Path) -> dict[str, Path]:
 def read_tedlium(folder: Path) -> list[Utterance]:
     if not (folder / "stm").is_dir():
         raise DataError(f"{folder / 'stm'}: no such folder")
-    utterances = []
-    talks = {path.stem for path in (folder / "sph").glob("*.sph")}
-    for path in sorted((folder / "stm").glob("*.stm")):
-        for where, line in numbered_lines(path):
-            if line.startswith(";;"):  # a comment
-                continue
-            try:
-                talk, _channel, speaker, begin, end, *rest = line.split(maxsplit=5)
-                begin, end = float(begin), float(end)
-            except ValueError:
-                form = "file channel speaker begin end <labels> text"
-                raise DataError(f"{where}: not of the form {form!r}: {line[:60]!r}") from None
-            text = rest[0] if rest else ""
-            if "ignore_time_segment_in_scoring" in text.lower():
-                continue
-            if not 0 <= begin < end < 1e7:
-                raise DataError(f"{where}: a segment from {begin} to {end} s (0 <= begin < end)")
-            audio = folder / "sph" / f"{talk}.sph"
-            if talk not in talks:
-                raise DataError(f"{where}: no such audio file: {audio}")
-            utterances.append(Utterance(audio, normalise_tedlium(text), speaker, begin, end - begin))
-    return utterances
+    talks = {path.stem: path for path in listed(folder / "sph", "*.sph")}
+    found = [
+        tedlium_segment(line, talks, folder, str(path), number)
+        for path in listed(folder / "stm", "*.stm")
+        for number, line in numbered_lines(path)
+        if not line.startswith(";;")  # a comment
+    ]
+    if empty := sum(utterance is not None and not utterance.duration for utterance in found):
+        print(printable(f"data: {empty} segments of no length left out of {folder}"))
+    return [utterance for utterance in found if utterance and utterance.duration]
+
+
+def tedlium_segment(line: str, talks: dict[str, Path], folder: Path, source: str, number: int) -> Utterance | None:
+    """A line of an stm file; None for one that is not to be scored."""
+    where = f"{source}, line {number}"
+    try:
+        talk, _channel, speaker, begin, end, *rest = line.split(maxsplit=5)
+        begin, end = float(begin), float(end)
+    except ValueError:
+        form = "file channel speaker begin end <labels> text"
+        raise DataError(f"{where}: not of the form {form!r}: {line[:60]!r}") from None
+    text = rest[0] if rest else ""
+    if "ignore_time_segment_in_scoring" in text.lower():
+        return None
+    if not 0 <= begin <= end < 1e7:
+        raise DataError(f"{where}: a segment from {begin} to {end} s (0 <= begin <= end)")
+    if talk not in talks:
+        raise DataError(f"{where}: no such audio file: {folder / 'sph' / f'{talk}.sph'}")
+    return Utterance(talks[talk], normalise_tedlium(text), speaker, begin, end - begin, source, number)
 
 
 def normalise_tedlium(text: str) -> str:
@@ -232,22 +240,23 @@ def normalise_tedlium(text: str) -> str:
 
 
 def commonvoice_sets(root: Path) -> dict[str, Path]:
-    old = {path.stem.removeprefix("cv-valid-"): path for path in sorted(root.glob("cv-*.csv"))}
-    return {path.stem: path for path in sorted(root.glob("*.tsv"))} or old
+    old = {path.stem.removeprefix("cv-valid-"): path for path in listed(root, "cv-*.csv")}
+    return {path.stem: path for path in listed(root, "*.tsv")} or old
 
 
 def read_commonvoice(path: Path) -> list[Utterance]:
     old = path.suffix == ".csv"
     audio_column, text_column = ("filename", "text") if old else ("path", "sentence")
     folder = path.parent if old else path.parent / "clips"
-    header, utterances = [], []
-    for where, line in numbered_lines(path):
+    source, header, utterances = str(path), [], []
+    for number, line in numbered_lines(path):
+        where = f"{source}, line {number}"
         try:
             row = next(csv.reader([line])) if old else line.split("\t")  # the TSVs quote nothing
         except csv.Error as error:
             raise DataError(f"{where}: not CSV ({error})") from None
         if not header:
-            header = row
+            header = [column.strip() for column in row]  # in whatever order
             for column in (audio_column, text_column):
                 if column not in header:
                     raise DataError(f"{where}: no column {column!r} (there: {', '.join(header)})")
@@ -260,7 +269,8 @@ def read_commonvoice(path: Path) -> list[Utterance]:
         if not audio.is_file():
             raise DataError(f"{where}: no such audio file: {audio}")
         speaker = sys.intern(fields.get("client_id", ""))  # 128 characters, the same in many lines
-        utterances.append(Utterance(audio, normalise_commonvoice(fields[text_column]), speaker))
+        text = normalise_commonvoice(fields[text_column])
+        utterances.append(Utterance(audio, text, speaker, source=source, line=number))
     return utterances
 
 

@@ -5,11 +5,14 @@ torchaudio's decoders do it; here words are spelled for the one and token ids sh
 """
 
 import contextlib
+import gzip
 import itertools
 import math
 import os
+import re
 import tempfile
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -61,14 +64,19 @@ def ctc_beam(model, tokens: list[str], beam: int, lm: Path | None, lm_weight: fl
         beam_size_token=40, log_add=not lm or silence != BLANK,
     )  # fmt: skip
     if lm:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8") as file, silent_stderr():
-            file.writelines(spellings(lm, words, tokens, silence))
+        with (
+            plain_arpa(lm) as arpa,
+            tempfile.NamedTemporaryFile("w", encoding="utf-8") as file,
+            silent_stderr(),
+        ):
+            file.writelines(spellings(arpa, lm, words, tokens, silence))
             file.flush()
             try:  # KenLM's logarithms are decimal
-                scores = dict(lm=str(lm), lm_weight=lm_weight * math.log(10), word_score=word_score)
+                scores = dict(lm=os.fspath(arpa), lm_weight=lm_weight * math.log(10), word_score=word_score)
                 decoder = ctc_decoder(file.name, **scores, **options)
             except RuntimeError as error:
-                raise data.DataError(f"--lm {lm}: KenLM cannot read it ({error})") from None
+                why = re.sub(r"^.* threw \w+\.\s*", "", str(error), flags=re.S)  # the place in KenLM's source
+                raise data.DataError(f"--lm {lm}: KenLM cannot read it ({why})") from None
     else:
         decoder = ctc_decoder(None, **options)
     end = torch.full((1, len(tokens)), -1e3)  # a frame behind the last one, which ends the last word
@@ -88,8 +96,40 @@ def ctc_beam(model, tokens: list[str], beam: int, lm: Path | None, lm_weight: fl
     return emissions
 
 
-def arpa_words(path: Path) -> list[str]:
-    """The unigrams of an ARPA file, without <s>, </s> and <unk>."""
+KENLM = b"mmap lm http://kheafield.com/code"
+PACKED = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
+NO_ARPA = "not an ARPA file in UTF-8 (no counts and unigrams are found)"
+
+
+@contextlib.contextmanager
+def plain_arpa(lm: Path) -> Iterator[Path]:
+    """An ARPA file as KenLM reads it, from \\data\\ on: `lm` itself or, if that is packed by gzip or something stands
+    above, a copy of it. Raises DataError, which says what it is, for a file without \\data\\."""
+    with open(lm, "rb") as file:
+        head = file.read(64)
+    if head.startswith(KENLM):
+        raise data.DataError(f"--lm {lm}: is KenLM's binary form: give the ARPA file it was built from, for its words")
+    for magic, name in PACKED.items():
+        if head.startswith(magic):
+            raise data.DataError(f"--lm {lm}: is packed by {name}: unpack it, or pack it by gzip, which is read")
+    if head.startswith(b"\\data\\"):
+        yield lm
+        return
+    with tempfile.NamedTemporaryFile(suffix=".arpa") as copy:
+        try:
+            with gzip.open(lm, "rb") if head.startswith(b"\x1f\x8b") else open(lm, "rb") as file:
+                for line in itertools.dropwhile(lambda line: line.removeprefix(data.MARK).strip() != b"\\data\\", file):
+                    copy.write(line.removeprefix(data.MARK))
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise data.DataError(f"--lm {lm}: not a whole gzip file ({error})") from None
+        copy.flush()
+        if not copy.tell():
+            raise data.DataError(f"--lm {lm}: {NO_ARPA}")
+        yield Path(copy.name)
+
+
+def arpa_words(path: Path, lm: Path) -> list[str]:
+    """The unigrams of an ARPA file (plain_arpa), without <s>, </s> and <unk>, which need not be there."""
     try:
         with open(path, encoding="utf-8") as file:
             head = list(itertools.takewhile(lambda line: line.strip() != "\\1-grams:", file))
@@ -98,13 +138,13 @@ def arpa_words(path: Path) -> list[str]:
         if not words or any("-" in line for line in head):  # a negative count would crash KenLM
             raise ValueError
     except (ValueError, IndexError):
-        raise data.DataError(f"--lm {path}: not an ARPA file in UTF-8 (no counts and unigrams are found)") from None
+        raise data.DataError(f"--lm {lm}: {NO_ARPA}") from None
     return [word for word in words if word.lower() not in ("<s>", "</s>", "<unk>")]
 
 
-def spellings(lm: Path, words: Iterable[str], tokens: list[str], silence: int) -> list[str]:
+def spellings(arpa: Path, lm: Path, words: Iterable[str], tokens: list[str], silence: int) -> list[str]:
     """Lines of a lexicon: a word and the ids of its tokens. A word that the tokens cannot spell is left out."""
-    known, lm_words, lines = data.spelled_by(tokens), arpa_words(lm), []
+    known, lm_words, lines = data.spelled_by(tokens), arpa_words(arpa, lm), []
     if not any(known.issuperset(word) for word in lm_words):
         raise data.DataError(f"--lm {lm}: the tokens spell none of its {len(lm_words)} words (is it in capitals?)")
     for word in dict.fromkeys(lm_words + sorted(words)):
