@@ -29,7 +29,7 @@ from tqdm import tqdm
 import data
 import lottery
 import models
-from audio_lottery import compress, files
+from audio_lottery import compress, files, sound
 from audio_lottery.console import Parser, command, fail, printable
 from lab import decode, networks, streaming
 from lab.pieces import Word, join, pieces_of, words_of
@@ -186,7 +186,7 @@ class Recogniser:
         check_order(args)
         self.model, self.ticket = load(args.ticket)
         self.backbone, self.tokens = self.ticket.info["backbone"], list(map(printable, self.ticket.info["tokens"]))
-        self.frame = self.model.stride * data.FRAME_SECONDS
+        self.frame = self.model.stride * sound.FRAME_SECONDS
         self.seconds = 0.0  # of the network
         self.reading = 0.0  # seconds to decode audio and make features of it
         self.ready, self.moments = False, self.calibrated(args.calibrate) if args.calibrate else None
@@ -253,17 +253,17 @@ class Recogniser:
 @contextlib.contextmanager
 def told_of(recording: data.Utterance) -> Iterator[None]:
     """What goes wrong in here, memory that runs out too, is a DataError that names recording, segment and line."""
-    with data.told_of(recording), data.memory_for(name_of(recording)):
+    with data.told_of(recording), sound.memory_for(name_of(recording)):
         yield
 
 
 def blocks_of(recording: data.Utterance, seconds: float) -> Iterator[Tensor]:
-    return data.audio_blocks(recording.audio, recording.offset, recording.duration, seconds)
+    return sound.audio_blocks(recording.audio, recording.offset, recording.duration, seconds)
 
 
 def name_of(recording: data.Utterance) -> str:
     """The file and, of a segment, its seconds."""
-    return data.segment_name(recording.audio, recording.offset, recording.duration)
+    return sound.segment_name(recording.audio, recording.offset, recording.duration)
 
 
 class Transcript(NamedTuple):

@@ -25,7 +25,7 @@ import data
 import lottery
 import models
 import train
-from audio_lottery import compression, files, sparse
+from audio_lottery import compression, files, sound, sparse
 from bench.measure import in_turns, must_be_compiled, stop
 from runner.cache import load_examples
 from transcribe import load
@@ -357,7 +357,7 @@ def bench_tickets(paths: list[Path], corpus: Path, repeats: int) -> None:
         model, ticket = load(path)
         tokens = ticket.info["tokens"]
         examples = load_examples(data.read_corpus(corpus)["test"], tokens, model.features)
-        texts, seconds = [example.text for example in examples], sum(e.frames for e in examples) * data.FRAME_SECONDS
+        texts, seconds = [example.text for example in examples], sum(e.frames for e in examples) * sound.FRAME_SECONDS
         middle = sorted(examples, key=lambda e: e.frames)[len(examples) // 2].features[None]
         run = functools.partial(transcribe, utterance=(middle, torch.tensor([middle.shape[1]])))
         remaining = sum(int(m.sum()) for m in ticket.masks.values()) / sum(m.numel() for m in ticket.masks.values())

@@ -17,7 +17,7 @@ import data
 import lottery
 import models
 import train
-from audio_lottery import ledger
+from audio_lottery import ledger, sound
 from bench.measure import HERE, in_a_process, in_turns, memory, stop, timed
 from runner import cache
 from runner.folder import Checkpointer, Progress, Signals
@@ -50,7 +50,7 @@ def as_flac(utterances: list[data.Utterance], folder: Path) -> list[data.Utteran
     flac = []
     for i, u in enumerate(utterances):
         flac.append(dataclasses.replace(u, audio=folder / f"{i}.flac"))
-        soundfile.write(flac[-1].audio, data.load_audio(u.audio).numpy(), data.SAMPLE_RATE)
+        soundfile.write(flac[-1].audio, sound.load_audio(u.audio).numpy(), data.SAMPLE_RATE)
     return flac
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import data
+from audio_lottery import sound
 
 FRAME = 400  # samples: 25 ms
 ACTIVE = 1e-4  # of the loudest frame's energy: 40 dB below it
@@ -131,7 +132,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _decoded(paths: list[Path]) -> list[Tensor]:
     with ThreadPoolExecutor() as pool:
-        waveforms = list(pool.map(data.load_audio, paths))
+        waveforms = list(pool.map(sound.load_audio, paths))
     for path, waveform in zip(paths, waveforms):
         if power(waveform) < SILENT:
             raise data.DataError(f"{path}: silent: there is no noise in it to add")

@@ -24,6 +24,7 @@ import torchaudio
 from torch import Tensor
 
 import data
+from audio_lottery import sound
 from audio_lottery.files import SEAL, digest, write_atomically
 from data import FEATURES, SAMPLE_RATE, Broken, DataError, Example, Fresh, Utterance, features_of, in_parallel
 
@@ -110,6 +111,28 @@ class _Compute(torch.utils.data.Dataset):
         return (waveform if self.waveforms else features).numpy(), seconds
 
 
+class _Whole(torch.utils.data.Dataset):
+    """What is wrong with each utterance's recording, "" for nothing."""
+
+    def __init__(self, utterances: list[Utterance]):
+        self.utterances = utterances
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            features_of(self.utterances[index], "log-mel")
+        except DataError as error:
+            return str(error)
+        return ""
+
+
+def what_is_broken(utterances: list[Utterance], progress: str = "", workers: int = 0) -> list[str]:
+    """What is wrong with each utterance's recording, "" for nothing, by decoding all of them."""
+    return list(in_parallel(_Whole(utterances), progress, workers))
+
+
 # ---------------------------------------------------------------------------- in files
 
 # A file of a cache is a safetensors file: "features" (rows, bins) float32, the utterances one behind the other, and a
@@ -193,7 +216,7 @@ class Cache:
 
     def shards(self, utterances: list[Utterance], kind: str) -> list[tuple[Path, list[Utterance]]]:
         hashes = self.hash_files([u.audio for u in utterances])
-        code = [inspect.getsource(data), torchaudio.__version__, soundfile.__libsndfile_version__]
+        code = [*map(inspect.getsource, (sound, data)), torchaudio.__version__, soundfile.__libsndfile_version__]
         found = []
         for start in range(0, len(utterances), self.SHARD):
             part = utterances[start : start + self.SHARD]

@@ -23,7 +23,7 @@ from audio_lottery.console import printable
 from lab import controls, corpora, decode
 from lab.noise import Noise
 from runner import flags, processes
-from runner.cache import Cache
+from runner.cache import Cache, what_is_broken
 
 HERE = Path(__file__).resolve().parents[1]
 IN_MEMORY = 8e9  # bytes of recordings whose features are kept in memory, at most
@@ -143,7 +143,7 @@ def leave_out_broken(utterances: dict[str, list[data.Utterance]], workers: int) 
     """
     for part in ("train", "valid"):
         all_of_them, count = utterances[part], processes.count()
-        wrong = data.what_is_broken(all_of_them[processes.index() :: count], f"decoding {part}", workers)
+        wrong = what_is_broken(all_of_them[processes.index() :: count], f"decoding {part}", workers)
         shares = processes.gather(wrong)
         wrong = [shares[i % count][i // count] for i in range(len(all_of_them))]
         utterances[part] = [utterance for utterance, why in zip(all_of_them, wrong) if not why]

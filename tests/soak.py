@@ -37,7 +37,7 @@ import lottery  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
 import transcribe  # noqa: E402
-from audio_lottery import files, ledger, verdicts, verify  # noqa: E402
+from audio_lottery import files, ledger, sound, verdicts, verify  # noqa: E402
 from lab import controls, networks, plan  # noqa: E402
 from runner import cache, flags  # noqa: E402
 
@@ -297,7 +297,7 @@ def audio(number: int, seed: int) -> bool:
     rng, crashes, hangs, accepted, done = random.Random(seed), 0, 0, 0, 0
     not_finite = 0
     torch.set_num_threads(1)
-    samples = data.load_audio(ROOT / "demo" / "audio" / "added.opus").numpy()[:12_000]
+    samples = sound.load_audio(ROOT / "demo" / "audio" / "added.opus").numpy()[:12_000]
     with tempfile.TemporaryDirectory() as folder:
         originals = []
         for suffix, options in (

@@ -16,7 +16,7 @@ import data
 import lottery
 import models
 import train
-from audio_lottery import ledger, verify
+from audio_lottery import ledger, sound, verify
 from lab import corpora, networks
 
 DEMO = Path(data.__file__).parent / "demo"
@@ -45,7 +45,7 @@ def librispeech_tree(folder: Path, recordings: dict[str, list[data.Utterance]]) 
             home = folder / "LibriSpeech" / name / speaker / chapter
             home.mkdir(parents=True, exist_ok=True)
             key = f"{speaker}-{chapter}-{number:04d}"
-            soundfile.write(home / f"{key}.flac", data.load_audio(utterance.audio).numpy(), 16_000, subtype="PCM_16")
+            soundfile.write(home / f"{key}.flac", sound.load_audio(utterance.audio).numpy(), 16_000, subtype="PCM_16")
             with open(home / f"{speaker}-{chapter}.trans.txt", "a") as file:
                 file.write(f"{key} {utterance.text.upper()}\n")
     (folder / "LibriSpeech" / "SPEAKERS.TXT").write_text(";ID |SEX| SUBSET\n")
@@ -65,7 +65,7 @@ def tedlium_tree(folder: Path, recordings: dict[str, list[data.Utterance]], rele
             lines, pieces, begin = [";; LABEL\n"], [np.zeros(8000, "float32")], 0.5
             lines.append(f"{talk} 1 inter_segment_gap 0 {begin} <o,,unknown> ignore_time_segment_in_scoring\n")
             for utterance in utterances[number - 1 :: 2]:
-                samples = data.load_audio(utterance.audio).numpy()
+                samples = sound.load_audio(utterance.audio).numpy()
                 end = round(begin + math.ceil(len(samples) / 160) / 100, 2)
                 text = utterance.text.replace("'", " '")
                 if release == 1:
@@ -91,7 +91,7 @@ def commonvoice_tree(folder: Path, recordings: dict[str, list[data.Utterance]]) 
         lines = ["client_id\tpath\tsentence_id\tsentence\tup_votes\tage\n"]
         for i, utterance in enumerate(utterances):
             path = f"common_voice_en_{split}_{i}.mp3"
-            soundfile.write(home / "clips" / path, data.load_audio(utterance.audio).numpy(), 16_000)
+            soundfile.write(home / "clips" / path, sound.load_audio(utterance.audio).numpy(), 16_000)
             sentence = '"' + utterance.text.capitalize().replace("'", "\u2019") + "." + '"' * (i % 2)
             lines.append(f"{i % 3:0128x}\t{path.removesuffix('.mp3' * (i % 2))}\t{i}\t{sentence}\t2\t\n")
         name = {"valid": "dev"}.get(split, split)
@@ -128,8 +128,8 @@ def test_librispeech(tmp_path, recordings):
     assert first.audio == tmp_path / "LibriSpeech/train-clean-100/100/7000/100-7000-0000.flac"
     assert first.text == recordings["train"][0].text and first.speaker == "100"
     assert (first.offset, first.duration) == (None, None)
-    original = data.load_audio(recordings["train"][0].audio)
-    assert abs(data.load_audio(first.audio) - original).max() <= 1 / 32768
+    original = sound.load_audio(recordings["train"][0].audio)
+    assert abs(sound.load_audio(first.audio) - original).max() <= 1 / 32768
     assert corpora.read("librispeech", root / "LibriSpeech") == corpus  # either folder will do
 
 
@@ -142,8 +142,8 @@ def test_tedlium(tmp_path, recordings, release):
         assert texts(utterances) == texts(recordings[split])
     originals = recordings["train"][0::2] + recordings["train"][1::2]  # by talk
     for utterance, original in zip(corpus["train"], originals, strict=True):
-        segment = data.load_audio(utterance.audio, utterance.offset, utterance.duration)
-        samples = data.load_audio(original.audio)
+        segment = sound.load_audio(utterance.audio, utterance.offset, utterance.duration)
+        samples = sound.load_audio(original.audio)
         assert utterance.text == original.text and 0 <= len(segment) - len(samples) <= 160
         assert abs(segment[: len(samples)] - samples).max() <= 1 / 32768 and (segment[len(samples) :] == 0).all()
     assert {utterance.speaker for utterance in corpus["train"]} == {"Allison_2001", "Allison_2002"}
@@ -158,7 +158,7 @@ def test_commonvoice(tmp_path, recordings):
     for split, utterances in corpus.items():
         assert [utterance.text for utterance in utterances] == [utterance.text for utterance in recordings[split]]
         for utterance, original in zip(utterances, recordings[split]):
-            assert len(data.load_audio(utterance.audio)) == pytest.approx(16_000 * original.duration, abs=2400)
+            assert len(sound.load_audio(utterance.audio)) == pytest.approx(16_000 * original.duration, abs=2400)
     assert corpus["train"][0].audio == root / "clips" / "common_voice_en_train_0.mp3"
     assert corpus["train"][3].speaker == f"{0:0128x}" and corpus["train"][4].speaker == f"{1:0128x}"
 
@@ -166,7 +166,9 @@ def test_commonvoice(tmp_path, recordings):
 def test_commonvoice_of_2017(tmp_path):
     (tmp_path / "cv-valid-train").mkdir()
     for name in ("train", "dev", "test"):
-        soundfile.write(tmp_path / "cv-valid-train" / f"{name}.mp3", data.load_audio(DEMO / "audio/added.opus"), 16_000)
+        soundfile.write(
+            tmp_path / "cv-valid-train" / f"{name}.mp3", sound.load_audio(DEMO / "audio/added.opus"), 16_000
+        )
         text = f'filename,text,up_votes\ncv-valid-train/{name}.mp3,"well, it\'s {name}",1\n'
         (tmp_path / f"cv-valid-{name}.csv").write_text(text)
     corpus = corpora.read("commonvoice", tmp_path)
@@ -279,7 +281,7 @@ def test_a_segment_beyond_the_talk_is_found_when_it_is_decoded(tmp_path, recordi
     (root / "dev" / "stm" / "Allison_2001.stm").write_text("Allison_2001 1 Allison_2001 0.5 99 <NA> hi\n")
     utterance = corpora.read("tedlium", root)["valid"][0]
     with pytest.raises(data.DataError, match=r"Allison_2001.sph: truncated audio: .* where the manifest says 98.50 s"):
-        data.load_audio(utterance.audio, utterance.offset, utterance.duration)
+        sound.load_audio(utterance.audio, utterance.offset, utterance.duration)
 
 
 @pytest.mark.parametrize(

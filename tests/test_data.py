@@ -11,6 +11,7 @@ import soundfile
 import torch
 
 import data
+from audio_lottery import sound
 from runner import cache
 
 DEMO = Path(data.__file__).parent / "demo"
@@ -95,14 +96,14 @@ def test_segments_by_offset(tmp_path):
     write_wav(tmp_path / "a.wav", samples, subtype="FLOAT")
     row = {"audio_filepath": "a.wav", "text": "b", "offset": 0.5, "duration": 1.0}
     (utterance,) = data.read_manifest(manifest(tmp_path, row))
-    waveform = data.load_audio(utterance.audio, utterance.offset, utterance.duration)
+    waveform = sound.load_audio(utterance.audio, utterance.offset, utterance.duration)
     assert torch.equal(waveform, torch.from_numpy(samples[8000:24000]))
-    first = data.load_audio(utterance.audio, 0, 0.5)
+    first = sound.load_audio(utterance.audio, 0, 0.5)
     assert torch.equal(first, torch.from_numpy(samples[:8000]))
     with pytest.raises(data.DataError, match=r"no audio in it from 2.5 s on"):
-        data.load_audio(utterance.audio, 2.5, 1.0)
+        sound.load_audio(utterance.audio, 2.5, 1.0)
     with pytest.raises(data.DataError, match=r"truncated audio: 0.50 s decoded where the manifest says 1.00 s"):
-        data.load_audio(utterance.audio, 1.5, 1.0)
+        sound.load_audio(utterance.audio, 1.5, 1.0)
 
 
 # ---------------------------------------------------------------------------- audio
@@ -111,30 +112,30 @@ def test_segments_by_offset(tmp_path):
 def test_stereo_and_other_rates(tmp_path):
     mono = noise(8000)
     path = write_wav(tmp_path / "a.wav", np.stack((mono, -mono / 2), 1), rate=16_000, subtype="FLOAT")
-    torch.testing.assert_close(data.load_audio(path), torch.from_numpy(mono / 4))
+    torch.testing.assert_close(sound.load_audio(path), torch.from_numpy(mono / 4))
     tone = np.sin(2 * np.pi * 440 * np.arange(11_025) / 11_025)
-    waveform = data.load_audio(write_wav(tmp_path / "b.wav", tone, rate=11_025))
+    waveform = sound.load_audio(write_wav(tmp_path / "b.wav", tone, rate=11_025))
     assert waveform.shape == (16_000,)
     spectrum = torch.fft.rfft(waveform).abs()
     assert spectrum.argmax() == 440
-    odd = data.load_audio(write_wav(tmp_path / "c.wav", tone, rate=11_027))  # shares no divisor with 16 kHz
+    odd = sound.load_audio(write_wav(tmp_path / "c.wav", tone, rate=11_027))  # shares no divisor with 16 kHz
     assert abs(len(odd) - 16_000) < 40
     with pytest.raises(data.DataError, match=r"d.wav: a sample rate of 300 Hz"):
-        data.load_audio(write_wav(tmp_path / "d.wav", tone, rate=300))
+        sound.load_audio(write_wav(tmp_path / "d.wav", tone, rate=300))
 
 
 def test_every_format_decodes_and_every_cut_is_found(tmp_path):
-    whole = data.load_audio(DEMO / "audio" / "agent-alreadyon.opus").numpy()
+    whole = sound.load_audio(DEMO / "audio" / "agent-alreadyon.opus").numpy()
     for name, kwargs in {
         "a.wav": {}, "a.flac": {}, "a.ogg": {"format": "OGG", "subtype": "OPUS"}, "a.mp3": {},
     }.items():  # fmt: skip
         path = write_wav(tmp_path / name, whole, **kwargs)
-        assert len(data.load_audio(path, duration=len(whole) / 16_000)) == pytest.approx(len(whole), abs=1700)
+        assert len(sound.load_audio(path, duration=len(whole) / 16_000)) == pytest.approx(len(whole), abs=1700)
         content = path.read_bytes()
         for cut in (len(content) * 2 // 3, 60, 0):
             path.write_bytes(content[:cut])
             with pytest.raises(data.DataError, match=str(path)):
-                data.load_audio(path, duration=len(whole) / 16_000)
+                sound.load_audio(path, duration=len(whole) / 16_000)
 
 
 def test_a_cut_wav_is_found_without_a_duration(tmp_path):
@@ -143,32 +144,32 @@ def test_a_cut_wav_is_found_without_a_duration(tmp_path):
     with pytest.raises(
         data.DataError, match=r"a.wav: truncated audio: 19956 bytes of data where its header says 32000"
     ):
-        data.load_audio(path)
+        sound.load_audio(path)
 
 
 def test_audio_that_is_not(tmp_path):
     (tmp_path / "x.raw").write_bytes(bytes(3200))
     with pytest.raises(data.DataError, match=r"x.raw: cannot decode the audio"):
-        data.load_audio(tmp_path / "x.raw")
+        sound.load_audio(tmp_path / "x.raw")
     write_wav(tmp_path / "huge.wav", np.full(1600, 1e25), subtype="FLOAT")
     with pytest.raises(data.DataError, match=r"huge.wav: its samples are too large"):
         cache.load_examples([data.Utterance(tmp_path / "huge.wav", "a")], [data.BLANK, "a"], "log-mel")
     (tmp_path / "text.wav").write_text("hello " * 100)
     with pytest.raises(data.DataError, match=r"text.wav: cannot decode the audio"):
-        data.load_audio(tmp_path / "text.wav")
+        sound.load_audio(tmp_path / "text.wav")
     with pytest.raises(data.DataError, match=r"gone.wav: cannot decode the audio"):
-        data.load_audio(tmp_path / "gone.wav")
+        sound.load_audio(tmp_path / "gone.wav")
     with pytest.raises(data.DataError, match="cannot decode the audio"):
-        data.load_audio(tmp_path)
+        sound.load_audio(tmp_path)
     write_wav(tmp_path / "empty.wav", [])
     with pytest.raises(data.DataError, match=r"empty.wav: no audio in it"):
-        data.load_audio(tmp_path / "empty.wav")
+        sound.load_audio(tmp_path / "empty.wav")
     for bad in (np.nan, np.inf):
         samples = noise(1600)
         samples[100] = bad
         write_wav(tmp_path / "bad.wav", samples, subtype="FLOAT")
         with pytest.raises(data.DataError, match=r"bad.wav: a sample is NaN or infinite"):
-            data.load_audio(tmp_path / "bad.wav")
+            sound.load_audio(tmp_path / "bad.wav")
 
 
 # ---------------------------------------------------------------------------- features

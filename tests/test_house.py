@@ -88,7 +88,7 @@ def test_rooms_stand_on_at_most_seven_floors():
 def test_functions_and_files_are_of_one_sitting():
     for path in sources():
         text = path.read_text()
-        most = 650 if path.name == "lottery.py" else 560
+        most = 650 if path.name == "lottery.py" else 600
         assert text.count("\n") <= most, f"{path}: {text.count(chr(10))} lines"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):

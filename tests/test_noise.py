@@ -15,7 +15,7 @@ from test_train import refused
 import data
 import models
 import train
-from audio_lottery import ledger, verify
+from audio_lottery import ledger, sound, verify
 from lab import networks, noise
 from runner import cache, flags
 
@@ -187,7 +187,7 @@ def test_batches_workers_processes_and_caches_hear_the_same(folder, utterances, 
     examples = cache.load_examples(utterances, tokens, "log-mel", fresh=True)
     assert examples[2].frames == 1 + 12_345 // 160 and examples[0].source.waveform is not None
     expected = noisy_features(examples, here, 1, 2)
-    mixed = here.for_training(data.load_audio(utterances[4].audio), seed=1, epoch=2, index=4)
+    mixed = here.for_training(sound.load_audio(utterances[4].audio), seed=1, epoch=2, index=4)
     assert torch.equal(expected[188], data.normalize(data.log_mel(mixed))) and len(expected) == len(utterances)
     shares = [noisy_features(examples, here, 1, 2, 2, process=p, processes=2) for p in (0, 1)]
     others = [noisy_features(examples, here, 1, 2, 8), noisy_features(examples, here, 1, 2, 3, 2)]

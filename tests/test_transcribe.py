@@ -19,7 +19,7 @@ import lottery
 import models
 import transcribe
 from audio_lottery import __main__ as audio_lottery
-from audio_lottery import files
+from audio_lottery import files, sound
 from lab import networks, plan, streaming
 from models import Emission
 from runner import settings
@@ -140,7 +140,7 @@ def test_no_word_of_a_long_file_is_lost_or_doubled(piece, overlap, tickets, tmp_
 
 
 def test_formats_folders_and_broken_files(tickets, speech, tmp_path, capsys):
-    waveform = data.load_audio(speech[0]).numpy()
+    waveform = sound.load_audio(speech[0]).numpy()
     (tmp_path / "more" / "below").mkdir(parents=True)
     names = ["a.flac", "more/b.mp3", "more/below/c.ogg", "d.wav"]
     for name, rate in zip(names, (44_100, 11_025, 48_000, 8_000)):
@@ -207,7 +207,7 @@ def test_memory_does_not_grow_with_the_recording(flags, tickets, lasting, monkey
         assert transcript.seconds == pytest.approx(seconds) and not transcript.error
         return max(seen)
 
-    monkeypatch.setattr(data, "BLOCK", 2**17)  # numbers that are decoded at once, at most
+    monkeypatch.setattr(sound, "BLOCK", 2**17)  # numbers that are decoded at once, at most
     monkeypatch.setitem(data.FEATURES, "log-mel", featured)
     monkeypatch.setattr(models.Stream, "push", watched)
     short, long = (most(lasting / f"{seconds}.flac", seconds) for seconds in (30, 180))
@@ -217,7 +217,7 @@ def test_memory_does_not_grow_with_the_recording(flags, tickets, lasting, monkey
 def test_running_out_of_memory_on_one_file_names_it_and_goes_on(tickets, speech, tmp_path, capsys, monkeypatch):
     """At decoding, at its features, at recognising: the others of its batch are recognised one by one."""
     clean = said(capsys, tickets["cnn-lstm"], *speech, "--dense")[1]
-    blocks, stft, loss = data.audio_blocks, data.log_mel, models.CnnLstm.emissions
+    blocks, stft, loss = sound.audio_blocks, data.log_mel, models.CnnLstm.emissions
     seconds = [soundfile.info(path).frames for path in speech]
 
     def no_memory(*_):
@@ -227,10 +227,10 @@ def test_running_out_of_memory_on_one_file_names_it_and_goes_on(tickets, speech,
         return blocks(path, *about) if path != speech[1] else map(no_memory, [0])
 
     def features(waveform):
-        return no_memory() if len(waveform) == len(data.load_audio(speech[1])) else stft(waveform)
+        return no_memory() if len(waveform) == len(sound.load_audio(speech[1])) else stft(waveform)
 
     def recognising(model, padded, lengths):
-        if 1 + len(data.load_audio(speech[1])) // 160 in lengths.tolist():
+        if 1 + len(sound.load_audio(speech[1])) // 160 in lengths.tolist():
             raise MemoryError
         return loss(model, padded, lengths)
 
@@ -501,7 +501,7 @@ def test_streams_have_the_text_of_the_whole(tickets, speech, capsys):
 
 
 def test_raw_audio_on_stdin(tickets, speech, capsys, monkeypatch, tmp_path):
-    pcm = (data.load_audio(speech[0]) * 32767).round().short().numpy()
+    pcm = (sound.load_audio(speech[0]) * 32767).round().short().numpy()
     soundfile.write(tmp_path / "same.wav", pcm, 16_000)
     _, offline, _ = said(capsys, tickets["rnnt"], tmp_path / "same.wav", "--dense", "--normalize", "running")
     for content in (pcm.tobytes(), pcm.tobytes() + b"\1"):  # half a sample at the end
