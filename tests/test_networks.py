@@ -51,7 +51,7 @@ def test_a_ticket_as_it_was_written(ticket):
     built = networks.of(ticket.info, ticket.trained)
     assert lottery.sha256(built.state_dict()) == lottery.sha256(ticket.trained)
     for backbone, sizes in SMALL.items():  # and what the code itself calls by a name
-        for name, whole in models.BACKBONES[backbone].SIZES.items():
+        for whole in models.BACKBONES[backbone].SIZES.values():
             networks.check_sizes(backbone, whole, 1000)
         assert networks.parameters(backbone, sizes, 4) > 0
 
