@@ -1,6 +1,10 @@
 """What every command prints: errors of one line, and foreign text that can do nothing but be read."""
 
+import errno
+import io
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +73,122 @@ def test_errors_are_one_safe_line(capsys):
         parser.parse_args(["--no-such\x1b]0;title\x07\nflag"])
     assert ended.value.code == 2
     assert capsys.readouterr().err == "x.py: error: unrecognized arguments: --no-such\\x1b]0;title\\x07\\nflag\n"
+
+
+# ---------------------------------------------------------------------------- streams that nobody reads
+
+
+class Broken(io.StringIO):
+    """A stream that cannot be written to."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.tries = error, 0
+
+    def write(self, text):
+        self.tries += 1
+        raise self.error
+
+
+def said_by(main, monkeypatch, capsys, stdout, goes_on=False, argv=None):
+    """(exit code, stderr) of a command whose stdout is this."""
+    monkeypatch.setattr(sys, "stdout", stdout)
+    try:
+        code = console.command("prog", goes_on)(main)(argv)
+    except SystemExit as stop:
+        code = stop.code
+    assert sys.stdout is stdout  # as it was
+    return code, capsys.readouterr().err
+
+
+PIPE = BrokenPipeError(errno.EPIPE, "Broken pipe")
+FULL = OSError(errno.ENOSPC, "No space left on device")
+CLOSED = OSError(errno.EBADF, "Bad file descriptor")
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (PIPE, 141, ""),
+        (FULL, 2, "prog: error: stdout: No space left on device\n"),
+        (CLOSED, 2, "prog: error: stdout: Bad file descriptor\n"),
+    ],
+)
+def test_what_cannot_be_printed_ends_a_command_in_a_line_or_in_silence(error, code, said, monkeypatch, capsys):
+    def main(argv):
+        try:
+            print("one")
+            print("two")
+        except OSError as error:
+            return console.fail("prog", error)
+        return 0
+
+    assert said_by(main, monkeypatch, capsys, Broken(error)) == (code, said)
+    assert said_by(lambda argv: print("x") or 0, monkeypatch, capsys, Broken(error)) == (code, said)
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [(PIPE, ""), (FULL, "prog: stdout: No space left on device: going on unseen\n")],
+)
+def test_a_run_goes_on_when_nobody_reads(error, said, monkeypatch, capsys):
+    done, stdout = [], Broken(error)
+
+    def main(argv):
+        for i in range(3):
+            print(i, flush=True)
+            done.append(i)
+        return 7
+
+    assert said_by(main, monkeypatch, capsys, stdout, goes_on=True) == (7, said)
+    assert done == [0, 1, 2] and stdout.tries == 1
+
+
+def test_help_that_cannot_be_printed(monkeypatch, capsys):
+    def main(argv):
+        console.Parser(prog="prog").parse_args(argv)
+
+    stdout = Broken(FULL)
+    assert said_by(main, monkeypatch, capsys, stdout, argv=["--help"])[0] == 2
+    assert said_by(main, monkeypatch, capsys, Broken(PIPE), argv=["--version"]) == (141, "")
+
+
+def test_stderr_is_written_to_as_long_as_it_can_be(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Broken(PIPE))
+    assert console.command("prog")(lambda argv: print("x", file=sys.stderr) or 5)([]) == 5
+
+
+def test_an_interrupt_and_a_missing_package(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    def missing(argv):
+        import nowhere.at_all  # noqa: F401
+
+    assert said_by(interrupted, monkeypatch, capsys, io.StringIO()) == (130, "")
+    said = "prog: error: the package nowhere is not there: pip install nowhere\n"
+    assert said_by(missing, monkeypatch, capsys, io.StringIO()) == (2, said)
+
+
+def test_half_a_surrogate_pair_can_be_printed(monkeypatch, capsys):
+    stdout = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    assert said_by(lambda argv: print("a\udc80b") or 0, monkeypatch, capsys, stdout) == (0, "")
+    assert stdout.buffer.getvalue() == b"a\\udc80b\n"
+
+
+ROOT = Path(console.__file__).resolve().parents[1]
+COMMANDS = [
+    "train.py --help", "transcribe.py --help", "-m audio_lottery verify results/imp-cnn-lstm-0",
+    "-m lab.report results/imp-cnn-lstm-0", "-m lab.plan --help", "-m bench --help", "train.py --plan",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_with_streams_that_are_not_there(command):
+    goes_on = command == "train.py --plan"
+    for redirect, codes in ((">&-", (2,)), ("> /dev/full", (2,)), ("| true", (0, 141)), ("<&- > /dev/null", (0,))):
+        line = f"{sys.executable} {command} {redirect}; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode in ((0, *codes) if goes_on else codes), (line, done.stderr)
+        assert done.stderr.count("\n") <= 1 and "Traceback" not in done.stderr, (line, done.stderr)
