@@ -285,9 +285,12 @@ def form_of(
     own: its pruned weights, by their names in it.
     """
     kind, tensors = type(module), [a[0].data if isinstance(a[0], PackedSequence) else a[0] for _, a in calls if a]
-    plain = getattr(module, "groups", 1) == 1 and getattr(module, "padding_mode", "zeros") == "zeros"
-    if kind not in FORMS or not plain or isinstance(getattr(module, "padding", 0), str) or "weight_hr_l0" in own:
-        return None, f"no sparse form of this {kind.__name__}"
+    if kind not in FORMS:
+        return None, f"no sparse form of {kind.__name__}"
+    options = {"groups": 1, "padding_mode": "zeros", "proj_size": 0}
+    other = [option for option, usual in options.items() if getattr(module, option, usual) != usual]
+    if other or isinstance(getattr(module, "padding", 0), str):
+        return None, f"no sparse form of {kind.__name__} with {other[0] if other else 'padding by name'}"
     if module._forward_hooks or module._forward_pre_hooks:
         return None, "it has hooks, as weight_norm is one, which only the layer itself runs"
     if len(own) != (2 * len(module.all_weights) if kind is nn.LSTM else 1):

@@ -350,14 +350,118 @@ def test_conv2d_refuses():
         (TypeError, "x must be float32, got Double", dict(x=torch.zeros(1, 2, 4, 4).double())),
         (ValueError, r"x must be \(batch, channels, height, width\), got \[2, 4, 4\]", dict(x=torch.zeros(2, 4, 4))),
         (ValueError, "columns must be below 4 for 4 inputs", dict(kernel=(2, 1))),
-        (ValueError, r"stride must be two numbers of at least 1, got \[1, 0\]", dict(stride=(1, 0))),
-        (ValueError, r"padding must be two numbers of at least 0, got \[1\]", dict(padding=(1,))),
+        (ValueError, r"stride must be two numbers of at least 1 and below 2\^31, got \[1, 0\]", dict(stride=(1, 0))),
+        (ValueError, r"padding must be two numbers of at least 0 and below 2\^31, got \[1\]", dict(padding=(1,))),
         (ValueError, "x must be at least as large as the kernel", dict(x=torch.zeros(1, 2, 4, 2))),
         (ValueError, r"bias must be \[16\], got \[15\]", dict(bias=torch.zeros(15))),
     ]
     for error, message, changes in wrong:
         with pytest.raises(error, match=message):
             call(**changes)
+
+
+CONVOLUTIONS = [sparse.sparse_conv2d, sparse.reference_sparse_conv2d]
+
+
+@pytest.mark.parametrize("conv2d", CONVOLUTIONS)
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # on meta the fake answers
+def test_conv2d_bounds_its_window(conv2d, device):
+    matrix, _ = random_matrix(16, 2 * 6, "4x1")
+    matrix = sparse.Matrix(*(t if t is None else t.to(device) for t in matrix))
+    x = torch.randn(1, 2, 4, 4, device=device)
+    window = {"kernel": [2, 3], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1]}
+    for name, place, number in itertools.product(
+        window, (0, 1), (1 << 31, 1 << 32, 1 << 62, (1 << 63) - 1, -1, -1 << 63)
+    ):
+        wrong = copy.deepcopy(window)
+        wrong[name][place] = number
+        with pytest.raises(ValueError, match=rf"{name} must be two numbers of at least . and below 2\^31, got \["):
+            conv2d(x, *matrix, None, 16, *wrong.values())
+    most = (1 << 31) - 1
+    for wrong in (
+        dict(dilation=[most, 1]), dict(dilation=[1, most]), dict(kernel=[2, most]), dict(kernel=[most, 2]),
+        dict(kernel=[most, most], dilation=[most, most]), dict(dilation=[most, most], padding=[1 << 29, 1 << 29]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"x must be at least as large as the kernel, got \["):
+            conv2d(x, *matrix, None, 16, *(window | wrong).values())
+    wide = torch.empty(0, 2, 4, 1 << 31, device=device)
+    with pytest.raises(ValueError, match=r"x must be below 2\^31 high and wide, got \["):
+        conv2d(wide, *matrix, None, 16, *window.values())
+
+
+@built
+def test_conv2d_of_as_wide_a_stride_as_can_be():
+    """One output in a row: its inputs lie as they would at any stride."""
+    most = (1 << 31) - 1
+    matrix, dense = random_matrix(18, 2 * 6, "4x1", remaining=0.5)
+    x = torch.randn(1, 2, 5, 7)
+    for window in (((most, most), (1, 2), (2, 1)), ((1, most), (0, 0), (1, 3)), ((most, 2), (0, 0), (3, 1))):
+        got = sparse.sparse_conv2d(x, *matrix, None, 18, (2, 3), *window)
+        want = F.conv2d(x, dense.view(18, 2, 2, 3), None, *window)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@built
+def test_conv2d_refuses_more_inputs_than_there_are_numbers():
+    matrix, _ = random_matrix(16, 2 * 6, "4x1")
+    most = (1 << 31) - 1
+    with pytest.raises(ValueError, match=r"channels \* kernel must be below 2\^63, got 3 channels and kernel \[21"):
+        sparse.sparse_conv2d(torch.empty(0, 3, 4, 4), *matrix, None, 16, (most, most), (1, 1), (most, most), (1, 1))
+    with pytest.raises(ValueError, match=r"outputs must be at least 0 and below 2\^31, got 9223372036854775807"):
+        sparse.sparse_linear(torch.randn(2, 12), *matrix, None, (1 << 63) - 1)
+
+
+def operators(implementation):
+    """Each sparse operator of an implementation, with arguments that it takes, by name."""
+    matrix, _ = random_matrix(32, 8, "8x1", "int8")
+    parts = matrix._asdict()
+    encoder_out, inputs, recurrent, projection, output, bias, most, _ = transducer_arguments("4x1", "float32")
+    image, _ = random_matrix(32, 8, "8x1", "int8")
+    window = {"kernel": (2, 2), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+    state = [torch.zeros(19), torch.zeros(21), torch.zeros(21)]
+    arguments = {
+        "sparse_linear": {"x": torch.randn(3, 8), **parts, "bias": torch.zeros(32), "outputs": 32},
+        "sparse_conv2d": {
+            "x": torch.randn(1, 2, 4, 4), **image._asdict(), "bias": torch.zeros(32), "outputs": 32, **window,
+        },
+        "sparse_lstm": {
+            "projections": torch.randn(2, 3, 32), **parts, "h0": torch.zeros(2, 8), "c0": torch.zeros(2, 8),
+            "lengths": torch.tensor([3, 2]), "reverse": False,
+        },
+        "sparse_transducer": {
+            "encoder_out": encoder_out, "inputs": inputs, "recurrent": recurrent, "projection": projection,
+            "output": output, "bias": bias, "max_symbols": most, "state": state,
+        },
+    }  # fmt: skip
+    prefix = "reference_" if implementation == "reference" else ""
+    return {name: (getattr(sparse, prefix + name), given) for name, given in arguments.items()}
+
+
+def elsewhere(value, place=None):
+    """On meta: a tensor, or one of a list of them (all, without a place)."""
+    if isinstance(value, list):
+        return [t.to("meta") if place in (None, i) else t for i, t in enumerate(value)]
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("implementation", ["compiled", "reference"])
+@pytest.mark.parametrize("name", ["sparse_linear", "sparse_conv2d", "sparse_lstm", "sparse_transducer"])
+def test_devices_are_not_mixed(name, implementation):
+    """A meta tensor among others answered with memory that nobody had written."""
+    op, arguments = operators(implementation)[name]
+    op(*arguments.values())
+    tensors = [n for n, v in arguments.items() if isinstance(v, torch.Tensor | list)]
+    for moved in tensors:
+        for place in range(len(arguments[moved])) if isinstance(arguments[moved], list) else (None,):
+            mixed = arguments | {moved: elsewhere(arguments[moved], place)}
+            other = moved if moved != tensors[0] else ".*"
+            with pytest.raises(
+                ValueError, match=rf"^{other} must be on the device of {tensors[0]}, got (meta|cpu) and"
+            ):
+                op(*mixed.values())
+    if implementation == "compiled" and lottery.ops.compiled and name != "sparse_transducer":
+        out = op(*(elsewhere(value) for value in arguments.values()))  # all of it there is a shape to be known
+        assert (out[0] if isinstance(out, tuple) else out).device.type == "meta"
 
 
 @built
@@ -428,7 +532,7 @@ def test_compressed_models_say_the_same(backbone, monkeypatch):
         assert [row.name for row in rows] == list(masks)
         dense = {row.name: row.why for row in rows if row.layout != layout}
         if backbone == "conformer":
-            assert dense == {f"blocks.{i}.depthwise.weight": "no sparse form of this Conv1d" for i in range(4)}
+            assert dense == {f"blocks.{i}.depthwise.weight": "no sparse form of Conv1d with groups" for i in range(4)}
         else:
             assert dense == ({"ctc_output.weight": "run does not reach it"} if backbone == "rnnt" else {})
         got = outputs(compressed, features, lengths)
@@ -639,7 +743,7 @@ def test_compress_measures_and_says_why():
         ("0.weight", (2048, 512), 120), ("1.weight", (16, 2048), 120)
     ]  # fmt: skip
     assert rows[1].layout.startswith("dense") and rows[1].remaining == 1  # nothing to leave out
-    assert rows[2].why == rows[3].why == "no sparse form of this GRU"
+    assert rows[2].why == rows[3].why == "no sparse form of GRU"
     if lottery.ops.compiled:
         assert isinstance(compressed[0], sparse.Product) and rows[0].bytes < 4 * 2048 * 512 / 8
 
@@ -683,10 +787,14 @@ def test_what_stays_dense():
             "not of torch.bfloat16 on cpu",
         ),
         (nn.Sequential(nn.Linear(2, 2)).double(), torch.randn(1, 2).double(), "not of torch.float64 on cpu"),
-        (nn.Sequential(nn.Conv1d(2, 2, 3, groups=2)), torch.randn(1, 2, 9), "no sparse form of this Conv1d"),
-        (nn.Sequential(nn.Conv1d(2, 2, 3, padding="same")), torch.randn(1, 2, 9), "no sparse form of this Conv1d"),
-        (nn.Sequential(nn.ConvTranspose1d(2, 2, 3)), torch.randn(1, 2, 9), "no sparse form of this ConvTranspose1d"),
-        (nn.Sequential(nn.LSTM(2, 2, proj_size=1)), torch.randn(3, 1, 2), "no sparse form of this LSTM"),
+        (nn.Sequential(nn.Conv1d(2, 2, 3, groups=2)), torch.randn(1, 2, 9), "no sparse form of Conv1d with groups"),
+        (
+            nn.Sequential(nn.Conv1d(2, 2, 3, padding="same")),
+            torch.randn(1, 2, 9),
+            "no sparse form of Conv1d with padding by name",
+        ),
+        (nn.Sequential(nn.ConvTranspose1d(2, 2, 3)), torch.randn(1, 2, 9), "no sparse form of ConvTranspose1d"),
+        (nn.Sequential(nn.LSTM(2, 2, proj_size=1)), torch.randn(3, 1, 2), "no sparse form of LSTM with proj_size"),
     ):
         masks = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in lottery.prunable(model).items()}
         compressed, rows = compression.compress(model.eval(), masks, lambda m: m(x))  # noqa: B023

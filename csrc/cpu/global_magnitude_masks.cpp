@@ -181,6 +181,9 @@ void count_best(const Key* weight, const uint8_t* mask, int64_t n, const Bounds<
 }
 
 #ifdef AUDIO_LOTTERY_AVX512
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 means its own header, which leaves vectors undefined
+
 // scan for float32 with comparisons into mask registers and compressing stores: half the time of what compilers make.
 AUDIO_LOTTERY_AVX512 void scan_avx512(const uint32_t* weight, const uint8_t* mask, uint8_t* out, int64_t n,
                                       uint32_t low, uint32_t high, Counts& counts, Found<uint32_t>& found,
@@ -268,6 +271,7 @@ void count_best(const uint32_t* weight, const uint8_t* mask, int64_t n, const Bo
   static const bool available = has_avx512();
   (available ? count_avx512 : static_cast<decltype(&count_avx512)>(count))(weight, mask, n, bounds, at_least, largest);
 }
+#pragma GCC diagnostic pop
 #endif
 
 template <typename Chunks, typename Function>

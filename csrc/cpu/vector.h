@@ -13,11 +13,7 @@
 
 // Code written for AVX-512 by hand, to be called where has_avx512() is true.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(AUDIO_LOTTERY_BASELINE)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's own header: its undefined vectors are meant to be
-#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
-#pragma GCC diagnostic pop
 #define AUDIO_LOTTERY_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,popcnt")))
 inline bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
