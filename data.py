@@ -33,6 +33,20 @@ BLANK = "<blank>"  # token 0, of CTC and of the transducer
 SPACE = "▁"  # sentencepiece's: what a BPE piece at the start of a word starts with
 
 
+# Each kind of random draw by its name: the third number of its seed, behind the run's seed and an epoch, round or 0.
+ORDER, DROPOUT, NOISE, TEST_NOISE, INITIAL_WEIGHTS, MASKS = range(6)
+
+
+def draws(seed: int, number: int, stream: int, *more: int) -> np.random.Generator:
+    """The generator of one kind of draw. A seed's trailing 0 changes nothing: ORDER is that of [seed, number]."""
+    return np.random.default_rng([seed, number, stream, *more])
+
+
+def torch_seed(seed: int, number: int, stream: int, *more: int) -> int:
+    """What a generator of torch's is seeded with for one kind of draw."""
+    return int(draws(seed, number, stream, *more).integers(2**63))
+
+
 class DataError(ValueError):
     """Something is wrong with a file of the user's; the message names it."""
 
@@ -459,7 +473,7 @@ class Epoch(torch.utils.data.Dataset):
     ):  # fmt: skip
         self.examples, self.process, self.processes = examples, process, processes
         self.mix = mix and functools.partial(mix, seed=seed, epoch=epoch)
-        rng = np.random.default_rng([seed, epoch])
+        rng = draws(seed, epoch, ORDER)
         # Jittered by up to 10 % before sorting: similar lengths meet, the same utterances do not always.
         lengths = np.array([example.frames for example in examples]) * rng.uniform(0.9, 1.1, len(examples))
         order = np.argsort(lengths, kind="stable")

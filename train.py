@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jiwer
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -198,8 +197,7 @@ def train_epoch(
     """Train from batch `at.batch` of epoch `number` to its end: the step that holds the ticket."""
     model, recipe = ticket.model, setting.args.recipe
     if at.batch == 0:  # else the generator stands where the checkpoint left it
-        seeds = [setting.args.seed, number, 1] + [processes.index()] * (processes.index() > 0)
-        torch.manual_seed(int(np.random.default_rng(seeds).integers(2**63)))  # dropout
+        torch.manual_seed(data.torch_seed(setting.args.seed, number, data.DROPOUT, processes.index()))
     model.train()
     epoch = setting.epoch(corpus.train, number, recipe.augment)
     batches = epoch.batches(at.batch, setting.args.workers)

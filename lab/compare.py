@@ -11,6 +11,7 @@ import lottery
 import models
 from audio_lottery import ledger
 from lab import plan
+from lab.controls import FOLLOWING
 
 
 class Run(NamedTuple):
@@ -230,7 +231,7 @@ def give_names(methods: list[Method]) -> None:
                 words.append("ticket" + (f" of {source}" if source != method.data else ""))
             for key in keys:
                 value = method.get(key)
-                if value != plain.get(key) and (with_hashes or not key.endswith("sha256")):
+                if value != plain.get(key) and (with_hashes or not (key.endswith("sha256") or key in FOLLOWING)):
                     between = {"block": "x", "snr": ":", "seconds": ":"}.get(key, ",")
                     words.append(f"{key} {between.join(map(str, value)) if isinstance(value, list) else value}")
             method.name = ", ".join(words) or "global magnitude"
@@ -249,7 +250,7 @@ def rivals(methods: list[Method]) -> list[tuple[Method, Method]]:
     """
     pairs = []
     for a, b in itertools.permutations(methods, 2):
-        keys = (a.settings.keys() | b.settings.keys()) - {"ticket"}
+        keys = (a.settings.keys() | b.settings.keys()) - {"ticket", *FOLLOWING}
         different = {key for key in keys if a.get(key) != b.get(key)}
         fits = a.get("ticket") == b.get("ticket")
         if different == {"control"}:  # the control of a retrained ticket, or of a search's

@@ -13,10 +13,10 @@ data order:
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
+import data
 import lottery
 import models
 from audio_lottery import files, ledger
@@ -24,6 +24,8 @@ from audio_lottery import files, ledger
 CONTROLS = ("random-mask", "random-mask-matched", "random-init", "dense-small")
 RANDOM = ("random-mask", "random-mask-matched")  # which keep weights that the ticket does not
 PATHS = ("data", "noise", "lm", "init")  # flags of a run that name files
+# Words of a configuration that say how a control or a rewinding is done, where it was once done otherwise.
+FOLLOWING = ("mask_draws",)
 WIDTHS = {  # the sizes that dense-small scales
     "cnn-lstm": ("channels", "hidden"),
     "rnnt": ("channels", "hidden", "predictor", "joiner"),
@@ -150,7 +152,7 @@ def random_masks(masks: lottery.Masks, renewed: list[str], pruning: lottery.Prun
 
     The order is drawn once from the seed, so that the masks of fewer are subsets. `renewed` layers stay as they are.
     """
-    generator = torch.Generator().manual_seed(int(np.random.default_rng([seed, 3]).integers(2**63)))
+    generator = torch.Generator().manual_seed(data.torch_seed(seed, 0, data.MASKS))
     units = {name: pruning.units(mask).cpu() for name, mask in masks.items()}
     order = {name: torch.rand(unit.shape, dtype=torch.float64, generator=generator) for name, unit in units.items()}
     drawn = [name for name in masks if name not in renewed]
@@ -166,7 +168,7 @@ def random_masks(masks: lottery.Masks, renewed: list[str], pruning: lottery.Prun
 
 def fresh(backbone: str, sizes: dict, tokens: int, seed: int, number: int, device) -> nn.Module:
     """A new draw of the initial weights, for round `number`."""
-    torch.manual_seed(int(np.random.default_rng([seed, number, 4]).integers(2**63)))
+    torch.manual_seed(data.torch_seed(seed, number, data.INITIAL_WEIGHTS))
     return models.BACKBONES[backbone](tokens, **sizes).to(device)
 
 

@@ -243,7 +243,8 @@ def rows_there(out: Path, config: dict, flags: tuple[str, ...]) -> list[dict]:
         old = dict(json.loads((out / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         raise lottery.LotteryError(f"--out {out}: the folder is not empty and holds no run: choose another") from None
-    for key, value in config.items():
+    for key in {**config, **old}:
+        value = config.get(key)
         if key != "machine" and old.get(key) != value:
             hashes = {"data_sha256": "--data, by its hash", "lm_sha256": "--lm, by its hash"}
             hashes["noise_sha256"] = "--noise, by its hash"

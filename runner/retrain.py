@@ -51,7 +51,8 @@ def read(run: Path, number: int) -> Recorded:
 def prepare(there: Recorded) -> tuple[settings.Setting, lottery.Ticket]:
     """The round's setting and its ticket, rewound and ready. Raises LotteryError if a setting is another one now."""
     setting, args = settings.prepare(there.args), there.args
-    for key, value in setting.config.items():
+    for key in {**setting.config, **there.config}:
+        value = setting.config.get(key)
         if key != "machine" and there.config.get(key) != value:
             raise lottery.LotteryError(f"{there.run}: {key} is {value} now, {there.config.get(key)} in the run")
     if args.source:

@@ -107,6 +107,7 @@ def prepare(args: argparse.Namespace) -> Setting:
     config |= {"init_sha256": lottery.sha256(model.state_dict())} if args.init else {}
     noise = Noise(args.noise, args.snr, args.test_snr or ()) if args.noise else None
     config |= {"noise_sha256": noise.sha256} if noise else {}
+    config |= ways(args)
     dense = dense_of(args, config)
     config |= {"dense": ledger.row_hash(dense)} if dense else {}
     ticket = lottery.Ticket(model, pruning=args.pruning)
@@ -118,6 +119,15 @@ def prepare(args: argparse.Namespace) -> Setting:
     transcriber_of = functools.partial(decode.transcriber, tokens=tokens, lm=args.lm, words=words, **options)
     rounds = args.rounds or list(range(len(counts)))
     return Setting(args, config, utterances, tokens, model, transcriber_of, rounds, cache, dense, noise)
+
+
+def ways(args: argparse.Namespace) -> dict[str, str]:
+    """A word for each way of this run that once was another, so that runs of then neither go on here nor merge."""
+    words = {
+        "noise_draws": "by utterance" if args.test_snr else "",  # once another recording and place at each SNR
+        "mask_draws": "named" if args.control in controls.RANDOM else "",  # once those of epoch 3's order
+    }
+    return {key: word for key, word in words.items() if word}
 
 
 def read_corpus(args: argparse.Namespace) -> dict[str, list[data.Utterance]]:
@@ -167,7 +177,7 @@ def dense_of(args: argparse.Namespace, config: dict) -> dict | None:
         run = args.dense
         there, rows = ledger.read_run(run)
         settings, row = ledger.settings_of(there), rows[0] if rows else None
-    ignored = {"machine", "margin", "ticket_sha256", "dense", *flags.NOT_OF_DENSE}
+    ignored = {"machine", "margin", "ticket_sha256", "dense", *flags.NOT_OF_DENSE, *controls.FOLLOWING}
     keys = sorted((config.keys() | settings.keys()) - ignored)
     other = [key for key in keys if config.get(key) != settings.get(key)]
     if row and not other:

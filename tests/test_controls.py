@@ -101,6 +101,7 @@ def test_controls_train_what_they_say(source, tmp_path):
         assert (config["seed"], config["epochs"], config["backbone"]) == (5, 1, "cnn-lstm")  # the source's
         dense, found[control] = ledger.read_ledger(out / "ledger.jsonl")
         assert dense["trained_sha256"] == rows[0]["trained_sha256"] and found[control]["round"] == 2
+        assert config.get("mask_draws") == ("named" if control in controls.RANDOM else None)
         assert found[control]["source_mask_sha256"] == rows[2]["mask_sha256"]
     uniform, matched, init, small = (found[control] for control in controls.CONTROLS)
     assert uniform["kept"] == matched["kept"] == init["kept"] == rows[2]["kept"]

@@ -411,3 +411,20 @@ def test_lengths_by_header_are_never_above_what_is_decoded(tmp_path):
             utterance = data.Utterance(tmp_path / name, "a")
             frames = len(data.features_of(utterance, "log-mel")[0])
             assert 0 <= frames - cache.length(utterance)[0] <= 30, name
+
+
+# ---------------------------------------------------------------------------- draws
+
+
+def test_streams_of_draws_have_names_of_their_own():
+    streams = (data.ORDER, data.DROPOUT, data.NOISE, data.TEST_NOISE, data.INITIAL_WEIGHTS, data.MASKS)
+    assert len({data.torch_seed(seed, n, s) for seed in range(4) for n in range(4) for s in streams}) == 4 * 4 * 6
+
+
+def test_draws_of_a_training_are_what_they_were():
+    """Old runs are trained again with these: order [seed, epoch], dropout [seed, epoch, 1], noise [.., 2, index]."""
+    assert data.draws(3, 7, data.ORDER).random() == np.random.default_rng([3, 7]).random()
+    before = [int(np.random.default_rng(seed).integers(2**63)) for seed in ([3, 7, 1], [3, 7, 1, 2], [3, 7, 4])]
+    now = [data.torch_seed(3, 7, data.DROPOUT, process) for process in (0, 2)]
+    assert [*now, data.torch_seed(3, 7, data.INITIAL_WEIGHTS)] == before
+    assert data.draws(3, 7, data.NOISE, 5).random() == np.random.default_rng([3, 7, 2, 5]).random()
