@@ -25,7 +25,7 @@ class Run(NamedTuple):
 
 
 CONFIG = {"backbone", "size", "seed", "sparsity", "prune_rate", "margin", "data_sha256", "machine"}
-ROW = {"round", "remaining", "remaining_all", "kept_per_layer", "mask_sha256", "valid_wer"}
+ROW = {"round", "total", "remaining", "remaining_all", "kept_per_layer", "mask_sha256", "valid_wer"}
 ROW |= {"test_wer", "test_cer", "test_errors", "test_words"}
 
 
@@ -169,7 +169,7 @@ class Method:
 
 def step(row: dict, config: dict) -> tuple[int, float]:
     """What makes rounds of two seeds the same: the number and, of a last round that is cut short, the sparsity."""
-    total, rate = 10**9, config["prune_rate"]
+    total, rate = row.get("total_blocks", row["total"]), config["prune_rate"]
     counts = lottery.kept_counts(total, config["sparsity"], rate)
     cut = row["round"] == len(counts) - 1 and counts[-1] != lottery.kept_after(total, row["round"], rate)
     return row["round"], config["sparsity"] if cut else 0.0
