@@ -123,7 +123,7 @@ EXPLAINED = (
     "Against dense: verdict and 95 % interval of WER(ticket) - WER(dense), paired bootstrap over test utterances, "
     "seeds pooled: the interval is of these seeds; how seeds vary, the standard deviation (±) tells. No correction for "
     "testing many tickets. `remaining` is of the prunable weights, `of all` of all parameters. Multiply-adds: products "
-    f"with weights in the forward pass of the loss, {plan.TOKENS_A_SECOND} tokens a second; of the ticket, zeros are "
+    f"with weights as speech is recognised, {plan.TOKENS_A_SECOND} tokens a second; of the ticket, zeros are "
     "skipped."
 )
 MERGED = ["test set", "method", "round", "remaining", "of all", "seeds", "valid WER", "test WER", "test CER"]

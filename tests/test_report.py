@@ -266,9 +266,13 @@ def test_multiply_adds_by_hand():
         "output.weight": 50 * 61 * 29 * 5,  # the joiner's lattice
         "ctc_output.weight": 100 * 29 * 3,
     }
-    assert plan.multiply_adds("rnnt", sizes) == sum(dense.values()) / 4 == 658_728 / 4
+    assert plan.multiply_adds("rnnt", sizes, of="loss") == sum(dense.values()) / 4 == 658_728 / 4
     kept = dict.fromkeys(dense, 0)
-    assert plan.multiply_adds("rnnt", sizes, kept | {"output.weight": 7}) == 50 * 61 * 7 / 4
+    assert plan.multiply_adds("rnnt", sizes, kept | {"output.weight": 7}, "loss") == 50 * 61 * 7 / 4
+    # As it recognises: a blank a frame and 60 tokens are 110 steps of the joiner, and the CTC output stands still.
+    greedy = dense | {"output.weight": 110 * 29 * 5, "ctc_output.weight": 0}
+    assert plan.multiply_adds("rnnt", sizes) == sum(greedy.values()) / 4 == 223_728 / 4
+    assert plan.multiply_adds("rnnt", sizes, kept | {"output.weight": 7}) == 110 * 7 / 4
     assert plan.multiply_adds("rnnt", sizes, kept | {"encoder.0.weight_hh_l0": 10, "subsample.weight": 1}) == 1100 / 4
     with pytest.raises(lottery.LotteryError, match=r"rnnt has the prunable layers subsample\.weight, .*, not other"):
         plan.multiply_adds("rnnt", sizes, {"other": 1})

@@ -252,7 +252,7 @@ def test_corpus_says_what_it_leaves_out(tmp_path, capsys):
 
 def test_plan_trains_nothing(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.plan, "multiply_adds", lambda backbone: 2e9)
+    monkeypatch.setattr(train.plan, "multiply_adds", lambda backbone, of: 2e9 if of == "loss" else 0)
     assert train.main(["--plan"]) == 0
     said = capsys.readouterr().out
     # 0.8 ** 7 = 0.21: dense and 7 rounds, 16 epochs, 960 h; 3 * 2e9 * 3600 s each; 2 * 2.65e18 / 20e12 / 3600 h
