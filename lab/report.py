@@ -128,6 +128,7 @@ EXPLAINED = (
 )
 MERGED = ["test set", "method", "round", "remaining", "of all", "seeds", "valid WER", "test WER", "test CER"]
 MERGED += ["test WER less dense's", "against dense", "multiply-adds a second: dense, ticket", "layers without a weight"]
+MERGED += ["narrower network"]
 
 
 def spread(values: list[float], sign: str = "") -> str:
@@ -148,7 +149,17 @@ def merged_cells(method: Method, point: Point, test: str) -> list[str]:
         *(spread(point.values(key, test)) for key in ("test_wer", "test_cer")),
         *([spread(point.differences("test_wer", test), "+"), str(point.verdict(test))] if point.round else ["-", "-"]),
         f"{whole / 1e6:.1f} M, {skipped / 1e6:.1f} M ({skipped / whole:.1%})", ", ".join(point.empty_layers()),
+        narrower(point),
     ]  # fmt: skip
+
+
+def narrower(point: Point) -> str:
+    """Widths, heads and parameters of a dense network of other sizes than the method's."""
+    row = point.rows[0]
+    words = {"width": "wide", "inner": "wide inside", "hidden": "hidden", "heads": "heads", "channels": "channels"}
+    words |= {"predictor": "in the predictor", "joiner": "in the joiner", "first_channels": "channels first"}
+    told = [f"{row['sizes'][key]} {word}" for key, word in words.items() if key in row.get("sizes", {})]
+    return ", ".join(told + ([f"{row['parameters']:,} parameters"] if "parameters" in row else []))
 
 
 def told(point: Point | None) -> str:

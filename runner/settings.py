@@ -125,6 +125,7 @@ def ways(args: argparse.Namespace) -> dict[str, str]:
     """A word for each way of this run that once was another, so that runs of then neither go on here nor merge."""
     words = {
         "noise_draws": "by utterance" if args.test_snr else "",  # once another recording and place at each SNR
+        "small": "keeps heads" if args.control == "dense-small" else "",  # once of fewer heads
         "mask_draws": "named" if args.control in controls.RANDOM else "",  # once those of epoch 3's order
     }
     return {key: word for key, word in words.items() if word}
