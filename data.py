@@ -301,10 +301,17 @@ def log1p_stft(waveform: Tensor) -> Tensor:
 
 _TRANSFORMS: dict[str, torch.nn.Module] = {}  # built once: the filter banks cost more than an utterance
 FEATURES = {"log-mel": log_mel, "log1p-stft": log1p_stft}
+ONE_MEAN = ("log1p-stft",)  # which the official code normalises by one mean and one deviation for all bins
 
 
-def normalize(features: Tensor) -> Tensor:
-    """(T, F) to zero mean and unit variance over the utterance, one mean and one variance a bin."""
+def normalize(features: Tensor, one_mean: bool = False) -> Tensor:
+    """(T, F) to zero mean and unit variance over the utterance.
+
+    One mean and one variance a bin; with one_mean, one of each for all bins, the variance with T F - 1 below it, as in
+    the paper's CNN-LSTM.
+    """
+    if one_mean:
+        return (features - features.mean()) / features.std().clamp(min=1e-3)
     return (features - features.mean(0)) / features.std(0, correction=0).clamp(min=1e-3)
 
 
@@ -358,7 +365,7 @@ def features_of(
     """
     if waveform is None:
         waveform = load_audio(utterance.audio, utterance.offset, utterance.duration)
-    features = normalize(FEATURES[kind](mix(waveform) if mix else waveform))
+    features = normalize(FEATURES[kind](mix(waveform) if mix else waveform), kind in ONE_MEAN)
     if not features.isfinite().all():
         raise DataError(f"{utterance.audio}: its samples are too large (features are not finite; full scale is 1)")
     return features, len(waveform) / SAMPLE_RATE

@@ -185,6 +185,8 @@ class Recogniser:
         self.model, self.ticket = load(args.ticket)
         self.backbone, self.tokens = self.ticket.info["backbone"], self.ticket.info["tokens"]
         self.frame = self.model.stride * data.FRAME_SECONDS
+        # Tickets of before say nothing of it, and have a mean a bin.
+        self.one_mean = self.model.features in data.ONE_MEAN and "normalization" in self.ticket.info
         self.seconds = 0.0  # of the network
         self.reading = 0.0  # seconds to decode audio and make features of it
         self.ready, self.moments = False, None
@@ -212,8 +214,8 @@ class Recogniser:
         features = data.FEATURES[self.model.features](waveform)
         running = self.args.normalize == "running"
         if running:
-            return finite(streaming.Running(self.moments).push(features, last=True), path)
-        return finite(data.normalize(features), path)
+            return finite(streaming.Running(self.moments, self.one_mean).push(features, last=True), path)
+        return finite(data.normalize(features, self.one_mean), path)
 
     def recognise(self, features: list[Tensor]) -> list[list[Emission]]:
         """What is in each of some (T, F)."""

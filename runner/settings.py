@@ -107,7 +107,7 @@ def prepare(args: argparse.Namespace) -> Setting:
     config |= {"init_sha256": lottery.sha256(model.state_dict())} if args.init else {}
     noise = Noise(args.noise, args.snr, args.test_snr or ()) if args.noise else None
     config |= {"noise_sha256": noise.sha256} if noise else {}
-    config |= ways(args)
+    config |= ways(args, model)
     dense = dense_of(args, config)
     config |= {"dense": ledger.row_hash(dense)} if dense else {}
     ticket = lottery.Ticket(model, pruning=args.pruning)
@@ -121,11 +121,12 @@ def prepare(args: argparse.Namespace) -> Setting:
     return Setting(args, config, utterances, tokens, model, transcriber_of, rounds, cache, dense, noise)
 
 
-def ways(args: argparse.Namespace) -> dict[str, str]:
+def ways(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, str]:
     """A word for each way of this run that once was another, so that runs of then neither go on here nor merge."""
     words = {
         "noise_draws": "by utterance" if args.test_snr else "",  # once another recording and place at each SNR
         "small": "keeps heads" if args.control == "dense-small" else "",  # once of fewer heads
+        "normalization": "one mean" if model.features in data.ONE_MEAN else "",  # once a mean a bin
         "mask_draws": "named" if args.control in controls.RANDOM else "",  # once those of epoch 3's order
     }
     return {key: word for key, word in words.items() if word}
