@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import data
 import lottery
+import models
 from audio_lottery import files, ledger
 from audio_lottery.console import fail
 from lab import plan, report
@@ -42,6 +43,7 @@ from runner.folder import (
     rows_there,
     scalars_to,
 )
+from runner.recipes import RECIPES
 from runner.settings import Setting
 
 # ---------------------------------------------------------------------------- recognise and score
@@ -183,12 +185,16 @@ def train_round(
 
 
 def optimizer_of(model: torch.nn.Module, recipe, ends: list[int]):
-    """AdamW and its schedule of the learning rate. ends: steps after which each epoch ends."""
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, recipe.betas, weight_decay=recipe.weight_decay)
+    """Adam or AdamW, and its schedule of the learning rate. ends: steps after which each epoch ends."""
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[recipe.optimizer]
+    optimizer = kind(model.parameters(), recipe.lr, recipe.betas, recipe.eps, recipe.weight_decay)
     if recipe.schedule == "one-cycle":
         return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=ends[-1])
-    anneal = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.1 ** -bisect.bisect_right(ends, step))
-    return optimizer, anneal
+    factors = {  # of lr, by the steps that are done
+        "anneal": lambda done: recipe.anneal ** -bisect.bisect_right(ends, done),
+        "transformer": lambda done: min((done + 1) / recipe.warmup, (recipe.warmup / (done + 1)) ** 0.5),
+    }
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factors[recipe.schedule])
 
 
 def train_epoch(
@@ -463,7 +469,8 @@ def train_again(run: Path, number: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = flags.parse(argv)
     if args.plan:
-        print(f"{plan.table(args.recipe.epochs, args.prune_rate)}\n\n{plan.explained(args.recipe.epochs)}")
+        epochs = {backbone: args.epochs or RECIPES[backbone, "paper"].epochs for backbone in models.BACKBONES}
+        print(f"{plan.table(epochs, args.prune_rate)}\n\n{plan.explained()}")
         return 0
     processes.start(args.device)
     with contextlib.ExitStack() as stack:

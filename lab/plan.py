@@ -98,17 +98,17 @@ def markdown(columns: list[str], rows: list[list[str]], right: int = 0) -> list[
     return [f"| {' | '.join(texts)} |" for texts in (columns, rule, *rows)]
 
 
-def table(epochs: int, prune_rate: float) -> str:
-    """Markdown: what one search costs at each of SPARSITIES."""
-    columns = ["backbone", "multiply-adds of the loss, a second of speech", "training speech", *(f"{s:.1%}" for s in SPARSITIES)]
+def table(epochs: dict[str, int], prune_rate: float) -> str:
+    """Markdown: what one search costs at each of SPARSITIES; epochs: of a training, by backbone."""
+    columns = ["backbone", "epochs", "multiply-adds of the loss, a second of speech", "training speech", *(f"{s:.1%}" for s in SPARSITIES)]
     rows = []
     for backbone in models.BACKBONES:
         forward, weights = multiply_adds(backbone, of="loss"), weights_of(backbone)
         for corpus, hours in HOURS.items():
-            row = [backbone, f"{forward / 1e9:.2f} G", f"{corpus}, {hours} h"]
+            row = [backbone, str(epochs[backbone]), f"{forward / 1e9:.2f} G", f"{corpus}, {hours} h"]
             for sparsity in SPARSITIES:
                 trainings = len(lottery.kept_counts(weights, sparsity, prune_rate))
-                audio = trainings * epochs * hours
+                audio = trainings * epochs[backbone] * hours
                 total = 3 * forward * 3600 * audio  # backward() takes two products for each of the forward pass
                 gpu_hours = 2 * total / (TERAFLOPS * 1e12) / 3600
                 row.append(f"{trainings} trainings, {audio:,} h of audio, {total:.1e}, {gpu_hours:,.0f} GPU h")
@@ -116,9 +116,9 @@ def table(epochs: int, prune_rate: float) -> str:
     return "\n".join(markdown(columns, rows))
 
 
-def explained(epochs: int) -> str:
+def explained() -> str:
     return (
-        f"Paper size, {epochs} epochs a training, by target sparsity. Multiply-adds: of the loss, which is "
+        "Paper size, by target sparsity; epochs: of a training. Multiply-adds: of the loss, which is "
         "what training computes (recognising takes fewer with rnnt: python -m lab.plan TICKET); in the totals products "
         f"with weights of forward and backward pass (3 times the forward pass), characters as tokens, {TOKENS_A_SECOND} "
         f"a second. GPU hours: at {TERAFLOPS} TFLOP/s sustained, an assumption, not a measurement; a pruned weight is multiplied all the "

@@ -19,7 +19,7 @@ import models
 from audio_lottery.console import Parser
 from lab import controls, corpora, decode
 from runner import processes
-from runner.recipes import RECIPES
+from runner.recipes import NAMED, OF_SIZE, RECIPES
 
 HERE = Path(__file__).resolve().parent.parent  # the repository
 NONE = Path("none")  # as --lm, --noise and --init: without, where --ticket's run has it
@@ -87,7 +87,7 @@ IN_CONFIG = ("always", "recipe", "changed")
 
 @dataclass(frozen=True)
 class Flag:
-    name: str  # in the configuration; on the command line --name, with - for _
+    name: str  # in the configuration; on the command line --name, with - for _, or what is `spelled`
     group: str  # of --help
     # Where its value stands in config.json, and so whether it is part of the run's identity. "always": by its name;
     # "recipe": as the field of the recipe that it changes; "changed": by its name, if it is not the default (or
@@ -108,10 +108,11 @@ class Flag:
     part_of: str = ""  # the flag without which it means nothing
     masks: bool = False  # says how masks are made, so that --ticket's run fixes it
     with_ticket: bool = False  # goes with --ticket only
+    spelled: str = ""
 
     @property
     def option(self) -> str:
-        return f"--{self.name.replace('_', '-')}"
+        return self.spelled or f"--{self.name.replace('_', '-')}"
 
     @property
     def range(self) -> str:
@@ -137,7 +138,9 @@ TABLE = (
     Flag("backbone", TRAIN, "always", tuple(models.BACKBONES), default="rnnt",
          help="kind of network: a CNN-LSTM or a Conformer trained with CTC, or a transducer (rnnt)"),
     Flag("size", TRAIN, "always", ("demo", "wide", "wider", "paper"), default="demo",
-         help="size of the network and its recipe; wide and wider are demo with 2 and 3 times the widths"),
+         help="size of the network; wide and wider are demo with 2 and 3 times the widths"),
+    Flag("recipe_name", TRAIN, "changed", NAMED, otherwise="the size's: paper or demo", spelled="--recipe",
+         help="how it is trained: for a quarter of an hour of speech, for AN4, or as in the paper"),
     Flag("epochs", TRAIN, "recipe", int, least=1, metavar="N", help="passes over the training speech in each round"),
     Flag("batch_size", TRAIN, "recipe", int, least=1, metavar="N", help="utterances in a batch"),
     Flag("batch_seconds", TRAIN, "recipe", float, otherwise="none", least=1, metavar="S",
@@ -145,6 +148,8 @@ TABLE = (
     Flag("accumulate", TRAIN, "recipe", int, least=1, metavar="N",
          help="batches whose gradients make one optimizer step"),
     Flag("lr", TRAIN, "recipe", float, rule="above 0", metavar="RATE", help="highest learning rate"),
+    Flag("anneal", TRAIN, "recipe", float, rule="at least 1", otherwise="1.1", metavar="RATE",
+         help="what the learning rate is divided by after each epoch, in the paper's recipe of cnn-lstm and rnnt"),
     Flag("seconds", TRAIN, "recipe", low_high, rule="0 <= LO < HI", between=":", metavar="LO:HI",
          help="train only on utterances between LO and HI seconds long"),
     Flag("amp", TRAIN, "recipe", bool, otherwise="no",
@@ -176,7 +181,8 @@ TABLE = (
     Flag("test_sets", DATA, "always", str, otherwise="its test sets", count="+", metavar="SET",
          help="sets of --corpus to test on, each by itself, e.g. test-clean"),
     Flag("download", DATA, "no", bool, help="fetch what of LibriSpeech or TED-LIUM is not in --data"),
-    Flag("tokens", DATA, "always", str, default="chars", metavar="chars|bpe:N",
+    Flag("tokens", DATA, "always", str, otherwise="chars; in the paper's recipe of conformer bpe:256", absent="chars",
+         metavar="chars|bpe:N",
          help="what texts are spelled with: characters, or N pieces of words that sentencepiece finds"),
 
     Flag("sparsity", PRUNE, "always", float, default=0.9, rule="at least 0, below 1", metavar="SHARE", masks=True,
@@ -259,7 +265,7 @@ def parser() -> Parser:
     )  # fmt: skip
     groups = {title: p.add_argument_group(title) for title in (TRAIN, DATA, PRUNE, TEST, MACHINE)}
     for flag in TABLE:
-        options = {"help": described(flag)}
+        options = {"help": described(flag), "dest": flag.name}
         if flag.value is bool:  # what --ticket's run may have needs a --no- as well
             options["action"] = argparse.BooleanOptionalAction if flag.taken_over else "store_true"
         else:
@@ -284,9 +290,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args = parse_with_source(p, args, argv)
     args.data = "demo" if args.data is None else args.data
     args.lm, args.noise, args.init = (None if path == NONE else path for path in (args.lm, args.noise, args.init))
-    args.recipe = RECIPES[args.backbone, "paper" if args.plan else args.size]
+    of_size = "paper" if args.plan else OF_SIZE[args.size]
+    args.recipe = RECIPES[args.backbone, args.recipe_name or of_size]
+    args.recipe_name = None if args.recipe_name == of_size else args.recipe_name  # the size's is the default
     chosen = {flag.name: getattr(args, flag.name) for flag in TABLE if flag.identity == "recipe"}
     args.recipe = dataclasses.replace(args.recipe, **{key: v for key, v in chosen.items() if v is not None})
+    args.tokens = args.tokens or args.recipe.tokens
     check_values(p, args)
     check_pruning(p, args)
     check_ticket(p, args)
@@ -309,7 +318,7 @@ def parse_with_source(p: Parser, alone: argparse.Namespace, argv: list[str] | No
     args = p.parse_args(argv, argparse.Namespace(source=source))
     if args.corpus != source.settings.get("corpus"):  # whose sets are no other's
         args.train_sets, args.valid_sets, args.test_sets = alone.train_sets, alone.valid_sets, alone.test_sets
-    if (args.backbone, args.size) not in RECIPES:
+    if args.backbone not in models.BACKBONES or args.size not in OF_SIZE:
         p.error(f"--ticket {args.ticket}: there is no backbone {args.backbone} of {args.size} size")
     if args.data is None:
         p.error(f"--ticket {args.ticket}: a ticket file does not say what it was trained on: give --data")
@@ -350,6 +359,10 @@ def check_values(p: Parser, args: argparse.Namespace) -> None:
         if flag.least is not None and value is not None and not flag.least <= value < flag.below:
             p.error(f"{flag.option} must be {flag.range}{' and below 2^31' * (flag.below == 2**31)}, got {value}")
     check_decoding(p, args)
+    if args.anneal is not None and args.recipe.schedule != "anneal":
+        p.error(f"--anneal goes with the schedule anneal, and this recipe has {args.recipe.schedule}")
+    if not 1 <= args.recipe.anneal < math.inf:
+        p.error(f"--anneal must be at least 1, got {args.recipe.anneal}")
     if not 0 < args.recipe.lr < math.inf:
         p.error(f"--lr must be above 0, got {args.recipe.lr}")
     try:
@@ -473,7 +486,7 @@ def configuration(args: argparse.Namespace) -> dict:
     """Everything that decides the result, as JSON: config.json."""
     config = {flag.name: getattr(args, flag.name) for flag in TABLE if flag.identity == "always"}
     config["lm_sha256"] = args.lm and hashlib.sha256(args.lm.read_bytes()).hexdigest()
-    config |= dataclasses.asdict(args.recipe) | {"processes": processes.count()}
+    config |= args.recipe.told() | {"processes": processes.count()}
     for flag in TABLE:
         value = getattr(args, flag.name)
         if flag.identity == "changed" and value != flag.when_absent:

@@ -6,6 +6,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,6 +44,8 @@ def refused(capsys, *argv) -> str:
         (["--batch-size", "-3"], "--batch-size must be at least 1"),
         (["--lr", "inf"], "--lr must be above 0, got inf"),
         (["--lr", "0"], "--lr must be above 0, got 0.0"),
+        (["--size", "paper", "--anneal", "0.9"], "--anneal must be at least 1, got 0.9"),
+        (["--anneal", "1.2"], "--anneal goes with the schedule anneal, and this recipe has one-cycle"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--rewind-step", "-1"], "--rewind-step must be at least 0"),
         (["--margin", "nan"], "--margin must be at least 0"),
@@ -113,12 +116,37 @@ def test_no_cuda(capsys, tmp_path):
     assert "torch finds no CUDA device" in refused(capsys, "--device", "cuda", "--out", tmp_path / "run")
 
 
-def test_paper_recipe():
-    for backbone in models.BACKBONES:
-        recipe = flags.parse(["--size", "paper", "--backbone", backbone]).recipe
+def test_paper_recipes():
+    """The official configurations (../shared/paper.md has no RNN-T's: ours is the CNN-LSTM's)."""
+    def of(backbone, *more):
+        return flags.parse(["--size", "paper", "--backbone", backbone, *more])
+
+    for backbone in ("cnn-lstm", "rnnt"):
+        args = of(backbone)
+        recipe = args.recipe
         assert (recipe.lr, recipe.betas, recipe.weight_decay, recipe.clip) == (3e-4, (0.9, 0.999), 1e-5, 400)
-        assert (recipe.batch_size, recipe.epochs, recipe.schedule) == (32, 16, "anneal")
-        assert recipe.seconds == (1, 15)
+        assert (recipe.batch_size, recipe.epochs, recipe.schedule, recipe.anneal) == (32, 16, "anneal", 1.1)
+        assert (recipe.optimizer, args.tokens, recipe.augment) == ("adamw", "chars", data.SpecAugment(1, 27, 1, 70))
+        assert "anneal" not in flags.configuration(args)
+        assert flags.configuration(of(backbone, "--anneal", "1.01"))["anneal"] == 1.01
+    args = of("conformer")
+    recipe = args.recipe
+    assert (recipe.optimizer, recipe.betas, recipe.eps, recipe.weight_decay) == ("adam", (0.9, 0.98), 1e-9, 1e-6)
+    assert (recipe.epochs, recipe.batch_size, recipe.accumulate, recipe.clip) == (200, 16, 16, 5)
+    assert args.tokens == "bpe:256" and of("conformer", "--tokens", "chars").tokens == "chars"
+    places = recipe.augment.draw((1000, 80), np.random.default_rng(0))
+    assert len(places) == 12 and all(place[0].stop - place[0].start <= 50 for place in places[2:])
+    optimizer, schedule = train.optimizer_of(torch.nn.Linear(1, 1), recipe, [20_000])
+    assert type(optimizer) is torch.optim.Adam
+    for step in (1, 100, 10_000, 20_000, 90_000):  # K / sqrt(width) * min(step ** -0.5, step * warmup ** -1.5)
+        expected = 2 * 512**-0.5 * min(step**-0.5, step * 10_000**-1.5)
+        assert schedule.lr_lambdas[0](step - 1) * recipe.lr == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_learning_rate_anneals_after_each_epoch():
+    recipe = flags.parse(["--size", "paper", "--backbone", "rnnt", "--anneal", "2"]).recipe
+    _, schedule = train.optimizer_of(torch.nn.Linear(1, 1), recipe, [3, 5])
+    assert [schedule.lr_lambdas[0](step) for step in range(6)] == [1, 1, 1, 0.5, 0.5, 0.25]
 
 
 def test_score_counts_by_hand():
@@ -256,7 +284,9 @@ def test_plan_trains_nothing(capsys, monkeypatch, tmp_path):
     assert train.main(["--plan"]) == 0
     said = capsys.readouterr().out
     # 0.8 ** 7 = 0.21: dense and 7 rounds, 16 epochs, 960 h; 3 * 2e9 * 3600 s each; 2 * 2.65e18 / 20e12 / 3600 h
-    assert "| rnnt | 2.00 G | LibriSpeech, 960 h | 8 trainings, 122,880 h of audio, 2.7e+18, 74 GPU h |" in said
+    assert "| rnnt | 16 | 2.00 G | LibriSpeech, 960 h | 8 trainings, 122,880 h of audio, 2.7e+18, 74 GPU h |" in said
+    # the Conformer's recipe has 200 epochs, 12.5 times as many
+    assert "| conformer | 200 | 2.00 G | LibriSpeech, 960 h | 8 trainings, 1,536,000 h of audio, 3.3e+19, 922 GPU" in said
     assert "an assumption, not a measurement" in said and not list(tmp_path.iterdir())
 
 
