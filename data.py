@@ -114,11 +114,14 @@ def manifest_rows(content: bytes, name: str) -> Iterator[tuple[str, dict]]:
         raise DataError(f"{name}: the manifest is empty")
 
 
-def read_corpus(folder: Path) -> dict[str, list[Utterance]]:
-    """{"train": [...], "valid": [...], "test": [...]}."""
+SPLITS = ("train", "valid", "test")
+
+
+def read_corpus(folder: Path, splits: tuple[str, ...] = SPLITS) -> dict[str, list[Utterance]]:
+    """{"train": [...], "valid": [...], "test": [...]}, or only these splits of it."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder (--data wants one with train.jsonl, valid.jsonl and test.jsonl)")
-    return {split: read_manifest(folder / f"{split}.jsonl") for split in ("train", "valid", "test")}
+    return {split: read_manifest(folder / f"{split}.jsonl") for split in splits}
 
 
 def audio_files(corpus: dict[str, list[Utterance]]) -> list[Path]:

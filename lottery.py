@@ -403,6 +403,11 @@ class Ticket:
         self.rewind_state: State | None = copy_state(model) if rewind_step == 0 else None
 
     @property
+    def first_step(self) -> int:
+        """The step of the recipe at which this round starts: rewind_step, but 0 in round 0 (Frankle et al. 2020)."""
+        return self.rewind_step if self.round else 0
+
+    @property
     def kept(self) -> int:
         return sum(int(mask.sum()) for mask in self.masks.values())
 
@@ -443,7 +448,13 @@ class Ticket:
         for name, weight in self.weights.items():  # I3
             if not torch.equal(weight.detach(), self.rewind_state[name].masked_fill(~self.masks[name], 0)):
                 raise LotteryError(f"{name}: the rewound weights are not theta_k * mask")
-        self.steps, self.start_sha256 = 0, sha256(self.model.state_dict())
+        self.steps, self.start_sha256 = self.first_step, sha256(self.model.state_dict())
+
+    def go_on(self) -> None:
+        """In place of rewind(): the weights stay where they are, under the masks."""
+        self.model.zero_grad(set_to_none=True)
+        self.hold()
+        self.steps, self.start_sha256 = self.first_step, sha256(self.model.state_dict())
 
     def check(self) -> None:
         """Raise LotteryError unless every pruned weight is exactly 0 (I4)."""
@@ -472,14 +483,17 @@ def find_ticket(
     prune_rate: float = 0.2,
     rewind_step: int = 0,
     pruning: Pruning = BY_MAGNITUDE,
+    rewind: bool = True,
     resume: Callable[[Ticket], str] | None = None,
 ) -> Iterator[Found]:
     """Iterative magnitude pruning with rewinding, Algorithm 1. Yields a Found a round, the dense round 0 first.
 
-    train(ticket): trains ticket.model in place, with a fresh optimizer, schedule and data order, calling ticket.hold()
-        and ticket.stepped() as Ticket says. It leaves the last epoch's weights, which are what is pruned, and
+    train(ticket): trains ticket.model in place with a fresh optimizer, calling ticket.hold() and ticket.stepped() as
+        Ticket says. Schedule, data order and all draws start at the recipe's step ticket.first_step, so that a ticket
+        and the dense network have had as many steps. It leaves the last epoch's weights, which are what is pruned, and
         returns the state to evaluate (that of the best epoch on validation data, say) or None for the last.
     evaluate(model): what to add to the round's row. It is called once a round.
+    rewind: False lets the weights go on from round to round, the rival of step 4 (Renda et al. 2020).
     resume(ticket): goes on in the middle of a round: sets ticket.round, masks, threshold, start_sha256, steps and
         rewind_state and the model's weights to what they were, and returns the hash of the masks of the round before.
     """
@@ -493,7 +507,7 @@ def find_ticket(
         if index != ticket.round:
             ticket.round = index
             ticket.prune(keep)
-            ticket.rewind()
+            ticket.rewind() if rewind else ticket.go_on()
         trained = train(ticket)
         last, row = finish(ticket, trained)
         yield Found(ticket, {**row, "parent_sha256": parent, **evaluate(model)})

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
-from audio_lottery.files import load_masks, load_ticket, read_sealed
+from audio_lottery.files import load_masks, load_ticket, read_sealed, write_atomically
 from lottery import LotteryError, Masks, Pruning, Verdict, kept_counts, sha256, verdict
 
+GO_ON = ("finetune", "lr-rewind")  # controls that search, whose weights go on from round to round
+KINDS = ("substitutions", "deletions", "insertions")
 TIMING = ("seconds", "waited", "resumed", "timing_sha256")
 
 
@@ -142,6 +144,59 @@ def append_row(path: Path | None, rows: list[dict], row: dict, config: dict) -> 
     rows.append(row)
 
 
+# ---------------------------------------------------------------------------- texts
+
+
+def read_texts(path: Path) -> list[dict]:
+    """The lines of test.jsonl, [] if it is not there: of every round, test set and utterance what was recognised."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def save_texts(path: Path, number: int, texts: list[dict]) -> None:
+    """Put the texts of a round's tests into test.jsonl, in place of what is there of that round; the file is whole."""
+    if texts:
+        rows = [row for row in read_texts(path) if row["round"] != number] + [{"round": number, **t} for t in texts]
+        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def edits(reference: list[str], hypothesis: list[str]) -> int:
+    """The fewest substitutions, deletions and insertions of words that make one of the other (Levenshtein)."""
+    costs = list(range(len(hypothesis) + 1))
+    for i, word in enumerate(reference, 1):
+        before, costs[0] = costs[0], i
+        for j, other in enumerate(hypothesis, 1):
+            before, costs[j] = costs[j], min(costs[j] + 1, costs[j - 1] + 1, before + (word != other))
+    return costs[-1]
+
+
+def _verify_texts(found: dict) -> None:
+    """Rows of before, and a round 0 of another run, have no texts here."""
+    by_round: dict[int, list[dict]] = {}
+    for text in read_texts(found["run"] / "test.jsonl"):
+        by_round.setdefault(text.pop("round"), []).append(text)
+    for row in found["rows"]:
+        if "texts_sha256" not in row or ("dense" in found["settings"] and row["round"] == 0):
+            continue
+        where, texts = f"round {row['round']}: ", by_round.get(row["round"], [])
+        _expect(hash_json(texts) == row["texts_sha256"], where + "other texts in test.jsonl than the ledger's")
+        tests: dict[str, list[dict]] = {}
+        for text in texts:
+            tests.setdefault(text["test"], []).append(text)
+        stated = [row, *row.get("other_tests", {}).values()]
+        _expect(len(tests) == len(stated), where + "test.jsonl has other test sets than the ledger")
+        for (name, lines), counts in zip(tests.items(), stated):
+            errors = [line["substitutions"] + line["deletions"] + line["insertions"] for line in lines]
+            _expect(errors == counts["test_errors"], where + f"{name}: test.jsonl has other errors than the ledger")
+            for line in lines:
+                reference, hypothesis = line["reference"].split(), line["hypothesis"].split()
+                right = edits(reference, hypothesis), len(hypothesis) - len(reference)
+                told = sum(line[k] for k in KINDS), line["insertions"] - line["deletions"]
+                _expect(right == told, where + f"{name}, utterance {line['id']}: its counts are not its texts'")
+            words = [len(line["reference"].split()) for line in lines]
+            _expect(words == counts["test_words"], where + f"{name}: test.jsonl has other words than the ledger")
+
+
 # ---------------------------------------------------------------------------- verify
 
 
@@ -158,6 +213,7 @@ def verify(run: Path) -> list[tuple[str, str]]:
         ("rates, verdicts and shares follow from the counts beside them", _verify_rows),
         ("masks are nested and exact, and every round starts at theta_k * mask", _verify_masks),
         ("the ticket is the last round's, and its pruned weights are exactly 0", _verify_ticket),
+        ("the texts of the tests give the ledger's counts", _verify_texts),
     ):
         try:
             function(found)
@@ -203,10 +259,15 @@ def _verify_rows(found: dict) -> None:
         else:
             _expect(row["config_sha256"] == hash_json(settings), where + "config_sha256 is not the configuration's")
         if "valid_wers" in row:  # ledgers of before do not have it
-            epochs = len(row["valid_wers"]), len(row["losses"])
-            _expect(epochs == (settings["epochs"],) * 2, where + "not as many epochs as configured")
-            best, stated = best_epoch(row["valid_wers"]), (row["valid_wer"], row["best_epoch"])
+            before = row.get("epochs_before", 0)
+            epochs = before + len(row["valid_wers"]), before + len(row["losses"])
+            _expect(epochs == (row.get("epochs", settings["epochs"]),) * 2, where + "not as many epochs as configured")
+            wer, epoch = best_epoch(row["valid_wers"])
+            best, stated = (wer, before + epoch), (row["valid_wer"], row["best_epoch"])
             _expect(stated == best, where + f"the best valid WER and its epoch are {best}, not {stated}")
+        if settings.get("test") is False:
+            _expect(not any(key.startswith("test_") for key in row), where + "tested, where --no-test says not to")
+            continue
         others, dense_others = row.get("other_tests", {}), dense.get("other_tests", {})
         _expect(list(others) == list(dense_others), where + "other test sets than round 0's")
         for test, dense_test in zip([row, *others.values()], [dense, *dense_others.values()]):
@@ -248,6 +309,9 @@ def _verify_masks(found: dict) -> None:
         hashes = sha256(masks), sha256(parent)
         _expect(hashes == (row["mask_sha256"], row["parent_sha256"]), where + "other hashes than the ledger's")
         _expect(sha256(theta) == row["rewind_sha256"], where + "rewind.safetensors is not its rewind state")
+        if row["round"] and found["settings"].get("control") in GO_ON:  # from weights that no file holds
+            parent = masks
+            continue
         start = {n: v.masked_fill(~masks[n], 0) if n in masks else v for n, v in theta.items()}
         if row["round"] or found["settings"]["rewind_step"] == 0:  # else round 0 started before theta_k
             _expect(sha256(start) == row["start_sha256"], where + "does not start at theta_k * mask")

@@ -32,6 +32,8 @@ ROW |= {"test_wer", "test_cer", "test_errors", "test_words"}
 def load(path: Path) -> Run:
     """The finished rounds of a run folder. Raises LotteryError unless they are one chain from the settings on."""
     config, rows = ledger.read_run(path)
+    if config.get("test") is False:
+        raise lottery.LotteryError(f"{path}: trained with --no-test: it has nothing to compare on a test")
     missing = (CONFIG - config.keys()).union(*(ROW - row.keys() for row in rows))
     if not isinstance(config.get("machine"), dict) or not isinstance(config["machine"].get("data"), str):
         missing |= {"data"}

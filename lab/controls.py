@@ -7,10 +7,10 @@ data order:
     random-mask            as many weights (or blocks), anywhere
     random-mask-matched    as many in each layer, anywhere in it: only which weights differs
     random-init            its masks on a new draw of the initial weights, another one each round
+    a rival                see lab/rivals.py
     dense-small            no mask: a narrower network, as deep, with as many heads and within 1 % as many parameters
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,13 @@ import data
 import lottery
 import models
 from audio_lottery import files, ledger
+from lab import rivals
 
 CONTROLS = ("random-mask", "random-mask-matched", "random-init", "dense-small")
 RANDOM = ("random-mask", "random-mask-matched")  # which keep weights that the ticket does not
 PATHS = ("data", "noise", "lm", "init")  # flags of a run that name files
 # Words of a configuration that say how a control or a rewinding is done, where it was once done otherwise.
-FOLLOWING = ("mask_draws", "small")
+FOLLOWING = ("mask_draws", "small", "late_rewinding")
 # Sizes of a narrower network: the first is tried near its share of the whole, the others then fill up, in this order.
 WIDTHS = {
     "cnn-lstm": ("channels", "hidden", "first_channels"),
@@ -81,7 +82,7 @@ def read_source(path: Path) -> Source:
             masks = {number: file.masks} if kept < total else {}
             return Source(path, settings, tokens, masks, file.rewind, file.trained, {})
         (config, rows), masks = ledger.read_run(path), {}
-        if "rounds" in config:
+        if "rounds" in config or "control" in config:
             raise lottery.LotteryError(f"{path}: it searched for no ticket, but trained another run's: name that run")
         for row in rows[1:]:
             masks[row["round"]] = files.load_masks(path / "masks" / f"{row['round']:02d}.safetensors")
@@ -248,12 +249,17 @@ def ticket_of_round(
         about["parameters"] = sum(p.numel() for p in ticket.model.parameters())
         about["remaining_all"] = about["parameters"] / everything
         return ticket, about, []
+    if control in rivals.TRAININGS:
+        keep = sum(int(pruning.units(mask).sum()) for mask in masks.values())
+        return rivals.ticket_of(control, model, pruning, keep, number), about, []
     if control in RANDOM:
         masks = random_masks(masks, renewed, pruning, seed, control == "random-mask-matched")
     if control == "random-init":
         sizes = models.BACKBONES[backbone].SIZES[size]
         start = lottery.copy_state(fresh(backbone, sizes, len(tokens), seed, number, device))
-    ticket = lottery.Ticket(model, pruning=pruning)
+    # From theta_k it has as many steps before it as the dense network; other starts have none, and train from step 0.
+    late = control != "random-init" and weights == "rewind"
+    ticket = lottery.Ticket(model, source.settings["rewind_step"] if late else 0, pruning)
     ticket.round, ticket.masks, ticket.rewind_state = number, masks, start
     ticket.rewind()
     return ticket, about, renewed

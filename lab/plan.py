@@ -100,7 +100,13 @@ def markdown(columns: list[str], rows: list[list[str]], right: int = 0) -> list[
 
 def table(epochs: dict[str, int], prune_rate: float) -> str:
     """Markdown: what one search costs at each of SPARSITIES; epochs: of a training, by backbone."""
-    columns = ["backbone", "epochs", "multiply-adds of the loss, a second of speech", "training speech", *(f"{s:.1%}" for s in SPARSITIES)]
+    columns = [
+        "backbone",
+        "epochs",
+        "multiply-adds of the loss, a second of speech",
+        "training speech",
+        *(f"{s:.1%}" for s in SPARSITIES),
+    ]
     rows = []
     for backbone in models.BACKBONES:
         forward, weights = multiply_adds(backbone, of="loss"), weights_of(backbone)
@@ -118,11 +124,11 @@ def table(epochs: dict[str, int], prune_rate: float) -> str:
 
 def explained() -> str:
     return (
-        "Paper size, by target sparsity; epochs: of a training. Multiply-adds: of the loss, which is "
-        "what training computes (recognising takes fewer with rnnt: python -m lab.plan TICKET); in the totals products "
-        f"with weights of forward and backward pass (3 times the forward pass), characters as tokens, {TOKENS_A_SECOND} "
-        f"a second. GPU hours: at {TERAFLOPS} TFLOP/s sustained, an assumption, not a measurement; a pruned weight is multiplied all the "
-        "same in training."
+        "Paper size, by target sparsity; epochs: of a training. Multiply-adds: of the loss, which is what training "
+        "computes (recognising takes fewer with rnnt: python -m lab.plan TICKET); in the totals products with weights "
+        "of forward and backward pass (3 times the forward pass), characters as tokens, "
+        f"{TOKENS_A_SECOND} a second. GPU hours: at {TERAFLOPS} TFLOP/s sustained, an assumption, not a measurement; a "
+        "pruned weight is multiplied all the same in training."
     )
 
 

@@ -29,8 +29,8 @@ COLUMNS = ["round", "remaining", "of all", "valid WER", "test WER", "test CER", 
 def cells(row: dict) -> list[str]:
     """A ledger row under COLUMNS."""
     shares = [f"{row[key]:.1%}" for key in ("remaining", "remaining_all")]
-    rates = [f"{row[key]:.3f}" for key in ("valid_wer", "test_wer", "test_cer")]
-    against = str(lottery.Verdict(row["verdict"], *row["interval"])) if row["round"] else "-"
+    rates = [f"{row[key]:.3f}" if key in row else "-" for key in ("valid_wer", "test_wer", "test_cer")]
+    against = str(lottery.Verdict(row["verdict"], *row["interval"])) if "verdict" in row else "-"
     return [str(row["round"]), *shares, *rates, f"{row['seconds']:.0f}", against]
 
 
@@ -44,6 +44,8 @@ def markdown_table(ledger: list[dict]) -> list[str]:
 
 def summary(config: dict, ledger: list[dict]) -> list[str]:
     """The dense model, the sparsest ticket that is not behind it, the best one, and what the last one multiplies."""
+    if config.get("test") is False:
+        return ["trained with --no-test: valid WER alone, and nothing that a ticket could be told by"]
     ((method,),) = merge([Run(config, ledger)]).values()
     dense, tickets = ledger[0], method.tickets()
     lines = [f"dense: test WER {dense['test_wer']:.3f}, CER {dense['test_cer']:.3f}"]
@@ -74,6 +76,9 @@ def summary(config: dict, ledger: list[dict]) -> list[str]:
 
 def write_report(out: Path, config: dict, ledger: list[dict]) -> None:
     """report.md and report.png of one run."""
+    if config.get("test") is False:
+        write_report_without_test(out, config, ledger)
+        return
     utterances = len(ledger[0]["test_words"])
     explained = (
         f"Against dense: 95 % interval of WER(ticket) - WER(dense), paired bootstrap over {utterances} test "
@@ -91,6 +96,22 @@ def write_report(out: Path, config: dict, ledger: list[dict]) -> None:
     files.write_atomically(out / "report.md", "\n".join(lines).encode())
     ((title, methods),) = merge([Run(config, ledger)]).items()
     draw(out / "report.png", f"{title}, seed {config['seed']}", methods)
+
+
+def write_report_without_test(out: Path, config: dict, ledger: list[dict]) -> None:
+    """report.md and report.png of a run with --no-test: valid WER by round."""
+    from matplotlib.figure import Figure
+
+    lines = [f"# {config['backbone']} on {config['machine']['data']}, seed {config['seed']}", ""]
+    lines += [*summary(config, ledger), "", *markdown_table(ledger), "", "![valid WER](report.png)", ""]
+    lines += ["```json", json.dumps(config, indent=2), "```", ""]
+    figure = Figure(figsize=(5.5, 4.2), layout="constrained")
+    ax = figure.subplots()
+    ax.plot([100 * row["remaining"] for row in ledger], [row["valid_wer"] for row in ledger], "o-", markersize=4)
+    ax.set(xscale="log", xlabel="remaining prunable weights, %", ylabel="valid WER")
+    ax.invert_xaxis()
+    save(out / "report.png", figure)
+    files.write_atomically(out / "report.md", "\n".join(lines).encode())
 
 
 # ---------------------------------------------------------------------------- many runs: tables
@@ -128,7 +149,7 @@ EXPLAINED = (
 )
 MERGED = ["test set", "method", "round", "remaining", "of all", "seeds", "valid WER", "test WER", "test CER"]
 MERGED += ["test WER less dense's", "against dense", "multiply-adds a second: dense, ticket", "layers without a weight"]
-MERGED += ["narrower network"]
+MERGED += ["narrower network", "steps, all that led to it"]
 
 
 def spread(values: list[float], sign: str = "") -> str:
@@ -149,7 +170,7 @@ def merged_cells(method: Method, point: Point, test: str) -> list[str]:
         *(spread(point.values(key, test)) for key in ("test_wer", "test_cer")),
         *([spread(point.differences("test_wer", test), "+"), str(point.verdict(test))] if point.round else ["-", "-"]),
         f"{whole / 1e6:.1f} M, {skipped / 1e6:.1f} M ({skipped / whole:.1%})", ", ".join(point.empty_layers()),
-        narrower(point),
+        narrower(point), f"{point.rows[0]['steps_in_all']:,}" if "steps_in_all" in point.rows[0] else "",
     ]  # fmt: skip
 
 

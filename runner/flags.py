@@ -17,7 +17,7 @@ import torch
 import lottery
 import models
 from audio_lottery.console import Parser
-from lab import controls, corpora, decode
+from lab import controls, corpora, decode, rivals
 from runner import processes
 from runner.recipes import NAMED, OF_SIZE, RECIPES
 
@@ -164,8 +164,8 @@ TABLE = (
          help="with --ticket, the rounds to train, besides round 0, which always is"),
     Flag("ticket_weights", TRAIN, "changed", ("rewind", "trained"), default="rewind", with_ticket=True,
          help="with --ticket, the weights to start from: those it rewinds to, or its trained ones"),
-    Flag("control", TRAIN, "changed", controls.CONTROLS, otherwise="none", with_ticket=True,
-         help="with --ticket, train this control in its place, with all else the same"),
+    Flag("control", TRAIN, "changed", (*controls.CONTROLS, *rivals.RIVALS), otherwise="none", with_ticket=True,
+         help="with --ticket, train this control or rival in its place, with all else the same"),
     Flag("dense", TRAIN, "machine", Path, otherwise="--ticket's, if its settings are the same", metavar="RUN",
          with_ticket=True, help="with --ticket, take round 0 from this run"),
     Flag("plan", TRAIN, "no", bool, help="train nothing: print what a search costs at paper size"),
@@ -198,6 +198,8 @@ TABLE = (
     Flag("min_remaining", PRUNE, "changed", float, default=0.0, rule="at least 0, below 1", metavar="SHARE",
          masks=True, help="share of its weights that every layer keeps at least"),
 
+    Flag("test", TEST, "changed", bool, default=True, otherwise="yes",
+         help="test each round; without, train and validate and never touch the test, as for tuning a recipe"),
     Flag("margin", TEST, "always", float, default=0.01, least=0, metavar="WER",
          help="word error rate (WER) that a matching ticket may lose"),
     Flag("beam", TEST, "always", int, otherwise=f"1, with --lm {decode.BEAM}", least=1, metavar="N", part_of="lm",
@@ -268,6 +270,7 @@ def parser() -> Parser:
         options = {"help": described(flag), "dest": flag.name}
         if flag.value is bool:  # what --ticket's run may have needs a --no- as well
             options["action"] = argparse.BooleanOptionalAction if flag.taken_over else "store_true"
+            options |= {"default": flag.default} if flag.taken_over else {}
         else:
             reads = {"choices": flag.value} if isinstance(flag.value, tuple) else {"type": flag.value}
             options |= {"default": flag.default, "metavar": flag.metavar, "nargs": flag.count} | reads
@@ -303,6 +306,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.cache = args.cache if args.cache in ("memory", "none") else Path(args.cache)
     args.data = HERE / "demo" if args.data == "demo" else Path(args.data)
     args.out = args.out or default_out(args)
+    if args.control in rivals.SEARCHES:  # the source has given its settings, and nothing else is taken from it
+        args.source = args.rounds = None
     if args.threads:
         torch.set_num_threads(args.threads)
     return args
@@ -375,6 +380,8 @@ def check_values(p: Parser, args: argparse.Namespace) -> None:
         p.error(f"--corpus {args.corpus} wants --data DIR, the folder with the unpacked corpus")
     if args.batch_seconds and args.batch_size:
         p.error("--batch-size and --batch-seconds: only one of them can say how large a batch is")
+    if args.test_snr and not args.test:
+        p.error("--test-snr and --no-test: without a test there is no noise in it")
     if args.noise and args.snr is None and args.test_snr is None:
         p.error("--noise needs --snr LO:HI (training), --test-snr A,B,... (test) or both")
     if not args.noise and not (args.snr is None and args.test_snr is None):
@@ -419,6 +426,8 @@ def check_ticket(p: Parser, args: argparse.Namespace) -> None:
     if not there:
         p.error(f"--ticket {args.ticket}: it has no ticket: nothing in it is pruned yet")
     last = {max(there)} if args.ticket_weights == "trained" else set(there)  # trained weights are kept of one round
+    if args.control in rivals.SEARCHES and (args.rounds or args.dense):
+        p.error(f"--control {args.control} searches, from round 0 to the last: no --rounds and no --dense")
     args.rounds = sorted({0, *(args.rounds or last)})
     missing = set(args.rounds) - last - {0}
     if args.rounds == [0]:

@@ -55,6 +55,7 @@ class Progress:
 
     epoch: int = 0
     batch: int = 0  # of the epoch, done
+    before: int = 0  # epochs that do not count: they end before the round starts, or while its masks still change
     loss: float = 0.0  # summed over the epoch's utterances so far, of all processes
     losses: list[float] = dataclasses.field(default_factory=list)  # of each epoch: the mean over its utterances
     valid_wers: list[float] = dataclasses.field(default_factory=list)  # behind each epoch

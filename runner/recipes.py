@@ -1,7 +1,10 @@
 """How each network is trained if no flag says otherwise: the paper's recipes, and ours for small corpora."""
 
+import bisect
 import dataclasses
 from dataclasses import dataclass
+
+import torch
 
 from data import SpecAugment
 
@@ -12,8 +15,8 @@ class Recipe:
     batch_size: int
     lr: float
     # "one-cycle": the learning rate rises to lr and falls to 0 over all steps, beta1 falls from 0.95 to 0.85 and rises
-    # again (Smith & Topin 2019, torch's defaults); "anneal": lr / anneal after each epoch; "transformer": it rises evenly
-    # to lr over `warmup` steps and falls with the root of the steps (Vaswani et al. 2017); "constant": lr
+    # again (Smith & Topin 2019, torch's defaults); "anneal": lr / anneal after each epoch; "transformer": it rises
+    # evenly to lr over `warmup` steps and falls with the root of the steps (Vaswani et al. 2017); "constant": lr
     schedule: str
     clip: float  # of the gradient's norm
     seconds: tuple[float, float]  # shortest and longest utterance that is trained on; all are evaluated
@@ -29,16 +32,17 @@ class Recipe:
     optimizer: str = "adamw"  # or "adam", whose weight decay is part of the gradient
     eps: float = 1e-8  # of the optimizer
     tokens: str = "chars"  # if --tokens does not say
+    stretch: float = 1  # how many times as long its schedule takes (lab/rivals.py)
 
     def told(self) -> dict:
-        """The fields for a configuration."""
-        later = ("anneal", "warmup", "optimizer", "eps", "tokens")
+        """The fields for a configuration; tokens have an entry of their own there, and a stretch is of a round."""
+        later = ("anneal", "warmup", "optimizer", "eps", "tokens", "stretch")
         plain = {field.name: field.default for field in dataclasses.fields(self) if field.name in later}
-        told = {key: value for key, value in dataclasses.asdict(self).items() if key not in plain or value != plain[key]}
-        return {key: value for key, value in told.items() if key != "tokens"}  # they have an entry of their own
+        told = {key: v for key, v in dataclasses.asdict(self).items() if key not in plain or v != plain[key]}
+        return {key: value for key, value in told.items() if key not in ("tokens", "stretch")}
 
 
-# The paper's, its time warping left out. The Transducer's was not published: it has the CNN-LSTM's, and that is our choice.
+# The paper's, its time warping left out. The Transducer's was not published: that it has the CNN-LSTM's is our choice.
 PAPER = Recipe(16, 32, 3e-4, "anneal", 400.0, (1.0, 15.0), SpecAugment(1, 27, 1, 70))
 PEAK = 2 * (512 * 10_000) ** -0.5  # K / sqrt(width * warm-up steps), of the transformer schedule
 PAPER_CONFORMER = Recipe(
@@ -60,3 +64,23 @@ RECIPES = {
 RECIPES |= {(b, "an4"): dataclasses.replace(RECIPES[b, "demo"], epochs=40) for b in ("cnn-lstm", "rnnt", "conformer")}
 NAMED = ("demo", "an4", "paper")
 OF_SIZE = {"demo": "demo", "wide": "demo", "wider": "demo", "paper": "paper"}  # if --recipe does not say
+
+
+def optimizer_of(model: torch.nn.Module, recipe, ends: list[int]):
+    """Adam or AdamW, and its schedule of the learning rate. ends: steps after which each epoch ends."""
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[recipe.optimizer]
+    optimizer = kind(model.parameters(), recipe.lr, recipe.betas, recipe.eps, recipe.weight_decay)
+    if recipe.schedule == "one-cycle":
+        return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=ends[-1])
+    factors = {  # of lr, by the steps that are done
+        "anneal": lambda done: recipe.anneal ** -(bisect.bisect_right(ends, done) // recipe.stretch),
+        "transformer": lambda done: min(ratio := (done + 1) / recipe.stretch / recipe.warmup, ratio**-0.5),
+        "constant": lambda done: 1.0,
+    }
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factors[recipe.schedule])
+
+
+def epoch_and_batch(ends: list[int], step: int, recipe) -> tuple[int, int]:
+    """Where a step of the recipe is: its epoch, from 0, and the batches of it that are done. ends: of the epochs."""
+    epoch = bisect.bisect_right(ends, step)
+    return epoch, (step - (ends[epoch - 1] if epoch else 0)) * recipe.accumulate

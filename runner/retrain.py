@@ -9,6 +9,7 @@ import torch
 
 import lottery
 from audio_lottery import files, ledger
+from lab import controls, rivals
 from runner import flags, settings
 from runner.folder import Progress
 
@@ -53,12 +54,16 @@ def prepare(there: Recorded) -> tuple[settings.Setting, lottery.Ticket]:
     setting, args = settings.prepare(there.args), there.args
     for key in {**setting.config, **there.config}:
         value = setting.config.get(key)
-        if key != "machine" and there.config.get(key) != value:
+        once = not there.number and key in controls.FOLLOWING  # which says nothing of round 0
+        if key != "machine" and not once and there.config.get(key) != value:
             raise lottery.LotteryError(f"{there.run}: {key} is {value} now, {there.config.get(key)} in the run")
     if args.source:
         setting, ticket, _ = settings.ticket_of(setting, there.number)
         return setting, ticket
     ticket = lottery.Ticket(setting.model, args.rewind_step, args.pruning)
+    if there.number and args.control in rivals.SEARCHES:
+        why = f"--control {args.control} starts it from the last weights of the round before, which no file holds"
+        raise lottery.LotteryError(f"{there.run}: round {there.number} cannot be trained again: {why}")
     if there.number:
         ticket.round = there.number
         state, _ = files.read_sealed(there.run / "rewind.safetensors", "rewind state")

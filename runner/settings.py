@@ -1,6 +1,7 @@
 """What a run is, before anything is trained: corpus, network, tokens, noise, another run's tickets, configuration."""
 
 import argparse
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -18,7 +19,7 @@ import data
 import lottery
 import models
 from audio_lottery import files, ledger
-from lab import controls, corpora, decode
+from lab import controls, corpora, decode, rivals
 from lab.noise import Noise
 from runner import flags, processes
 from runner.cache import Cache
@@ -32,6 +33,7 @@ def code_sha256() -> str:
     names = (
         "lottery", "models", "data", "train", "audio_lottery/files", "audio_lottery/ledger", "runner/flags",
         "runner/recipes", "runner/settings", "runner/folder", "runner/cache", "runner/processes", "lab/controls",
+        "lab/rivals",
         "lab/corpora", "lab/decode", "lab/noise",
     )  # fmt: skip
     sources = [HERE / f"{name}.py" for name in names] + sorted((HERE / "csrc").rglob("*.*"))
@@ -127,20 +129,22 @@ def ways(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, str]:
         "noise_draws": "by utterance" if args.test_snr else "",  # once another recording and place at each SNR
         "small": "keeps heads" if args.control == "dense-small" else "",  # once of fewer heads
         "normalization": "one mean" if model.features in data.ONE_MEAN else "",  # once a mean a bin
+        "late_rewinding": "equal steps" if args.rewind_step else "",  # once from step 0, with k steps more than dense
         "mask_draws": "named" if args.control in controls.RANDOM else "",  # once those of epoch 3's order
     }
     return {key: word for key, word in words.items() if word}
 
 
 def read_corpus(args: argparse.Namespace) -> dict[str, list[data.Utterance]]:
-    """The utterances of --data by split: manifests, or a --corpus as it is unpacked."""
+    """The utterances of --data by split: manifests, or a --corpus as it is unpacked; with --no-test, no test set."""
     if args.corpus == "manifests":
-        return data.read_corpus(args.data)
+        return data.read_corpus(args.data, data.SPLITS if args.test else data.SPLITS[:2])
     sets = (args.train_sets, args.valid_sets, args.test_sets)
     if args.download and not processes.index():
         corpora.download(args.corpus, args.data, *sets)
     processes.gather(None)
-    return corpora.read(args.corpus, args.data, *sets)
+    found = corpora.read(args.corpus, args.data, *sets)
+    return {split: part for split, part in found.items() if args.test or split in data.SPLITS[:2]}
 
 
 def hashes_of(utterances: dict[str, list[data.Utterance]], cache: str | Cache) -> dict[Path, str]:
@@ -165,6 +169,18 @@ def start_from(path: Path, model: torch.nn.Module, tokens: list[str]) -> None:
     said = f"; made new, for other tokens: {', '.join(renewed)}" if renewed else ""
     removed = sum(int((~mask).sum()) for mask in file.masks.values())
     print(f"theta_0: the trained weights of {path}{f', {removed:,} of them 0' if removed else ''}{said}")
+
+
+def of_round(setting: Setting, train: list[data.Example], number: int) -> Setting:
+    """The setting with the recipe of round `number`, which for some --control's is another one."""
+    args = setting.args
+    if not (number and args.control in rivals.RIVALS):
+        return setting
+    steps = setting.epoch_ends(train)[-1]
+    recipe = rivals.recipe_of(args.recipe, args.control, number, steps, args.rewind_step)
+    here = copy.copy(setting)  # with its model and what wraps it
+    here.args = argparse.Namespace(**vars(args) | {"recipe": recipe})
+    return here
 
 
 # ---------------------------------------------------------------------------- another run's round 0, and its tickets

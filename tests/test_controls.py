@@ -91,7 +91,10 @@ def test_small_networks_are_within_a_hundredth_and_keep_their_heads(backbone, si
     assert 0.99 * most <= parameters(found) <= most
     for key in ("heads", "blocks", "layers", "kernel", "kernels"):
         assert found.get(key) == whole.get(key)
-    shares = [found[key] / whole.get(key, 4 * whole.get("width", 0) or whole.get("channels")) for key in controls.WIDTHS[backbone]]
+    shares = [
+        found[key] / whole.get(key, 4 * whole.get("width", 0) or whole.get("channels"))
+        for key in controls.WIDTHS[backbone]
+    ]
     assert max(shares) < 2.5 * min(shares)
     with pytest.raises(lottery.LotteryError, match="has 10 parameters or fewer"):
         controls.small_sizes(backbone, size, 29, 10)

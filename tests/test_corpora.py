@@ -433,7 +433,7 @@ def test_a_ticket_of_each_corpus_stopped_and_taken_up_again(corpus, tmp_path, mo
         assert train.main([*command, "--save-every", "0"]) == 143
     assert train.main(command) == 0
     assert "going on in round 1" in capsys.readouterr().out
-    assert [wrong for _, wrong in ledger.verify(tmp_path / "run")] == [""] * 4
+    assert [wrong for _, wrong in ledger.verify(tmp_path / "run")] == [""] * 5
     rows = ledger.read_ledger(tmp_path / "run" / "ledger.jsonl")
     assert [row["round"] for row in rows] == [0, 1] and sum(row["resumed"] for row in rows) == 1
     others = rows[1].get("other_tests", {})

@@ -64,7 +64,7 @@ def again(config: dict, monkeypatch) -> dict:
 
 def test_each_flag_stands_once():
     names = [flag.name for flag in flags.TABLE]
-    assert len(names) == len(set(names)) == 48
+    assert len(names) == len(set(names)) == 49
     groups = list(dict.fromkeys(flag.group for flag in flags.TABLE))
     assert groups == [flags.TRAIN, flags.DATA, flags.PRUNE, flags.TEST, flags.MACHINE]
     fields = {field.name for field in dataclasses.fields(recipes.Recipe)}
@@ -76,7 +76,18 @@ def test_what_makes_the_identity():
         kind: [flag.name for flag in flags.TABLE if flag.identity == kind] for kind in ("recipe", "changed", "machine")
     }
     assert by["recipe"] == ["epochs", "batch_size", "batch_seconds", "accumulate", "lr", "anneal", "seconds", "amp"]
-    changed = ["recipe_name", "rounds", "ticket_weights", "control", "block", "scope", "min_remaining", "snr", "test_snr"]
+    changed = [
+        "recipe_name",
+        "rounds",
+        "ticket_weights",
+        "control",
+        "block",
+        "scope",
+        "min_remaining",
+        "test",
+        "snr",
+        "test_snr",
+    ]
     assert by["changed"] == changed
     assert by["machine"] == ["init", "ticket", "dense", "data", "lm", "noise", "device", "threads", "cache"]
     assert flags.DECODING == ("beam", "lm_weight", "word_score")
@@ -117,6 +128,7 @@ def test_the_configuration_without_flags():
         (["--batch-seconds", "60", "--accumulate", "4"], {"batch_seconds": 60.0, "accumulate": 4}),
         (["--seconds", "0.5:7", "--lr", "1e-3"], {"seconds": [0.5, 7.0], "lr": 0.001}),
         (["--block", "1x1", "--scope", "global", "--min-remaining", "0", "--lm", "none"], {}),
+        (["--no-test"], {"test": False}),
         (["--threads", "1", "--workers", "2", "--cache", "none", "--out", "x", "--save-every", "1"], {}),
     ],
 )
@@ -159,7 +171,8 @@ def test_a_command_line():
         "--backbone=rnnt", "--size=demo", "--epochs=3", "--batch-seconds=9.0", "--accumulate=1", "--lr=0.004",
         "--seconds=1.0:2.0", "--amp", "--seed=0", "--rounds", "0", "2", "--ticket-weights=rewind",
         "--corpus=manifests", "--train-sets", "a", "b", "--tokens=chars", "--sparsity=0.9", "--prune-rate=0.2",
-        "--rewind-step=0", "--block=1x4", "--scope=lamp", "--min-remaining=0.0", "--margin=0.01", "--beam=1",
+        "--rewind-step=0", "--block=1x4", "--scope=lamp", "--min-remaining=0.0", "--test", "--margin=0.01",
+        "--beam=1",
     ]  # fmt: skip
 
 

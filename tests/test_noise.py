@@ -298,7 +298,7 @@ def test_a_run_with_noise(folder, tmp_path, capsys, monkeypatch):
     assert sum(row["resumed"] for row in again) == 1
     assert [row["other_tests"] for row in again] == [row["other_tests"] for row in rows]
 
-    assert [wrong for _, wrong in ledger.verify(tmp_path / "whole")] == ["", "", "", ""]
+    assert [wrong for _, wrong in ledger.verify(tmp_path / "whole")] == [""] * 5
     capsys.readouterr()
     assert train.main(["--retrain", str(tmp_path / "whole"), "1"]) == 0
     assert "other_tests" in capsys.readouterr().out
