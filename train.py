@@ -6,7 +6,6 @@ lottery.py has the algorithm, docs/runs.md the files of a run folder, runner/set
 """
 
 import argparse
-import bisect
 import contextlib
 import functools
 import itertools
@@ -151,14 +150,12 @@ def train_round(
     model, at, args, recipe = ticket.model, Progress(), setting.args, setting.args.recipe
     ends, label = setting.epoch_ends(corpus.train), f"round {ticket.round}"
     if isinstance(ticket, rivals.Gradual):
-        ticket.spread(ends[-1])
-        at.before = bisect.bisect_left(ends, ticket.settled)
+        at.before = ticket.spread(ends)
     optimizer, schedule = recipes.optimizer_of(model, recipe, ends)
     if checkpoint:
         at = checkpoint.restore(model, optimizer, schedule, args.device)
     elif ticket.first_step:
         begin_at(ticket.first_step, ends, model, corpus, setting, schedule, at)
-    first = recipes.epoch_and_batch(ends, ticket.first_step, recipe)
     bar = tqdm(total=ends[-1], desc=label, unit="step", disable=True if processes.index() else None, leave=False)
     bar.update(schedule.last_epoch)
     started = said = time.monotonic()
@@ -178,19 +175,20 @@ def train_round(
         if number < at.before:  # its masks still change
             at.epoch, at.batch, at.loss = number + 1, 0, 0.0
             continue
-        utterances = len(corpus.train)
-        if number == first[0] and first[1]:  # the round began in this epoch
-            utterances = sum(map(len, setting.epoch(corpus.train, number).chunks[first[1] :]))
-        validate(model, corpus, setting, at, utterances)
+        validate(model, corpus, setting, at, trained_on(ticket, corpus, setting, ends, number))
         line = f"epoch {number + 1}/{recipe.epochs}, loss {at.losses[-1]:.2f}, valid WER {at.valid_wers[-1]:.3f}"
         bar.set_postfix_str(line)
         if bar.disable and time.monotonic() - said > 30:  # in a log
             said = time.monotonic()
             print(f"  {label}, {line}", flush=True)
-        for name, value in (
-            ("loss", at.losses[-1]), ("valid WER", at.valid_wers[-1]), ("learning rate", schedule.get_last_lr()[0]),
-        ) if board else ():  # fmt: skip
-            board.add_scalar(f"{name}/{label}", value, number + 1)
+        if board:
+            scalars = {
+                "loss": at.losses[-1],
+                "valid WER": at.valid_wers[-1],
+                "learning rate": schedule.get_last_lr()[0],
+            }
+            for name, value in scalars.items():
+                board.add_scalar(f"{name}/{label}", value, number + 1)
         at.epoch, at.batch, at.loss, at.seconds = number + 1, 0, 0.0, time.monotonic() - started
         if checkpointer:
             checkpointer.after_step(ticket, optimizer, schedule, at)  # a signal during the evaluation
@@ -198,6 +196,14 @@ def train_round(
     if checkpointer:
         checkpointer.save(ticket, optimizer, schedule, at)
     return at
+
+
+def trained_on(ticket: lottery.Ticket, corpus: Corpus, setting: Setting, ends: list[int], number: int) -> int:
+    """Utterances that epoch `number` trains on: all of them, or what is left where the round begins within it."""
+    epoch, batches = recipes.epoch_and_batch(ends, ticket.first_step, setting.args.recipe)
+    if number > epoch or not batches:
+        return len(corpus.train)
+    return sum(map(len, setting.epoch(corpus.train, number).chunks[batches:]))
 
 
 def begin_at(

@@ -12,6 +12,7 @@ One training from theta_0 for each round of the search, to that round's count of
     dense-long     no masks: dense, as long as the whole search up to that round
 """
 
+import bisect
 import dataclasses
 import math
 
@@ -47,9 +48,11 @@ class Gradual(lottery.Ticket):
         super().__init__(model, 0, pruning)
         self.units, self.keep, self.settled = self.kept_units, keep, 0
 
-    def spread(self, steps: int) -> None:
-        """steps: of the training that begins, or goes on."""
+    def spread(self, ends: list[int]) -> int:
+        """Over a training whose epochs end after so many steps. Returns the epochs that end while masks change."""
+        steps = ends[-1]
         self.begin, self.settled, self.every = steps // 10, max(1, 7 * steps // 10), max(1, steps // 100)
+        return bisect.bisect_left(ends, self.settled)
 
     def kept_at(self, step: int) -> int:
         left = min(1, max(0, (self.settled - step) / (self.settled - self.begin)))

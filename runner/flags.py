@@ -165,6 +165,7 @@ TABLE = (
     Flag("ticket_weights", TRAIN, "changed", ("rewind", "trained"), default="rewind", with_ticket=True,
          help="with --ticket, the weights to start from: those it rewinds to, or its trained ones"),
     Flag("control", TRAIN, "changed", (*controls.CONTROLS, *rivals.RIVALS), otherwise="none", with_ticket=True,
+         metavar="NAME", rule=", ".join((*controls.CONTROLS, *rivals.RIVALS)),
          help="with --ticket, train this control or rival in its place, with all else the same"),
     Flag("dense", TRAIN, "machine", Path, otherwise="--ticket's, if its settings are the same", metavar="RUN",
          with_ticket=True, help="with --ticket, take round 0 from this run"),
