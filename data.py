@@ -29,14 +29,10 @@ import torchaudio
 from torch import Tensor
 from tqdm import tqdm
 
-from audio_lottery.sound import (
-    SAMPLE_RATE,
-    DataError,
-    load_audio,
-    memory_for,
-    segment_name,
-)
+from audio_lottery import draws
+from audio_lottery.sound import SAMPLE_RATE, DataError, load_audio, memory_for, segment_name
 
+SPLITS = ("train", "valid", "test")
 BLANK = "<blank>"  # token 0, of CTC and of the transducer
 SPACE = "▁"  # sentencepiece's: what a BPE piece at the start of a word starts with
 
@@ -150,11 +146,14 @@ def _manifest_row(line: bytes) -> dict:
     return row
 
 
-def read_corpus(folder: Path) -> dict[str, list[Utterance]]:
-    """{"train": [...], "valid": [...], "test": [...]}. Raises DataError for a recording that is in two of them."""
+def read_corpus(folder: Path, splits: tuple[str, ...] = SPLITS) -> dict[str, list[Utterance]]:
+    """{"train": [...], "valid": [...], "test": [...]}, or only these splits of it.
+
+    Raises DataError for a recording that is in two of them.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder (--data wants one with train.jsonl, valid.jsonl and test.jsonl)")
-    corpus = {split: read_manifest(folder / f"{split}.jsonl") for split in ("train", "valid", "test")}
+    corpus = {split: read_manifest(folder / f"{split}.jsonl") for split in splits}
     check_apart(corpus)
     return corpus
 
@@ -316,10 +315,17 @@ def log1p_stft(waveform: Tensor) -> Tensor:
 
 _TRANSFORMS: dict[str, torch.nn.Module] = {}  # built once: the filter banks cost more than an utterance
 FEATURES = {"log-mel": log_mel, "log1p-stft": log1p_stft}
+ONE_MEAN = ("log1p-stft",)  # which the official code normalises by one mean and one deviation for all bins
 
 
-def normalize(features: Tensor) -> Tensor:
-    """(T, F) to zero mean and unit variance over the utterance, one mean and one variance a bin."""
+def normalize(features: Tensor, one_mean: bool = False) -> Tensor:
+    """(T, F) to zero mean and unit variance over the utterance.
+
+    One mean and one variance a bin; with one_mean, one of each for all bins, the variance with T F - 1 below it, as in
+    the paper's CNN-LSTM.
+    """
+    if one_mean:
+        return (features - features.mean()) / features.std().clamp(min=1e-3)
     return (features - features.mean(0)) / features.std(0, correction=0).clamp(min=1e-3)
 
 
@@ -374,7 +380,7 @@ def features_of(
     if waveform is None:
         waveform = waveform_of(utterance)
     with told_of(utterance), memory_for(utterance.audio):
-        features = normalize(FEATURES[kind](mix(waveform) if mix else waveform))
+        features = normalize(FEATURES[kind](mix(waveform) if mix else waveform), kind in ONE_MEAN)
         if not features.isfinite().all():
             name = segment_name(utterance.audio, utterance.offset, utterance.duration)
             raise DataError(f"{name}: its samples are too large (features are not finite; full scale is 1)")
@@ -526,7 +532,7 @@ class Epoch(torch.utils.data.Dataset):
     ):  # fmt: skip
         self.examples, self.process, self.processes = examples, process, processes
         self.mix = mix and functools.partial(mix, seed=seed, epoch=epoch)
-        rng = np.random.default_rng([seed, epoch])
+        rng = draws.generator(seed, epoch, draws.ORDER)
         # Jittered by up to 10 % before sorting: similar lengths meet, the same utterances do not always.
         lengths = np.array([example.frames for example in examples])
         order = np.argsort(lengths * rng.uniform(0.9, 1.1, len(examples)), kind="stable")

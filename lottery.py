@@ -12,8 +12,6 @@ where a weight is kept, round 0 is dense. The invariants that are asserted as it
     I1  masks are nested                            I4  a pruned weight is exactly 0 after every epoch
     I2  kept counts are exact, ties included        I5  a NaN or infinite weight is refused by name
     I3  a rewound weight is theta_k * mask, bit for bit
-
-What leans on it: audio_lottery/ (files, verdicts, the ledger, sparse inference).
 """
 
 import hashlib
@@ -37,9 +35,7 @@ class LotteryError(ValueError):
 
 # ---------------------------------------------------------------------------- scope: what is pruned
 
-PRUNED_LAYERS = (
-    nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Linear, nn.Bilinear, nn.MultiheadAttention,
-)  # fmt: skip
+PRUNED_LAYERS = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Linear, nn.Bilinear, nn.MultiheadAttention)
 
 
 class Scoped(NamedTuple):
@@ -408,9 +404,8 @@ def prune(weights: dict[str, Tensor], masks: Masks, keep: int, pruning: Pruning 
     """
     for name, weight in weights.items():
         if not weight.isfinite().all():
-            raise LotteryError(
-                f"{name} has a NaN or infinite weight: nothing was pruned (is the learning rate too high?)"
-            )
+            why = "nothing was pruned (is the learning rate too high?)"
+            raise LotteryError(f"{name} has a NaN or infinite weight: {why}")
     scores, units = [w.detach() for w in weights.values()], [pruning.units(masks[name]) for name in weights]
     if len({score.dtype for score in scores}) > 1:
         scores = [score.double() for score in scores]  # exact
@@ -461,6 +456,11 @@ class Ticket:
         self.rewind_state: State | None = copy_state(model) if rewind_step == 0 else None
 
     @property
+    def first_step(self) -> int:
+        """The step of the recipe at which this round starts: rewind_step, but 0 in round 0 (Frankle et al. 2020)."""
+        return self.rewind_step if self.round else 0
+
+    @property
     def kept(self) -> int:
         return sum(int(mask.sum()) for mask in self.masks.values())
 
@@ -503,12 +503,17 @@ class Ticket:
             raise LotteryError(f"rewind_step {self.rewind_step} was never reached: round 0 took {self.steps} steps")
         self.check_scope()
         load_state(self.model, self.rewind_state)
-        self.model.zero_grad(set_to_none=True)
-        self.hold()
+        self.go_on()
         for name, weight in self.weights.items():  # I3
             if not torch.equal(weight.detach(), self.rewind_state[name].masked_fill(~self.masks[name], 0)):
                 raise LotteryError(f"{name}: the rewound weights are not theta_k * mask")
-        self.steps, self.start_sha256 = 0, sha256(state_of(self.model))
+
+    def go_on(self) -> None:
+        """Begin a round with the weights where they are, under the masks."""
+        self.check_scope()
+        self.model.zero_grad(set_to_none=True)
+        self.hold()
+        self.steps, self.start_sha256 = self.first_step, sha256(state_of(self.model))
 
     def check(self) -> None:
         """Raise LotteryError unless every pruned weight is exactly 0 (I4)."""
@@ -557,16 +562,19 @@ def find_ticket(
     rewind_step: int = 0,
     pruning: Pruning = BY_MAGNITUDE,
     exclude: Sequence[str] = (),
+    rewind: bool = True,
     resume: Callable[[Ticket], str] | None = None,
 ) -> Iterator[Found]:
     """Iterative magnitude pruning with rewinding, Algorithm 1. Yields a Found a round, the dense round 0 first.
 
-    train(ticket): trains ticket.model in place, with a fresh optimizer, schedule and data order, calling ticket.hold()
-        and ticket.stepped() as Ticket says. It leaves the last epoch's weights, which are what is pruned, and
+    train(ticket): trains ticket.model in place with a fresh optimizer, calling ticket.hold() and ticket.stepped() as
+        Ticket says. Schedule, data order and all draws start at the recipe's step ticket.first_step, so that a ticket
+        and the dense network have had as many steps. It leaves the last epoch's weights, which are what is pruned, and
         returns the state to evaluate (that of the best epoch on validation data, say) or None for the last. Each
         round begins in the mode (train or eval, module by module) in which the model was given.
     evaluate(model): a dict of what to add to the round's row. It is called once a round.
     exclude: names or patterns of what is not pruned, as in scope().
+    rewind: False lets the weights go on from round to round, the rival of step 4 (Renda et al. 2020).
     resume(ticket): goes on in the middle of a round: sets ticket.round, masks, threshold, start_sha256, steps and
         rewind_state and the model's state to what they were, and returns the hash of the masks of the round before.
     """
@@ -576,16 +584,14 @@ def find_ticket(
     modes = {module: module.training for module in model.modules()}
     counts = kept_counts(ticket.kept_units, sparsity, prune_rate)
     check_least(ticket, counts[-1])
-    parent = sha256(ticket.masks)
-    if resume:
-        parent = resume(ticket)
-        if counts[ticket.round : ticket.round + 1] != [ticket.kept_units]:
-            raise LotteryError(f"round {ticket.round} keeps {ticket.kept_units}, the search has rounds of {counts}")
+    parent = resume(ticket) if resume else sha256(ticket.masks)
+    if counts[ticket.round : ticket.round + 1] != [ticket.kept_units]:
+        raise LotteryError(f"round {ticket.round} keeps {ticket.kept_units}, the search has rounds of {counts}")
     for index, keep in list(enumerate(counts))[ticket.round :]:
         if index != ticket.round:
             ticket.round = index
             ticket.prune(keep)
-            ticket.rewind()
+            ticket.rewind() if rewind else ticket.go_on()
         model.train(modes[model])  # it may do more than set a flag
         for module, mode in modes.items():
             module.training = mode
@@ -607,10 +613,8 @@ def check_least(ticket: Ticket, keep: int) -> None:
     pruning, units = ticket.pruning, [ticket.pruning.units(mask) for mask in ticket.masks.values()]
     least = sum(map(pruning.least, units))
     if least > keep:
-        raise LotteryError(
-            f"min_remaining {pruning.min_remaining} keeps {least} of the prunable, more than {keep}, all that the "
-            "sparsity leaves"
-        )
+        rule = f"more than {keep}, all that the sparsity leaves"
+        raise LotteryError(f"min_remaining {pruning.min_remaining} keeps {least} of the prunable, {rule}")
 
 
 def finish(ticket: Ticket, trained: State | None) -> tuple[State, dict]:
@@ -631,19 +635,13 @@ def finish(ticket: Ticket, trained: State | None) -> tuple[State, dict]:
         load_state(model, trained)
         ticket.check()
     row = {
-        "round": ticket.round,
-        "remaining": kept / total,
-        "remaining_all": (kept + rest) / (total + rest),
-        "kept": kept,
-        "total": total,
+        "round": ticket.round, "remaining": kept / total, "remaining_all": (kept + rest) / (total + rest),
+        "kept": kept, "total": total,
         "kept_per_layer": {name: int(mask.sum()) for name, mask in ticket.masks.items()},
-        "mask_sha256": sha256(ticket.masks),
-        "rewind_sha256": sha256(ticket.rewind_state),
-        "start_sha256": ticket.start_sha256,
-        "last_sha256": sha256(last),
-        "trained_sha256": sha256(state_of(model)),
-        "threshold": ticket.threshold,
-    }
+        "mask_sha256": sha256(ticket.masks), "rewind_sha256": sha256(ticket.rewind_state),
+        "start_sha256": ticket.start_sha256, "last_sha256": sha256(last),
+        "trained_sha256": sha256(state_of(model)), "threshold": ticket.threshold,
+    }  # fmt: skip
     if ticket.pruning.block != (1, 1):
         row["kept_blocks"] = ticket.kept_units
         row["total_blocks"] = sum(ticket.pruning.units(mask).numel() for mask in ticket.masks.values())

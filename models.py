@@ -181,15 +181,20 @@ class CnnLstm(nn.Module):
 
     TOKEN_LAYERS = ("output",)
 
-    def __init__(self, tokens: int, features, channels, kernels, strides, hidden, layers, dropout):
+    def __init__(
+        self, tokens: int, features, channels, kernels, strides, hidden, layers, dropout, first_channels=None
+    ):  # fmt: skip
+        """first_channels: of the first convolution, if it has others than those behind it."""
         super().__init__()
         self.features, self.time_strides = features, [stride[1] for stride in strides]
         self.stride = math.prod(self.time_strides)
-        bins, self.convs, self.conv_norms = self.BINS[features], nn.ModuleList(), nn.ModuleList()
+        inputs, bins, self.convs, self.conv_norms = 1, self.BINS[features], nn.ModuleList(), nn.ModuleList()
         for i, (kernel, stride) in enumerate(zip(kernels, strides)):
             padding = (kernel[0] // 2, kernel[1] // 2)
-            self.convs.append(nn.Conv2d(channels if i else 1, channels, kernel, stride, padding))
-            self.conv_norms.append(BatchNorm(channels))
+            outputs = channels if i else first_channels or channels
+            self.convs.append(nn.Conv2d(inputs, outputs, kernel, stride, padding))
+            self.conv_norms.append(BatchNorm(outputs))
+            inputs = outputs
             bins = (bins - 1) // stride[0] + 1
         sizes = [channels * bins] + [hidden] * layers
         self.lstms = nn.ModuleList(BiLstm(sizes[i], hidden) for i in range(layers))
@@ -458,12 +463,12 @@ class ConformerBlock(nn.Module):
     Dropout stands behind each of the four parts; inside feed-forward and attention it cost a CPU a quarter of the step.
     """
 
-    def __init__(self, width: int, heads: int, kernel: int, dropout: float):
+    def __init__(self, width: int, heads: int, kernel: int, dropout: float, inner: int):
         super().__init__()
         drop = nn.Dropout(dropout)
 
         def feed_forward() -> nn.Sequential:
-            up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+            up, down = nn.Linear(width, inner), nn.Linear(inner, width)
             return nn.Sequential(nn.LayerNorm(width), up, nn.SiLU(), down, drop)
 
         self.feed_forward1, self.feed_forward2 = feed_forward(), feed_forward()
@@ -506,13 +511,16 @@ class ConformerCtc(nn.Module):
     features, stride = "log-mel", 4
     TOKEN_LAYERS = ("output",)
 
-    def __init__(self, tokens: int, channels, width, heads, blocks, kernel, dropout):
+    def __init__(self, tokens: int, channels, width, heads, blocks, kernel, dropout, inner=None):
+        """inner: width inside the feed-forward parts; 4 * width if it is not given."""
         super().__init__()
         self.conv1 = nn.Conv2d(1, channels, 3, 2, 1)  # (frequency, time)
         self.conv2 = nn.Conv2d(channels, channels, 3, 2, 1)
         self.input = nn.Linear(channels * 20, width)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(ConformerBlock(width, heads, kernel, dropout) for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            ConformerBlock(width, heads, kernel, dropout, inner or 4 * width) for _ in range(blocks)
+        )
         self.output = nn.Linear(width, tokens)
 
     def output_lengths(self, input_lengths: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ lottery.py has the algorithm, docs/runs.md the files of a run folder, runner/set
 """
 
 import argparse
-import bisect
 import contextlib
 import functools
 import itertools
@@ -17,21 +16,22 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import jiwer
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import data
 import lottery
 import models
-from audio_lottery import files, ledger, verdicts
+from audio_lottery import draws, files, ledger, verdicts
 from audio_lottery.console import command, fail, printable
-from lab import plan, report
-from runner import flags, processes, retrain, settings
+from audio_lottery.texts import TEXTS, save_texts
+from lab import plan, report, rivals
+from runner import flags, processes, recipes, retrain, settings
 from runner.cache import Cache, load_examples
 from runner.folder import (
     Checkpoint,
@@ -72,12 +72,13 @@ def recognise(
 
 
 def score(references: list[str], hypotheses: list[str]) -> dict:
-    """Word error counts an utterance, and WER and CER over all (jiwer)."""
+    """Word error counts an utterance, of each kind too, and WER and CER over all (jiwer)."""
     outputs = [jiwer.process_words(r, h) for r, h in zip(references, hypotheses)]
-    errors = [o.substitutions + o.deletions + o.insertions for o in outputs]
+    counts = [{"substitutions": o.substitutions, "deletions": o.deletions, "insertions": o.insertions} for o in outputs]
+    errors = [sum(count.values()) for count in counts]
     words = [o.hits + o.substitutions + o.deletions for o in outputs]
     cer = jiwer.cer(references, hypotheses)
-    return {"errors": errors, "words": words, "wer": sum(errors) / sum(words), "cer": cer}
+    return {"errors": errors, "words": words, "wer": sum(errors) / sum(words), "cer": cer, "counts": counts}
 
 
 # ---------------------------------------------------------------------------- what is trained and tested on
@@ -93,6 +94,7 @@ class Corpus:
         print(printable(f"data: {', '.join(f'{len(part)} {split}' for split, part in splits.items())} utterances"))
         self.train, self.valid = self.trainable(splits.pop("train")), splits.pop("valid")
         self.tests = splits  # by name; the first is what the verdicts are about
+        self.heard = {name: setting.utterances[name] for name in splits}  # what they are examples of
         for split in ("valid", *self.tests):
             unseen = data.unseen_characters(setting.utterances[split], self.tokens)
             if unseen:
@@ -104,6 +106,7 @@ class Corpus:
                 count, name = len(setting.utterances[split]), f"{split} at {snr:g} dB"
                 mixes = [functools.partial(noise.for_test, snr=snr, index=i) for i in range(count)]
                 self.tests[name] = self.examples(split, name, mixes=mixes, clean=self.tests[split])
+                self.heard[name] = setting.utterances[split]
 
     def examples(self, split: str, name: str, **how) -> list[data.Example]:
         setting, kind, progress = self.setting, self.setting.model.features, f"features of {name}"
@@ -149,14 +152,19 @@ def train_round(
 ) -> Progress:  # fmt: skip
     """Train ticket.model to its last epoch, with a fresh optimizer, schedule and data order.
 
-    Returns the progress, with the state of the epoch of the best valid WER; of equals the later.
+    It starts at the recipe's step ticket.first_step. Returns the progress, with the state of the epoch of the best
+    valid WER, of those that end in it; of equals the later.
     checkpoint: in this round, to go on from.  board: takes scalars for TensorBoard.
     """
     model, at, args, recipe = ticket.model, Progress(), setting.args, setting.args.recipe
     ends, label = setting.epoch_ends(corpus.train), f"round {ticket.round}"
-    optimizer, schedule = optimizer_of(model, recipe, ends)
+    if isinstance(ticket, rivals.Gradual):
+        at.before = ticket.spread(ends)
+    optimizer, schedule = recipes.optimizer_of(model, recipe, ends)
     if checkpoint:
         at = checkpoint.restore(model, optimizer, schedule, args.device)
+    elif ticket.first_step:
+        begin_at(ticket.first_step, ends, model, corpus, setting, schedule, at)
     bar = tqdm(total=ends[-1], desc=label, unit="step", disable=True if processes.index() else None, leave=False)
     bar.update(schedule.last_epoch)
     started = said = time.monotonic()
@@ -173,16 +181,23 @@ def train_round(
         if not math.isfinite(at.loss):
             raise lottery.LotteryError(f"{label}, epoch {number + 1}: the loss is {at.loss}: try a lower --lr")
         ticket.check()
-        validate(model, corpus, setting, at)
+        if number < at.before:  # its masks still change
+            at.epoch, at.batch, at.loss = number + 1, 0, 0.0
+            continue
+        validate(model, corpus, setting, at, trained_on(ticket, corpus, setting, ends, number))
         line = f"epoch {number + 1}/{recipe.epochs}, loss {at.losses[-1]:.2f}, valid WER {at.valid_wers[-1]:.3f}"
         bar.set_postfix_str(line)
         if bar.disable and time.monotonic() - said > 30:  # in a log
             said = time.monotonic()
             print(f"  {label}, {line}", flush=True)
-        for name, value in (
-            ("loss", at.losses[-1]), ("valid WER", at.valid_wers[-1]), ("learning rate", schedule.get_last_lr()[0]),
-        ) if board else ():  # fmt: skip
-            board.add_scalar(f"{name}/{label}", value, number + 1)
+        if board:
+            scalars = {
+                "loss": at.losses[-1],
+                "valid WER": at.valid_wers[-1],
+                "learning rate": schedule.get_last_lr()[0],
+            }
+            for name, value in scalars.items():
+                board.add_scalar(f"{name}/{label}", value, number + 1)
         at.epoch, at.batch, at.loss, at.seconds = number + 1, 0, 0.0, time.monotonic() - started
         if checkpointer:
             checkpointer.after_step(ticket, optimizer, schedule, at)  # a signal during the evaluation
@@ -192,13 +207,40 @@ def train_round(
     return at
 
 
-def optimizer_of(model: torch.nn.Module, recipe, ends: list[int]):
-    """AdamW and its schedule of the learning rate. ends: steps after which each epoch ends."""
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, recipe.betas, weight_decay=recipe.weight_decay)
-    if recipe.schedule == "one-cycle":
-        return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=ends[-1])
-    anneal = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.1 ** -bisect.bisect_right(ends, step))
-    return optimizer, anneal
+def trained_on(ticket: lottery.Ticket, corpus: Corpus, setting: Setting, ends: list[int], number: int) -> int:
+    """Utterances that epoch `number` trains on: all of them, or what is left where the round begins within it."""
+    epoch, batches = recipes.epoch_and_batch(ends, ticket.first_step, setting.args.recipe)
+    if number > epoch or not batches:
+        return len(corpus.train)
+    return sum(map(len, setting.epoch(corpus.train, number).chunks[batches:]))
+
+
+def begin_at(
+    step: int, ends: list[int], model: torch.nn.Module, corpus: Corpus, setting: Setting, schedule, at
+) -> None:
+    """Put a round's schedule, place in the data and generator of dropout where step `step` of the recipe finds them."""
+    at.epoch, at.batch = recipes.epoch_and_batch(ends, step, setting.args.recipe)
+    at.before = at.epoch
+    schedule.last_epoch = step - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a schedule's step before the optimizer's
+        schedule.step()
+    if not at.batch:
+        return
+    # What dropout has drawn by then hangs on the shapes of the batches before alone: they are passed through once more.
+    state, device = lottery.copy_state(model), setting.args.device
+    seed_dropout(setting, at.epoch)
+    batches = setting.epoch(corpus.train, at.epoch, setting.args.recipe.augment).batches(0, setting.args.workers)
+    model.train()
+    for batch in itertools.islice(batches, at.batch):
+        batch = batch.to(device)
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=setting.args.recipe.amp):
+            model.loss(batch.features, batch.input_lengths, batch.targets, batch.target_lengths)
+    lottery.load_state(model, state)  # batch norm's statistics
+
+
+def seed_dropout(setting: Setting, epoch: int) -> None:
+    torch.manual_seed(draws.torch_seed(setting.args.seed, epoch, draws.DROPOUT, processes.index()))
 
 
 def train_epoch(
@@ -207,8 +249,7 @@ def train_epoch(
     """Train from batch `at.batch` of epoch `number` to its end: the step that holds the ticket."""
     model, recipe = ticket.model, setting.args.recipe
     if at.batch == 0:  # else the generator stands where the checkpoint left it
-        seeds = [setting.args.seed, number, 1] + [processes.index()] * (processes.index() > 0)
-        torch.manual_seed(int(np.random.default_rng(seeds).integers(2**63)))  # dropout
+        seed_dropout(setting, number)
     model.train()
     epoch = setting.epoch(corpus.train, number, recipe.augment)
     batches = epoch.batches(at.batch, setting.args.workers)
@@ -249,10 +290,10 @@ def add_gradients(setting: Setting, epoch: data.Epoch, parts: range, batches: It
     return total
 
 
-def validate(model: torch.nn.Module, corpus: Corpus, setting: Setting, at: Progress) -> None:
-    """The epoch's loss and valid WER; the state of the best epoch is kept."""
+def validate(model: torch.nn.Module, corpus: Corpus, setting: Setting, at: Progress, utterances: int) -> None:
+    """The epoch's loss, a mean over its utterances, and valid WER; the state of the best epoch is kept."""
     hypotheses = recognise(model, corpus.valid, corpus.tokens, setting.args.recipe.batch_size, setting.args.device)
-    at.losses.append(at.loss / len(corpus.train))
+    at.losses.append(at.loss / utterances)
     at.valid_wers.append(score([e.text for e in corpus.valid], hypotheses)["wer"])
     if ledger.best_epoch(at.valid_wers)[1] == len(at.valid_wers):
         at.best = lottery.copy_state(model)
@@ -261,31 +302,43 @@ def validate(model: torch.nn.Module, corpus: Corpus, setting: Setting, at: Progr
 # ---------------------------------------------------------------------------- the test
 
 
-def evaluate_on_tests(setting: Setting, corpus: Corpus, dense: dict | None) -> dict:
-    """What a ledger row says of the first test set, and under "other_tests" of each other one; dense: round 0's row."""
-    args, rows = setting.args, {}
+def evaluate_on_tests(setting: Setting, corpus: Corpus, dense: dict | None) -> tuple[dict, list[dict]]:
+    """What a ledger row says of the first test set, and under "other_tests" of each other one; and what was recognised.
+
+    dense: round 0's row.  The texts: a line of test.jsonl an utterance, but for its round. With --no-test, neither.
+    """
+    args, rows, texts = setting.args, {}, []
     for name, examples in corpus.tests.items():
         hypotheses = recognise(
             setting.model, examples, corpus.tokens, args.recipe.batch_size, args.device, setting.transcribe
         )
         found = score([e.text for e in examples], hypotheses)
         row = rows[name] = {f"test_{key}": found[key] for key in ("wer", "cer", "errors", "words")}
+        for i, (heard, said, counts) in enumerate(zip(corpus.heard[name], hypotheses, found["counts"])):
+            audio = heard.audio.name if heard.offset is None else f"{heard.audio.name} from {heard.offset:g} s"
+            about = {"test": name, "id": i, "audio": audio, "reference": heard.text, "hypothesis": said}
+            texts.append(about | counts)
         if dense is not None:
             against = dense["other_tests"][name] if len(rows) > 1 else dense
             told = verdicts.verdict(row["test_errors"], against["test_errors"], row["test_words"], args.margin)
             row |= {"verdict": told.word, "interval": [told.low, told.high]}
-    first, *others = rows
-    return rows[first] | ({"other_tests": {name: rows[name] for name in others}} if others else {})
+    first, *others = rows or [None]
+    row = rows.get(first, {}) | ({"other_tests": {name: rows[name] for name in others}} if others else {})
+    return row, texts
 
 
-def results(setting: Setting, corpus: Corpus, at: Progress, dense: dict | None) -> dict:
-    """What a ledger row says of a training and its test."""
+def results(setting: Setting, corpus: Corpus, at: Progress, dense: dict | None) -> tuple[dict, list[dict]]:
+    """What a ledger row says of a training and its test, and the texts of that."""
     started = time.monotonic()
     wer, epoch = ledger.best_epoch(at.valid_wers)
-    row = {"valid_wer": wer, "best_epoch": epoch, "valid_wers": at.valid_wers, "losses": at.losses}
-    row |= evaluate_on_tests(setting, corpus, dense)
+    row = {"epochs_before": at.before} if at.before else {}  # which do not count among valid_wers and losses
+    row |= {"valid_wer": wer, "best_epoch": at.before + epoch, "valid_wers": at.valid_wers, "losses": at.losses}
+    if setting.args.recipe.epochs != setting.config["epochs"]:
+        row["epochs"] = setting.args.recipe.epochs
+    tested, texts = evaluate_on_tests(setting, corpus, dense)
+    row |= tested | ({"texts_sha256": ledger.hash_json(texts)} if texts else {})
     seconds = round(at.seconds + time.monotonic() - started, 1)
-    return row | {"seconds": seconds, "waited": round(at.waited, 3), "resumed": at.resumed}
+    return row | {"seconds": seconds, "waited": round(at.waited, 3), "resumed": at.resumed}, texts
 
 
 # ---------------------------------------------------------------------------- the rounds
@@ -304,6 +357,7 @@ class Rounds:
         self.setting, self.corpus, self.rows, self.board = setting, corpus, rows, board
         self.checkpointer, self.checkpoint = checkpointer, checkpoint
         self.trained: tuple[int, Progress] | None = None  # round and progress, between train() and evaluate()
+        self.texts: list[dict] = []  # what the last round's tests recognised
 
     def of_round(self, number: int) -> Checkpoint | None:
         """The checkpoint, if it is in this round."""
@@ -315,20 +369,25 @@ class Rounds:
         return lottery.find_ticket(
             self.setting.model, self.train, self.evaluate,
             sparsity=args.sparsity, prune_rate=args.prune_rate, rewind_step=args.rewind_step, pruning=args.pruning,
-            exclude=args.keep_dense, resume=self.checkpoint.resume if self.checkpoint else None,
+            exclude=args.keep_dense, rewind=args.control not in rivals.SEARCHES,
+            resume=self.checkpoint.resume if self.checkpoint else None,
         )  # fmt: skip
 
     def train(self, ticket: lottery.Ticket) -> lottery.State:
         """What lottery.find_ticket asks for."""
         number = ticket.round
-        at = self.train_one(ticket, self.setting, self.rows[number - 1]["mask_sha256"] if number else None)
+        here = settings.of_round(self.setting, self.corpus.train, number)
+        at = self.train_one(ticket, here, self.rows[number - 1]["mask_sha256"] if number else None)
         self.trained = number, at
         return at.best
 
     def evaluate(self, _model: torch.nn.Module) -> dict:
         """What lottery.find_ticket asks for, behind train()."""
         number, at = self.trained
-        return results(self.setting, self.corpus, at, self.rows[0] if number else None)
+        row, self.texts = results(self.setting, self.corpus, at, self.rows[0] if number else None)
+        whole = self.setting.epoch_ends(self.corpus.train)[-1]
+        steps = whole - (self.setting.args.rewind_step if number else 0)
+        return row | {"steps": steps, "steps_in_all": whole + number * steps}
 
     def train_tickets(self) -> Iterator[lottery.Found]:
         """The tickets of --ticket, or their controls: nothing is pruned here."""
@@ -338,11 +397,14 @@ class Rounds:
         for number in setting.rounds[first:]:
             lottery.load_state(setting.model, theta_0)
             here, ticket, about = settings.ticket_of(setting, number)
+            here = settings.of_round(here, self.corpus.train, number)
             if checkpoint := self.of_round(number):
                 checkpoint.resume(ticket)
             at = self.train_one(ticket, here, "")
             _, row = lottery.finish(ticket, at.best)
-            row |= about | results(here, self.corpus, at, self.rows[0] if number else None)
+            tested, self.texts = results(here, self.corpus, at, self.rows[0] if number else None)
+            row |= about | tested | {"steps": ticket.steps - ticket.first_step}
+            row |= {"steps_in_all": ticket.steps} if setting.args.control in rivals.TRAININGS else {}
             yield lottery.Found(ticket, row)
 
     def train_one(self, ticket: lottery.Ticket, setting: Setting, parent: str | None) -> Progress:
@@ -380,8 +442,9 @@ def run(args: argparse.Namespace, signals: Signals) -> None:
         say_start(setting)
         corpus = Corpus(setting)
         steps = setting.epoch_ends(corpus.train)[-1]
-        if args.rewind_step > steps and not args.source:
-            raise lottery.LotteryError(f"--rewind-step {args.rewind_step}: a round has only {steps} steps")
+        if args.rewind_step >= steps:
+            rule = f"a round has only {steps} steps, and tickets train on what is left of them"
+            raise lottery.LotteryError(f"--rewind-step {args.rewind_step}: {rule}")
     processes.gather(None)  # all have looked into the folder before the first process writes there
     if not processes.index():
         args.out.mkdir(parents=True, exist_ok=True)
@@ -442,13 +505,15 @@ def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signa
         row = facts | found.row | {"info_sha256": ledger.hash_json(info)}
         new = row["round"] not in [earlier["round"] for earlier in rows]
         if first:
-            save_round(out, found.ticket, row["round"], info, masks=args.control != "dense-small")
+            masks, rewinds = args.control != "dense-small", args.control not in rivals.UNREWOUND
+            save_round(out, found.ticket, row["round"], info, masks, rewinds)
             if args.source and args.control not in ("random-init", "dense-small"):
                 save_start(out, found.ticket, run_sha256)
+            save_texts(out / TEXTS, row["round"], rounds.texts)
         ledger.append_row(out / "ledger.jsonl" if first else None, rows, row, config)
         if new:
             print(report.text_line(report.cells(row)), flush=True)
-            for key in ("test_wer", "test_cer") if board else ():
+            for key in ("test_wer", "test_cer") if board and "test_wer" in row else ():
                 board.add_scalar(key, row[key], row["round"])
         number = processes.largest(signals.number)
         if number:  # came during the test: the round's checkpoint is there
@@ -458,12 +523,12 @@ def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signa
         board.close()
 
 
-def save_round(out: Path, ticket: lottery.Ticket, number: int, info: dict, masks: bool) -> None:
-    """The round's masks, and its ticket in place of the last round's."""
+def save_round(out: Path, ticket: lottery.Ticket, number: int, info: dict, masks: bool, rewinds: bool) -> None:
+    """The round's masks, and its ticket in place of the last round's; rewinds: with its rewind state."""
     if number and masks:
         files.save_masks(out / "masks" / f"{number:02d}.safetensors", ticket.masks)
-    state = lottery.state_of(ticket.model)
-    files.save_ticket(out / "ticket.safetensors", ticket.masks, ticket.rewind_state, state, info)
+    rewind = ticket.rewind_state if rewinds else None
+    files.save_ticket(out / "ticket.safetensors", ticket.masks, rewind, lottery.state_of(ticket.model), info)
 
 
 def save_start(out: Path, ticket: lottery.Ticket, run_sha256: str) -> None:
@@ -481,10 +546,10 @@ def train_again(run: Path, number: int, cache: str | Path = "memory") -> None:
     there = retrain.read(run, number, cache)
     setting, ticket = retrain.prepare(there)
     corpus = Corpus(setting)
-    at = train_round(ticket, corpus, setting)
+    at = train_round(ticket, corpus, settings.of_round(setting, corpus.train, number))
     found = retrain.found(there, ticket, at)
     lottery.load_state(setting.model, at.best)
-    found |= evaluate_on_tests(setting, corpus, there.rows[0] if number else None)
+    found |= evaluate_on_tests(setting, corpus, there.rows[0] if number else None)[0]
     print(retrain.compare(there, found))
 
 
@@ -492,7 +557,8 @@ def train_again(run: Path, number: int, cache: str | Path = "memory") -> None:
 def main(argv: list[str] | None = None) -> int:
     args = flags.parse(argv)
     if args.plan:
-        print(f"{plan.table(args.recipe.epochs, args.prune_rate)}\n\n{plan.explained(args.recipe.epochs)}")
+        epochs = {backbone: args.epochs or recipes.RECIPES[backbone, "paper"].epochs for backbone in models.BACKBONES}
+        print(f"{plan.table(epochs, args.prune_rate)}\n\n{plan.explained()}")
         return 0
     processes.start(args.device)
     with contextlib.ExitStack() as stack:

@@ -187,6 +187,8 @@ class Recogniser:
         self.model, self.ticket = load(args.ticket)
         self.backbone, self.tokens = self.ticket.info["backbone"], list(map(printable, self.ticket.info["tokens"]))
         self.frame = self.model.stride * sound.FRAME_SECONDS
+        # Tickets of before say nothing of it, and have a mean a bin.
+        self.one_mean = self.model.features in data.ONE_MEAN and "normalization" in self.ticket.info
         self.seconds = 0.0  # of the network
         self.reading = 0.0  # seconds to decode audio and make features of it
         self.ready, self.moments = False, self.calibrated(args.calibrate) if args.calibrate else None
@@ -221,8 +223,8 @@ class Recogniser:
         features = data.FEATURES[self.model.features](waveform)
         running = self.args.normalize == "running"
         if running:
-            return finite(streaming.Running(self.moments).push(features, last=True), path)
-        return finite(data.normalize(features), path)
+            return finite(streaming.Running(self.moments, self.one_mean).push(features, last=True), path)
+        return finite(data.normalize(features, self.one_mean), path)
 
     def pieces(self, recording: data.Utterance) -> Iterator[tuple[int, int, Tensor]]:
         """Where each piece of a recording starts and ends, in samples, and its features (T, F), as it is decoded."""

@@ -22,6 +22,9 @@ TIMING = ("seconds", "waited", "resumed", "timing_sha256")
 
 BACKBONES, SIZES = ("cnn-lstm", "rnnt", "conformer"), ("demo", "wide", "wider", "paper")
 CONTROLS = ("random-mask", "random-mask-matched", "random-init", "dense-small")
+GO_ON = ("finetune", "lr-rewind")  # rivals that search, whose weights go on from round to round
+GRADUAL = ("gradual", "gradual-long")  # rivals of one training, whose masks shrink as it goes
+RIVALS = (*GO_ON, *GRADUAL, "dense-long")
 COUNT, RATE, SECONDS = integer(0, 2**53), number(0, 1e6), number(0, 1e9)
 HASH = text(most=1_000)  # as reports take it; verify wants SHA-256
 PATH = maybe(text(most=5_000))
@@ -45,9 +48,12 @@ SETTINGS = record(
         "lr": number(0, 1e6), "seconds": listed(number(0, 1e9), 2, 2), "amp": checked.switch, "tokens": text(),
         "block": listed(integer(1, 10**9), 2, 2), "scope": one_of(*SCOPES), "min_remaining": number(0, 1),
         "beam": maybe(integer(1, 2**31 - 1)), "rounds": listed(integer(0, 1000), 1, 1001),
-        "control": maybe(one_of(*CONTROLS)), "ticket_weights": one_of("rewind", "trained"),
+        "control": maybe(one_of(*CONTROLS, *RIVALS)), "ticket_weights": one_of("rewind", "trained"),
         "snr": maybe(listed(number(-100, 100), 2, 2)), "test_snr": maybe(listed(number(-100, 100), 1, 1000)),
         "dense": HASH, "ticket_sha256": HASH, "init_sha256": HASH, "noise_sha256": HASH, "lm_sha256": maybe(HASH),
+        "test": checked.switch, "recipe_name": text(most=100), "anneal": number(1, 100), "warmup": integer(0, 10**9),
+        "optimizer": one_of("adam", "adamw"), "eps": number(0, 1),
+        **dict.fromkeys(("noise_draws", "small", "normalization", "late_rewinding", "mask_draws"), text(most=100)),
     },
 )  # fmt: skip
 
@@ -60,7 +66,6 @@ ROW_NEEDED = {
     "round": integer(0, 1000), "remaining": number(0, 1), "remaining_all": number(0, 1), "kept": COUNT, "total": COUNT,
     "kept_per_layer": keyed(COUNT), "mask_sha256": HASH, "last_sha256": HASH, "trained_sha256": HASH,
     "valid_wer": RATE, "seconds": SECONDS, "previous": SHA256, "timing_sha256": SHA256,
-    **{key: TEST[key] for key in TESTED},
 }  # fmt: skip
 ROW_MAY = {
     "seed": integer(0, 2**31 - 1), "config_sha256": SHA256, "data_sha256": SHA256, "code_sha256": SHA256,
@@ -69,7 +74,8 @@ ROW_MAY = {
     "info_sha256": SHA256, "waited": SECONDS, "resumed": integer(0, 10**9), "parent_sha256": SHA256,
     "source_mask_sha256": HASH, "valid_wers": listed(RATE, 1, 10_000), "losses": listed(number(), 1, 10_000),
     "kept_blocks": COUNT, "total_blocks": COUNT, "sizes": keyed(checked.anything, 20),
-    "verdict": TEST["verdict"], "interval": TEST["interval"],
+    "steps": COUNT, "steps_in_all": COUNT, "epochs": integer(1, 10_000_000), "epochs_before": integer(1, 10_000),
+    "parameters": COUNT, "texts_sha256": SHA256, **TEST,
     "other_tests": keyed(record({key: TEST[key] for key in TESTED}, TEST)),
 }  # fmt: skip
 _ROW = record(ROW_NEEDED, ROW_MAY)
@@ -79,6 +85,12 @@ END = record({"end": keyed(SHA256, 10), "previous": SHA256}, others=False)
 def check_row(row: object, where: str) -> None:
     """A row of a ledger, as a shape of audio_lottery.checked."""
     _ROW(row, where)
+    if not is_tested(row):  # as with --no-test
+        there = [key for key in row if key in TEST or key in ("other_tests", "texts_sha256")]
+        if there:
+            raise LotteryError(f"{where}: a value is missing: {', '.join(key for key in TESTED if key not in row)}")
+        check_weights(row, where)
+        return
     if row["round"] and not ("verdict" in row and "interval" in row):
         raise LotteryError(f"{where}: has no verdict and interval")
     for name, test in {"": row, **row.get("other_tests", {})}.items():
@@ -88,6 +100,14 @@ def check_row(row: object, where: str) -> None:
             )
         if row["round"] and "verdict" not in test:
             raise LotteryError(f"{where}: has no verdict of {name}")
+    check_weights(row, where)
+
+
+def is_tested(row: dict) -> bool:
+    return all(key in row for key in TESTED)
+
+
+def check_weights(row: dict, where: str) -> None:
     if not row["total"] or not row["kept_per_layer"]:
         raise LotteryError(f"{where}: has no weights")
 
@@ -201,6 +221,9 @@ def check_chain(rows: list[dict], settings: dict) -> None:
                 raise LotteryError(f"round {row['round']} does not follow {before}")
             if row["timing_sha256"] != timing_hash(row):
                 raise LotteryError(f"round {row['round']} does not have the hash it states")
+            if is_tested(row) != settings.get("test", True):
+                said = "is tested, where --no-test" if is_tested(row) else "is not tested, where the configuration"
+                raise LotteryError(f"round {row['round']} {said} says otherwise")
             previous = row_hash(row)
         if rows and "rounds" not in settings:
             kept = [row["kept_blocks" if "block" in settings else "kept"] for row in rows]

@@ -1,8 +1,8 @@
 """Check a run from its files alone: python -m audio_lottery verify RUN. docs/runs.md says what that proves.
 
-Files: config.json, ledger.jsonl, rewind.safetensors (theta_k), masks/ROUND.safetensors, ticket.safetensors, report.md,
-report.png. They hold no secret: who writes new counts with new hashes, none of which contradicts another, is found out
-by training a round again, not by this.
+Files: config.json, ledger.jsonl, test.jsonl, rewind.safetensors (theta_k), masks/ROUND.safetensors, ticket.safetensors,
+report.md, report.png. They hold no secret: who writes new counts with new hashes, none of which contradicts another, is
+found out by training a round again, not by this.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from audio_lottery import checked, ledger
+from audio_lottery import checked, ledger, texts
 from audio_lottery.checked import SHA256
 from audio_lottery.files import check_finite, check_fit, load_masks, load_ticket, read_sealed
 from audio_lottery.verdicts import Verdict, verdict
@@ -48,7 +48,8 @@ class Run:
         self.settings = ledger.settings_of(self.config)
         self.rows, self.end = ledger.read_lines(path / "ledger.jsonl")
         self.given = "rounds" in self.settings  # masks of another run, not a search
-        self.small = self.settings.get("control") == "dense-small"
+        self.control = self.settings.get("control")
+        self.small = self.control == "dense-small"
         names = ("masks", "ticket.safetensors", "rewind.safetensors")
         self.bare = not any((path / name).exists() for name in names)
         self.file = self._theta = None
@@ -121,7 +122,8 @@ def check_rows(run: Run) -> None:
         check_origin(run, row, where)
         others, dense_others = row.get("other_tests", {}), dense.get("other_tests", {})
         expect(list(others) == list(dense_others), where + "other test sets than round 0's")
-        for test, dense_test in zip([row, *others.values()], [dense, *dense_others.values()]):
+        both = zip([row, *others.values()], [dense, *dense_others.values()]) if ledger.is_tested(row) else ()
+        for test, dense_test in both:
             check_test(run, test, dense_test, row["round"], where)
 
 
@@ -158,10 +160,13 @@ def check_origin(run: Run, row: dict, where: str) -> None:
         expect(row_there == settings["dense"], where + "it is not the row that the configuration names")
     else:
         expect(row["config_sha256"] == ledger.hash_json(settings), where + "config_sha256 is not the configuration's")
-    expect(row["best_epoch"] <= settings["epochs"], where + "its best epoch is behind the last one")
+    epochs = row.get("epochs", settings["epochs"])
+    longer = number and settings.get("control") in ("gradual-long", "dense-long")
+    expect("epochs" not in row or longer, where + "epochs of its own, as only the longer rivals have them")
+    expect(row["best_epoch"] <= epochs, where + "its best epoch is behind the last one")
     same = row["last_sha256"] == row["trained_sha256"]
-    expect(same or row["best_epoch"] < settings["epochs"], where + "the last epoch is the best, and the weights differ")
-    if number == 0 or run.given:
+    expect(same or row["best_epoch"] < epochs, where + "the last epoch is the best, and the weights differ")
+    if number == 0 or (run.given and run.control not in ledger.GRADUAL):
         expect(row["threshold"] == 0, where + "a threshold, where nothing was pruned")
     if run.given:
         return
@@ -192,9 +197,12 @@ def check_epochs(run: Run) -> str | None:
         where = f"round {row['round']}: "
         expect(("valid_wers" in row) == ("losses" in row), where + "one of valid_wers and losses is not there")
         if "valid_wers" in row:
-            epochs = len(row["valid_wers"]), len(row["losses"])
-            expect(epochs == (run.settings["epochs"],) * 2, where + "not as many epochs as configured")
-            best, stated = ledger.best_epoch(row["valid_wers"]), (row["valid_wer"], row["best_epoch"])
+            before = row.get("epochs_before", 0)  # end before the round starts, or while its masks still change
+            wer, epoch = ledger.best_epoch(row["valid_wers"])
+            epochs = before + len(row["valid_wers"]), before + len(row["losses"])
+            wanted = row.get("epochs", run.settings["epochs"])
+            expect(epochs == (wanted, wanted), where + "not as many epochs as configured")
+            best, stated = (wer, before + epoch), (row["valid_wer"], row["best_epoch"])
             expect(stated == best, where + f"the best valid WER and its epoch are {best}, not {stated}")
     own = [row["round"] for row in run.rows if row["round"] or "dense" not in run.settings]
     old = not run.end and all(number in without for number in own)
@@ -260,12 +268,14 @@ def check_starts(run: Run) -> str | None:
     """Every round starts at theta_k * mask. Of given masks the ledger's last ticket has the start, at least."""
     if run.bare:
         return "the rewind state"
-    control = run.settings.get("control")
     if run.given:
         dense = run.rows[0]
         if "dense" not in run.settings:
             expect(dense["start_sha256"] == dense["rewind_sha256"], "round 0: it does not start at its theta_0")
-        if control in ("random-init", "dense-small"):  # weights of its own each round; the last one's are in the ticket
+        if run.control in (
+            "random-init",
+            "dense-small",
+        ):  # new weights each round; the last are in the ticket
             earlier = [str(row["round"]) for row in run.rows[1:-1]]
             return f"the starts of rounds {', '.join(earlier)}, new weights each" if earlier else None
         if not (run.path / "rewind.safetensors").exists():  # runs of before do not keep it
@@ -277,7 +287,10 @@ def check_starts(run: Run) -> str | None:
         where = f"round {row['round']}: "
         expect(sha256(theta) == row["rewind_sha256"], where + "rewind.safetensors is not its rewind state")
         masks = {}
-        if row["round"]:
+        if row["round"] and run.control in ledger.RIVALS:  # gradual and dense-long start whole
+            if run.control in ledger.GO_ON:
+                continue
+        elif row["round"]:
             masks = load_masks(run.path / "masks" / f"{row['round']:02d}.safetensors")
         else:
             shapes = {name: tuple(theta[name].shape) for name in row["kept_per_layer"]}
@@ -286,7 +299,8 @@ def check_starts(run: Run) -> str | None:
         start = {n: v.masked_fill(~masks[n], 0) if n in masks else v for n, v in theta.items()}
         if row["round"] or run.settings["rewind_step"] == 0:  # else round 0 started before theta_k
             expect(sha256(start) == row["start_sha256"], where + "does not start at theta_k * mask")
-    return None
+    later = [str(row["round"]) for row in run.rows[1:]] if run.control in ledger.GO_ON else []
+    return f"the starts of rounds {', '.join(later)}, last weights of the rounds before" if later else None
 
 
 # ---------------------------------------------------------------------------- the ticket
@@ -303,7 +317,21 @@ def check_ticket(run: Run) -> str | None:
     expect(tested, "its weights are not those that were tested in the last round")
     zero = not any((file.trained[name][~mask] != 0).any() for name, mask in file.masks.items())
     expect(zero, "a pruned weight is not 0")
+    check_rewind(run)
+    expect(
+        ledger.hash_json(file.info) == row["info_sha256"], "its info (tokens, sizes, features) is not the last round's"
+    )
+    check_unpruned(run)
+    return None
+
+
+def check_rewind(run: Run) -> None:
+    file, row = run.ticket, run.rows[-1]
+    unrewound = run.control in (*ledger.GO_ON, *ledger.GRADUAL)
+    if file.rewind is None and unrewound:
+        return
     expect(file.rewind is not None, "it has no rewind state, which a run keeps")
+    expect(not unrewound, f"it has a rewind state, which --control {run.control} has not")
     start = row["start_sha256" if row["round"] or not run.settings.get("rewind_step") or run.given else "rewind_sha256"]
     if run.given and not row["round"]:
         start = row["rewind_sha256"]
@@ -312,11 +340,6 @@ def check_ticket(run: Run) -> str | None:
     expect(
         len({str(sorted(kind.items())) for kind in kinds}) == 1, "its trained tensors are not those of its rewind state"
     )
-    expect(
-        ledger.hash_json(file.info) == row["info_sha256"], "its info (tokens, sizes, features) is not the last round's"
-    )
-    check_unpruned(run)
-    return None
 
 
 def check_unpruned(run: Run) -> None:
@@ -347,6 +370,46 @@ def check_network(run: Run) -> str | None:
     return None
 
 
+def check_texts(run: Run) -> str | None:
+    """The texts of the tests give the ledger's counts. Ledgers of before, and a round 0 of another run, have none."""
+    by_round: dict[int, list[dict]] = {}
+    path, without = run.path / texts.TEXTS, []
+    for line in texts.read_texts(path):
+        by_round.setdefault(line.pop("round"), []).append(line)
+    own = [row for row in run.rows if row["round"] or "dense" not in run.settings]
+    stated = {row["round"]: row for row in own if "texts_sha256" in row}
+    more = sorted(by_round.keys() - stated.keys())
+    expect(not more, f"test.jsonl has texts of round {more[0] if more else ''}, of which the ledger says nothing")
+    for row in own:
+        if "texts_sha256" not in row or not path.exists():
+            without.append(str(row["round"]))
+        else:
+            check_texts_of(row, by_round.get(row["round"], []))
+    if not without or run.settings.get("test") is False:
+        return None
+    return f"test.jsonl: the texts of rounds {', '.join(without)}"
+
+
+def check_texts_of(row: dict, lines: list[dict]) -> None:
+    where = f"round {row['round']}: "
+    expect(ledger.hash_json(lines) == row["texts_sha256"], where + "other texts in test.jsonl than the ledger's")
+    tests: dict[str, list[dict]] = {}
+    for line in lines:
+        tests.setdefault(line["test"], []).append(line)
+    stated = [row, *row.get("other_tests", {}).values()]
+    expect(len(tests) == len(stated), where + "test.jsonl has other test sets than the ledger")
+    for (name, rows), counts in zip(tests.items(), stated):
+        errors = [sum(line[kind] for kind in texts.KINDS) for line in rows]
+        expect(errors == counts["test_errors"], where + f"{name}: test.jsonl has other errors than the ledger")
+        for line in rows:
+            reference, hypothesis = line["reference"].split(), line["hypothesis"].split()
+            right = texts.edits(reference, hypothesis), len(hypothesis) - len(reference)
+            told = sum(line[kind] for kind in texts.KINDS), line["insertions"] - line["deletions"]
+            expect(right == told, where + f"{name}, utterance {line['id']}: its counts are not its texts'")
+        words = [len(line["reference"].split()) for line in rows]
+        expect(words == counts["test_words"], where + f"{name}: test.jsonl has other words than the ledger")
+
+
 def check_report(run: Run) -> str | None:
     there = [name for name in REPORTS if (run.path / name).exists()]
     if not run.end:
@@ -367,5 +430,6 @@ CHECKS = (
     ("every round starts at theta_k * mask", check_starts),
     ("the ticket is the last round's, and its pruned weights are exactly 0", check_ticket),
     ("the ticket is of this configuration, and its tensors are its network's", check_network),
+    ("the texts of the tests give the ledger's counts", check_texts),
     ("report.md and report.png are those that the run ended with", check_report),
 )

@@ -10,6 +10,7 @@ import lottery
 import models
 from audio_lottery import ledger, verdicts
 from lab import plan
+from lab.controls import FOLLOWING
 
 
 class Run(NamedTuple):
@@ -23,13 +24,15 @@ class Run(NamedTuple):
 
 
 CONFIG = {"backbone", "size", "seed", "sparsity", "prune_rate", "margin", "data_sha256", "machine"}
-ROW = {"round", "remaining", "remaining_all", "kept_per_layer", "mask_sha256", "valid_wer"}
+ROW = {"round", "total", "remaining", "remaining_all", "kept_per_layer", "mask_sha256", "valid_wer"}
 ROW |= {"test_wer", "test_cer", "test_errors", "test_words"}
 
 
 def load(path: Path) -> Run:
     """The finished rounds of a run folder. Raises LotteryError unless they are one chain from the settings on."""
     config, rows = ledger.read_run(path)
+    if config.get("test") is False:
+        raise lottery.LotteryError(f"{path}: trained with --no-test: it has nothing to compare on a test")
     missing = (CONFIG - config.keys()).union(*(ROW - row.keys() for row in rows))
     if not isinstance(config.get("machine"), dict) or not isinstance(config["machine"].get("data"), str):
         missing |= {"data"}
@@ -148,7 +151,7 @@ class Method:
 
         def mean(rows: list[dict]) -> float:  # a narrower network's row has its own sizes
             return statistics.fmean(
-                plan.multiply_adds(backbone, row.get("sizes", sizes), row["kept_per_layer"], "sizes" in row)
+                plan.multiply_adds(backbone, row.get("sizes", sizes), row["kept_per_layer"], whole="sizes" in row)
                 for row in rows
             )
 
@@ -169,7 +172,7 @@ class Method:
 
 def step(row: dict, config: dict) -> tuple[int, float]:
     """What makes rounds of two seeds the same: the number and, of a last round that is cut short, the sparsity."""
-    total, rate = 10**9, config["prune_rate"]
+    total, rate = row.get("total_blocks", row["total"]), config["prune_rate"]
     counts = lottery.kept_counts(total, config["sparsity"], rate)
     cut = row["round"] == len(counts) - 1 and counts[-1] != lottery.kept_after(total, row["round"], rate)
     return row["round"], config["sparsity"] if cut else 0.0
@@ -231,7 +234,7 @@ def give_names(methods: list[Method]) -> None:
                 words.append("ticket" + (f" of {source}" if source != method.data else ""))
             for key in keys:
                 value = method.get(key)
-                if value != plain.get(key) and (with_hashes or not key.endswith("sha256")):
+                if value != plain.get(key) and (with_hashes or not (key.endswith("sha256") or key in FOLLOWING)):
                     between = {"block": "x", "snr": ":", "seconds": ":"}.get(key, ",")
                     words.append(f"{key} {between.join(map(str, value)) if isinstance(value, list) else value}")
             method.name = ", ".join(words) or "global magnitude"
@@ -250,7 +253,7 @@ def rivals(methods: list[Method]) -> list[tuple[Method, Method]]:
     """
     pairs = []
     for a, b in itertools.permutations(methods, 2):
-        keys = (a.settings.keys() | b.settings.keys()) - {"ticket"}
+        keys = (a.settings.keys() | b.settings.keys()) - {"ticket", *FOLLOWING}
         different = {key for key in keys if a.get(key) != b.get(key)}
         fits = a.get("ticket") == b.get("ticket")
         if different == {"control"}:  # the control of a retrained ticket, or of a search's

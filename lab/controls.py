@@ -7,29 +7,32 @@ data order:
     random-mask            as many weights (or blocks), anywhere
     random-mask-matched    as many in each layer, anywhere in it: only which weights differs
     random-init            its masks on a new draw of the initial weights, another one each round
-    dense-small            no mask: a narrower network with at most as many parameters
+    a rival                see lab/rivals.py
+    dense-small            no mask: a narrower network, as deep, with as many heads and within 1 % as many parameters
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 import lottery
 import models
-from audio_lottery import files, ledger
-from lab import networks
+from audio_lottery import draws, files, ledger
+from lab import networks, rivals
 
 CONTROLS = ledger.CONTROLS
 RANDOM = ("random-mask", "random-mask-matched")  # which keep weights that the ticket does not
 PATHS = ("data", "noise", "lm", "init")  # flags of a run that name files
-WIDTHS = {  # the sizes that dense-small scales
-    "cnn-lstm": ("channels", "hidden"),
-    "rnnt": ("channels", "hidden", "predictor", "joiner"),
-    "conformer": ("channels", "width"),
+# Words of a configuration that say how a control or a rewinding is done, where it was once done otherwise.
+FOLLOWING = ("mask_draws", "small", "late_rewinding")
+# Sizes of a narrower network: the first is tried near its share of the whole, the others then fill up, in this order.
+WIDTHS = {
+    "cnn-lstm": ("channels", "hidden", "first_channels"),
+    "rnnt": ("hidden", "predictor", "joiner", "channels"),
+    "conformer": ("width", "inner", "channels"),
 }
 
 
@@ -83,7 +86,7 @@ def read_source(path: Path) -> Source:
             masks = {number: file.masks} if kept < total else {}
             return Source(path, settings, tokens, masks, file.rewind, file.trained, {})
         (config, rows), masks = ledger.read_run(path), {}
-        if "rounds" in config:
+        if "rounds" in config or "control" in config:
             raise lottery.LotteryError(f"{path}: it searched for no ticket, but trained another run's: name that run")
         for row in rows[1:]:
             masks[row["round"]] = files.load_masks(path / "masks" / f"{row['round']:02d}.safetensors")
@@ -159,7 +162,7 @@ def random_masks(masks: lottery.Masks, renewed: list[str], pruning: lottery.Prun
 
     The order is drawn once from the seed, so that the masks of fewer are subsets. `renewed` layers stay as they are.
     """
-    generator = torch.Generator().manual_seed(int(np.random.default_rng([seed, 3]).integers(2**63)))
+    generator = torch.Generator().manual_seed(draws.torch_seed(seed, 0, draws.MASKS))
     units = {name: pruning.units(mask).cpu() for name, mask in masks.items()}
     order = {name: torch.rand(unit.shape, dtype=torch.float64, generator=generator) for name, unit in units.items()}
     drawn = [name for name in masks if name not in renewed]
@@ -175,7 +178,7 @@ def random_masks(masks: lottery.Masks, renewed: list[str], pruning: lottery.Prun
 
 def fresh(backbone: str, sizes: dict, tokens: int, seed: int, number: int, device) -> nn.Module:
     """A new draw of the initial weights, for round `number`."""
-    torch.manual_seed(int(np.random.default_rng([seed, number, 4]).integers(2**63)))
+    torch.manual_seed(draws.torch_seed(seed, number, draws.INITIAL_WEIGHTS))
     return models.BACKBONES[backbone](tokens, **sizes).to(device)
 
 
@@ -185,33 +188,50 @@ def parameters_left(model: nn.Module, masks: lottery.Masks) -> int:
 
 
 def small_sizes(backbone: str, size: str, tokens: int, most: int) -> dict:
-    """The sizes of the largest network with at most `most` parameters, all of its widths scaled alike.
+    """The sizes of a network with at most `most` parameters and at least 99 % of them, its shape near the whole one's.
 
-    A Conformer's width is an even number a head, so that fewer heads are tried too: half, a quarter, ...
+    As deep, and with as many heads. Its first width of WIDTHS is as near to its share of the whole as 99 % allow, the
+    others are as large as fits; where none near it has 99 %, it is the largest of them.
     """
-    whole = models.BACKBONES[backbone].SIZES[size]
-
-    def at(scale: float, heads: int | None) -> dict:
-        sizes = whole | {key: max(1, round(scale * whole[key])) for key in WIDTHS[backbone]}
-        if heads:
-            sizes |= {"heads": heads, "width": max(1, round(scale * whole["width"] / (2 * heads))) * 2 * heads}
-        return sizes
+    whole = dict(models.BACKBONES[backbone].SIZES[size])
+    own = {"conformer": ("inner", "width", 4), "cnn-lstm": ("first_channels", "channels", 1)}  # of others if not named
+    whole |= {name: times * whole[other] for name, other, times in [own[backbone]]} if backbone in own else {}
+    first, *others = WIDTHS[backbone]
+    unit = 2 * whole["heads"] if first == "width" else 1  # rotation takes an even number of a head
 
     def count(sizes: dict) -> int:
         with torch.device("meta"):
             return sum(p.numel() for p in models.BACKBONES[backbone](tokens, **sizes).parameters())
 
-    found, most_heads = [], whole.get("heads")
-    for heads in [most_heads >> i for i in range(most_heads.bit_length())] if most_heads else [None]:
-        low, high = 0, 1000  # thousandths
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if count(at(middle / 1000, heads)) <= most else (low, middle)
-        found.append(at(low / 1000, heads))
-    found = [sizes for sizes in found if count(sizes) <= most]
+    def scaled(share: float) -> dict:
+        alike = {key: max(1, round(share * whole[key])) for key in WIDTHS[backbone]}
+        return whole | alike | {first: max(1, round(share * whole[first] / unit)) * unit}
+
+    def fits(share: float) -> bool:
+        return count(scaled(share)) <= most
+
+    share = largest(lambda thousandth: fits(thousandth / 1000), 0, 1000) / 1000
+    found = []
+    for near in sorted(range(-6, 7), key=abs):
+        sizes = scaled(share)
+        sizes[first] = max(unit, sizes[first] + near * unit)
+        for key in others:
+            room = [sizes | {key: value} for value in range(2 * sizes[key] + 8)]
+            sizes[key] = max(1, largest(lambda value: count(room[value]) <= most, 0, len(room)))  # noqa: B023
+        found += [(count(sizes), sizes)] if count(sizes) <= most else []
+        if found and found[-1][0] >= 0.99 * most:
+            return found[-1][1]
     if not found:
         raise lottery.LotteryError(f"--control dense-small: no {backbone} has {most} parameters or fewer")
-    return max(found, key=count)
+    return max(found, key=lambda pair: pair[0])[1]
+
+
+def largest(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest whole number below `high` for which it holds, which does for all smaller ones; `low` if for none."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
 
 
 def ticket_of_round(
@@ -233,14 +253,20 @@ def ticket_of_round(
         ticket = lottery.Ticket(fresh(backbone, sizes, len(tokens), seed, number, device), exclude=exclude)
         ticket.round = number
         about |= {"sizes": sizes, "total": total, "remaining": ticket.kept / total}
-        about["remaining_all"] = sum(p.numel() for p in ticket.model.parameters()) / everything
+        about["parameters"] = sum(p.numel() for p in ticket.model.parameters())
+        about["remaining_all"] = about["parameters"] / everything
         return ticket, about, []
+    if control in rivals.TRAININGS:
+        keep = sum(int(pruning.units(mask).sum()) for mask in masks.values())
+        return rivals.ticket_of(control, model, pruning, keep, number, exclude), about, []
     if control in RANDOM:
         masks = random_masks(masks, renewed, pruning, seed, control == "random-mask-matched")
     if control == "random-init":
         sizes = models.BACKBONES[backbone].SIZES[size]
         start = lottery.copy_state(fresh(backbone, sizes, len(tokens), seed, number, device))
-    ticket = lottery.Ticket(model, pruning=pruning, exclude=exclude)
+    # From theta_k it has as many steps before it as the dense network; other starts have none, and train from step 0.
+    late = control != "random-init" and weights == "rewind"
+    ticket = lottery.Ticket(model, source.settings.get("rewind_step", 0) if late else 0, pruning, exclude)
     ticket.round, ticket.masks, ticket.rewind_state = number, masks, start
     ticket.rewind()
     return ticket, about, renewed

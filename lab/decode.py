@@ -174,7 +174,11 @@ def silent_stderr():
 
 
 def transducer_beam(model: models.Transducer, beam: int):
-    """torchaudio's RNNTBeamSearch: the best sum over alignments, divided by the number of tokens + 1."""
+    """torchaudio's RNNTBeamSearch, an approximate search for the text of the largest score.
+
+    The score is the sum over alignments, as a logarithm, divided by the number of tokens + 1. Against a search of all
+    texts it found the best one in 2 of 20 tiny cases: a wider beam is no proof of a likelier text.
+    """
     last = model.output.out_features - 1
     beam_search = RNNTBeamSearch(BlankLast(model), blank=last, step_max_tokens=model.MAX_SYMBOLS)
 

@@ -25,6 +25,7 @@ SIZES = {
     },
     "conformer": {"channels": WIDTH, "width": WIDTH, "heads": WIDTH, "kernel": checked.integer(1, 999)},
 }
+MAY = {"cnn-lstm": {"first_channels": WIDTH}, "conformer": {"inner": WIDTH}}  # of networks that --control narrows
 DEPTH = {"cnn-lstm": "layers", "rnnt": "layers", "conformer": "blocks"}
 TOKEN = checked.text(".+", most=1000)
 
@@ -43,7 +44,7 @@ def check_sizes(backbone: object, sizes: object, weights: int) -> None:
     """
     checked.one_of(*models.BACKBONES)(backbone, "backbone")
     shapes = SIZES[backbone] | {"dropout": DROPOUT, DEPTH[backbone]: checked.integer(1, min(1000, max(1, weights)))}
-    checked.record(shapes, others=False)(sizes, "sizes")
+    checked.record(shapes, MAY.get(backbone), others=False)(sizes, "sizes")
     if backbone == "cnn-lstm" and len(sizes["kernels"]) != len(sizes["strides"]):
         raise LotteryError("sizes: kernels and strides must be as many")
     kernels = sizes["kernels"] if backbone == "cnn-lstm" else [[sizes.get("kernel", 1)]]

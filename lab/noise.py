@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 import data
-from audio_lottery import sound
+from audio_lottery import draws, sound
 
 FRAME = 400  # samples: 25 ms
 ACTIVE = 1e-4  # of the loudest frame's energy: 40 dB below it
 SILENT = 1e-10  # mean square, -100 dB of full scale: what rounding to 16 bits leaves
 TRIES = 10
-# Third number of the seeds of a draw, after seed and epoch; the order of an epoch has none, dropout has 1.
-TRAIN, TEST = 2, 3
 
 
 def speech_power(waveform: Tensor) -> float:
@@ -111,14 +109,16 @@ class Noise:
 
     def for_training(self, speech: Tensor, seed: int, epoch: int, index: int) -> Tensor:
         """speech (N,) with noise of folder/train: what, from where and how loud follows from the three numbers."""
-        rng = np.random.default_rng([seed, epoch, TRAIN, index])
+        rng = draws.generator(seed, epoch, draws.NOISE, index)
         snr = rng.uniform(*self.snr)
         return mix(speech, segment(self.train, len(speech), rng), snr)
 
     def for_test(self, speech: Tensor, snr: float, index: int) -> Tensor:
-        """speech (N,) with noise of folder/test at snr dB: the same for every model and seed."""
-        rng = np.random.default_rng([index, round(1000 * snr) % 2**32, TEST])
-        return mix(speech, segment(self.test, len(speech), rng), snr)
+        """speech (N,) with noise of folder/test at snr dB: the same recording, from the same place, for every snr.
+
+        index: of the utterance in its test set. No model and no seed has a part in the draw.
+        """
+        return mix(speech, segment(self.test, len(speech), draws.generator(index, 0, draws.TEST_NOISE)), snr)
 
 
 def _files(folder: Path) -> list[Path]:

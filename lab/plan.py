@@ -1,10 +1,12 @@
 """Multiply-adds of a network, and what a search for a ticket costs before it is begun.
 
-python -m lab.plan TICKET      multiply-adds a second of audio, dense and with zeros skipped
-python train.py --plan         what a search costs
+python -m lab.plan TICKET      multiply-adds a second of audio as it recognises, dense and with zeros skipped
+python train.py --plan         what a search costs: multiply-adds of the loss
 """
 
+import contextlib
 import functools
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -25,19 +27,20 @@ TOKENS = 29  # the paper's; how often a weight multiplies does not depend on the
 
 
 def multiply_adds(
-    backbone: str, sizes: dict | None = None, kept: dict[str, int] | None = None, whole: bool = False
-) -> float:
-    """Multiply-adds of the loss per second of speech, forward: convolutions, LSTMs (each step), linear layers, joiner.
+    backbone: str, sizes: dict | None = None, kept: dict[str, int] | None = None, of: str = "transcribe",
+    whole: bool = False,
+) -> float:  # fmt: skip
+    """Multiply-adds per second of speech, forward: convolutions, LSTMs (each step), linear layers, joiner.
 
     sizes: of the network (default: the paper's).  kept: weights by layer, as in a row of a ledger, so that zeros are
     skipped (default: all, with the paper's 29 tokens); whole: they are all that such a network has.
-    Raises LotteryError if they are of other layers, or not as many; nothing is built then.
-    The utterance is of 4 s and 15 tokens a second; a transducer's joiner is counted over its whole lattice, as the
-    loss computes it. Products of two activations, as in attention, are not counted.
+    of: "transcribe", greedy recognition, or "loss", which for a transducer computes its joiner over the whole lattice
+    and a CTC output beside it.  Raises LotteryError if they are of other layers, or not as many; nothing is built then.
+    The utterance is of 4 s and 15 tokens a second. Products of two activations, as in attention, are not counted.
     """
     if whole:
         check_whole(backbone, sizes, kept)
-    uses, weights = _uses_and_weights(backbone, json.dumps(sizes or models.BACKBONES[backbone].SIZES["paper"]))
+    uses, weights = _uses_and_weights(backbone, json.dumps(sizes or models.BACKBONES[backbone].SIZES["paper"]), of)
     kept = weights if kept is None else kept
     if not kept or kept.keys() - uses.keys():
         raise lottery.LotteryError(f"{backbone} has the prunable layers {', '.join(uses)}, not {', '.join(kept)}")
@@ -58,21 +61,51 @@ def check_whole(backbone: str, sizes: dict, kept: dict[str, int]) -> None:
 
 
 @functools.cache
-def _uses_and_weights(backbone: str, sizes: str) -> tuple[dict[str, int], dict[str, int]]:
+def _uses_and_weights(backbone: str, sizes: str, of: str) -> tuple[dict[str, int], dict[str, int]]:
     """How often each weight multiplies in an utterance, and how many weights each layer has; sizes: JSON."""
     with torch.random.fork_rng(devices=[]):
         model = models.BACKBONES[backbone](TOKENS, **json.loads(sizes)).eval()  # eval: no statistics of other processes
-        uses = per_utterance(model, SECONDS, TOKENS)
+        uses = per_utterance(model, SECONDS, TOKENS, of)
     return uses, {name: weight.numel() for name, weight in lottery.prunable(model).items()}
 
 
-def per_utterance(model: torch.nn.Module, seconds: int, tokens: int) -> dict[str, int]:
-    """How often each weight multiplies in the loss of one utterance."""
+def per_utterance(model: torch.nn.Module, seconds: int, tokens: int, of: str = "transcribe") -> dict[str, int]:
+    """How often each weight multiplies as one utterance is recognised, or in its loss."""
     frames, text = torch.tensor([100 * seconds]), torch.tensor([TOKENS_A_SECOND * seconds])
-    bins = models.CnnLstm.BINS[model.features]
+    features = torch.randn(1, int(frames), models.CnnLstm.BINS[model.features])
     targets = torch.randint(1, tokens, (1, int(text)))
     with torch.no_grad():
-        return counting.weight_uses(model, lambda: model.loss(torch.randn(1, int(frames), bins), frames, targets, text))
+        if of == "loss":
+            return counting.weight_uses(model, lambda: model.loss(features, frames, targets, text))
+        with said(model, int(text), -(-int(frames) // model.stride)):
+            return counting.weight_uses(model, lambda: model.transcribe(features, frames))
+
+
+@contextlib.contextmanager
+def said(model: torch.nn.Module, tokens: int, frames: int):
+    """Inside, a transducer's greedy loop emits so many tokens in so many frames, evenly, whatever it hears."""
+    if not isinstance(model, models.Transducer):
+        yield
+        return
+    steps = itertools.count()  # of the loop: a token or the blank each
+
+    def spell(_module, _inputs, logits):
+        done = next(steps)
+        emits = -(-(done + 1) * tokens // (tokens + frames)) > -(-done * tokens // (tokens + frames))
+        return torch.nn.functional.one_hot(torch.tensor(int(emits)), logits.shape[-1]).to(logits).expand_as(logits)
+
+    hook = model.output.register_forward_hook(spell)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def weights_of(backbone: str) -> int:
+    """Prunable weights at paper size."""
+    with torch.device("meta"):
+        model = models.build(backbone, "paper", TOKENS)
+    return sum(weight.numel() for weight in lottery.prunable(model).values())
 
 
 def markdown(columns: list[str], rows: list[list[str]], right: int = 0) -> list[str]:
@@ -81,17 +114,23 @@ def markdown(columns: list[str], rows: list[list[str]], right: int = 0) -> list[
     return [f"| {' | '.join(texts)} |" for texts in (columns, rule, *rows)]
 
 
-def table(epochs: int, prune_rate: float) -> str:
-    """Markdown: what one search costs at each of SPARSITIES."""
-    columns = ["backbone", "multiply-adds a second of speech", "training speech", *(f"{s:.1%}" for s in SPARSITIES)]
+def table(epochs: dict[str, int], prune_rate: float) -> str:
+    """Markdown: what one search costs at each of SPARSITIES; epochs: of a training, by backbone."""
+    columns = [
+        "backbone",
+        "epochs",
+        "multiply-adds of the loss, a second of speech",
+        "training speech",
+        *(f"{s:.1%}" for s in SPARSITIES),
+    ]
     rows = []
     for backbone in models.BACKBONES:
-        forward = multiply_adds(backbone)
+        forward, weights = multiply_adds(backbone, of="loss"), weights_of(backbone)
         for corpus, hours in HOURS.items():
-            row = [backbone, f"{forward / 1e9:.2f} G", f"{corpus}, {hours} h"]
+            row = [backbone, str(epochs[backbone]), f"{forward / 1e9:.2f} G", f"{corpus}, {hours} h"]
             for sparsity in SPARSITIES:
-                trainings = len(lottery.kept_counts(10**9, sparsity, prune_rate))
-                audio = trainings * epochs * hours
+                trainings = len(lottery.kept_counts(weights, sparsity, prune_rate))
+                audio = trainings * epochs[backbone] * hours
                 total = 3 * forward * 3600 * audio  # backward() takes two products for each of the forward pass
                 gpu_hours = 2 * total / (TERAFLOPS * 1e12) / 3600
                 row.append(f"{trainings} trainings, {audio:,} h of audio, {total:.1e}, {gpu_hours:,.0f} GPU h")
@@ -99,12 +138,13 @@ def table(epochs: int, prune_rate: float) -> str:
     return "\n".join(markdown(columns, rows))
 
 
-def explained(epochs: int) -> str:
+def explained() -> str:
     return (
-        f"Paper size, {epochs} epochs a training, by target sparsity. Multiply-adds: products with weights of forward "
-        f"and backward pass (3 times the forward pass), characters as tokens, {TOKENS_A_SECOND} a second. GPU hours: "
-        f"at {TERAFLOPS} TFLOP/s sustained, an assumption, not a measurement; a pruned weight is multiplied all the "
-        "same in training."
+        "Paper size, by target sparsity; epochs: of a training. Multiply-adds: of the loss, which is what training "
+        "computes (recognising takes fewer with rnnt: python -m lab.plan TICKET); in the totals products with weights "
+        "of forward and backward pass (3 times the forward pass), characters as tokens, "
+        f"{TOKENS_A_SECOND} a second. GPU hours: at {TERAFLOPS} TFLOP/s sustained, an assumption, not a measurement; a "
+        "pruned weight is multiplied all the same in training."
     )
 
 

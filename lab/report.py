@@ -30,8 +30,8 @@ COLUMNS = ["round", "remaining", "of all", "valid WER", "test WER", "test CER", 
 def cells(row: dict) -> list[str]:
     """A ledger row under COLUMNS."""
     shares = [f"{row[key]:.1%}" for key in ("remaining", "remaining_all")]
-    rates = [f"{row[key]:.3f}" for key in ("valid_wer", "test_wer", "test_cer")]
-    against = str(verdicts.Verdict(row["verdict"], *row["interval"])) if row["round"] else "-"
+    rates = [f"{row[key]:.3f}" if key in row else "-" for key in ("valid_wer", "test_wer", "test_cer")]
+    against = str(verdicts.Verdict(row["verdict"], *row["interval"])) if "verdict" in row else "-"
     return [str(row["round"]), *shares, *rates, f"{row['seconds']:.0f}", against]
 
 
@@ -45,6 +45,8 @@ def markdown_table(ledger: list[dict]) -> list[str]:
 
 def summary(config: dict, ledger: list[dict]) -> list[str]:
     """The dense model, the sparsest ticket that is not behind it, the best one, and what the last one multiplies."""
+    if config.get("test") is False:
+        return ["trained with --no-test: valid WER alone, and nothing that a ticket could be told by"]
     ((method,),) = merge([Run(config, ledger)]).values()
     dense, tickets = ledger[0], method.tickets()
     lines = [f"dense: test WER {dense['test_wer']:.3f}, CER {dense['test_cer']:.3f}"]
@@ -75,6 +77,9 @@ def summary(config: dict, ledger: list[dict]) -> list[str]:
 
 def write_report(out: Path, config: dict, ledger: list[dict]) -> None:
     """report.md and report.png of one run."""
+    if config.get("test") is False:
+        write_report_without_test(out, config, ledger)
+        return
     utterances = len(ledger[0]["test_words"])
     explained = (
         f"Against dense: 95 % interval of WER(ticket) - WER(dense), paired bootstrap over {utterances} test "
@@ -103,6 +108,22 @@ def write_report(out: Path, config: dict, ledger: list[dict]) -> None:
     files.write_atomically(out / "report.md", "\n".join(lines).encode())
     ((title, methods),) = merge([Run(config, ledger)]).items()
     draw(out / "report.png", f"{title}, seed {config['seed']}", methods)
+
+
+def write_report_without_test(out: Path, config: dict, ledger: list[dict]) -> None:
+    """report.md and report.png of a run with --no-test: valid WER by round."""
+    from matplotlib.figure import Figure
+
+    lines = [f"# {config['backbone']} on {config['machine']['data']}, seed {config['seed']}", ""]
+    lines += [*summary(config, ledger), "", *markdown_table(ledger), "", "![valid WER](report.png)", ""]
+    lines += ["```json", json.dumps(config, indent=2), "```", ""]
+    figure = Figure(figsize=(5.5, 4.2), layout="constrained")
+    ax = figure.subplots()
+    ax.plot([100 * row["remaining"] for row in ledger], [row["valid_wer"] for row in ledger], "o-", markersize=4)
+    ax.set(xscale="log", xlabel="remaining prunable weights, %", ylabel="valid WER")
+    ax.invert_xaxis()
+    save(out / "report.png", figure)
+    files.write_atomically(out / "report.md", "\n".join(lines).encode())
 
 
 # ---------------------------------------------------------------------------- many runs: tables
@@ -135,11 +156,12 @@ EXPLAINED = (
     "Against dense: verdict and 95 % interval of WER(ticket) - WER(dense), paired bootstrap over test utterances, "
     "seeds pooled: the interval is of these seeds; how seeds vary, the standard deviation (±) tells. No correction for "
     "testing many tickets. `remaining` is of the prunable weights, `of all` of all parameters. Multiply-adds: products "
-    f"with weights in the forward pass of the loss, {plan.TOKENS_A_SECOND} tokens a second; of the ticket, zeros are "
+    f"with weights as speech is recognised, {plan.TOKENS_A_SECOND} tokens a second; of the ticket, zeros are "
     "skipped."
 )
 MERGED = ["test set", "method", "round", "remaining", "of all", "seeds", "valid WER", "test WER", "test CER"]
 MERGED += ["test WER less dense's", "against dense", "multiply-adds a second: dense, ticket", "layers without a weight"]
+MERGED += ["narrower network", "steps, all that led to it"]
 
 
 def spread(values: list[float], sign: str = "") -> str:
@@ -161,7 +183,17 @@ def merged_cells(method: Method, point: Point, test: str) -> list[str]:
         *([spread(point.differences("test_wer", test), "+"), str(point.verdict(test))] if point.round else ["-", "-"]),
         f"{whole / 1e6:.1f} M, {skipped / 1e6:.1f} M ({skipped / whole:.1%})",
         markdown_text(", ".join(point.empty_layers())),
+        narrower(point), f"{point.rows[0]['steps_in_all']:,}" if "steps_in_all" in point.rows[0] else "",
     ]  # fmt: skip
+
+
+def narrower(point: Point) -> str:
+    """Widths, heads and parameters of a dense network of other sizes than the method's."""
+    row = point.rows[0]
+    words = {"width": "wide", "inner": "wide inside", "hidden": "hidden", "heads": "heads", "channels": "channels"}
+    words |= {"predictor": "in the predictor", "joiner": "in the joiner", "first_channels": "channels first"}
+    told = [f"{row['sizes'][key]} {word}" for key, word in words.items() if key in row.get("sizes", {})]
+    return ", ".join(told + ([f"{row['parameters']:,} parameters"] if "parameters" in row else []))
 
 
 def told(point: Point | None) -> str:

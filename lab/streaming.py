@@ -12,14 +12,16 @@ class Running:
     Mean and variance of a frame are those of all frames up to it; the first SECOND frames share those of them all, so
     that nothing comes out before a second is there. The pieces make no difference, up to rounding.
     moments: of similar audio, (2, F); they count as KNOWN frames heard before, and nothing waits.
+    one_mean: one mean and one variance for all bins, as in data.normalize.
     """
 
     SECOND, KNOWN = 100, 300  # frames
 
-    def __init__(self, moments: Tensor | None = None):
+    def __init__(self, moments: Tensor | None = None, one_mean: bool = False):
+        self.one_mean = one_mean
         self.held, self.count, self.sums = None, 0, None  # sums of x and of x squared, (2, F) float64
         if moments is not None:
-            self.count, self.sums = self.KNOWN, self.KNOWN * moments
+            self.count, self.sums = self.KNOWN, self.KNOWN * (moments.mean(1, keepdim=True) if one_mean else moments)
 
     @staticmethod
     def moments(recordings: list[Tensor]) -> Tensor:
@@ -34,6 +36,7 @@ class Running:
             self.held = x
             return x[:0]
         values = torch.stack((x, x.square()), 1).double()  # (T, 2, F)
+        values = values.mean(2, keepdim=True) if self.one_mean else values
         if self.sums is not None:
             values[0] += self.sums
         sums = values.cumsum(0)

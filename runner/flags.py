@@ -17,67 +17,15 @@ import lottery
 import models
 from audio_lottery import checked
 from audio_lottery.console import Parser
-from lab import controls, corpora, decode
-from runner import processes
-from runner.recipes import RECIPES
+from lab import controls, corpora, decode, rivals
+from runner import processes, values
+from runner.recipes import OF_SIZE, RECIPE_NAMES, RECIPES
 
 NO_FLAG = r"(?!-)[^\0]*"  # a text that a command line does not take for a flag
 HERE = Path(__file__).resolve().parent.parent  # the repository
 NONE = Path("none")  # as --lm, --noise and --init: without, where --ticket's run has it
 MOST_BEAM = 100_000
 SCOPE_OF_BLOCKS = "lamp"  # measured: results/blocks.md
-
-
-# ---------------------------------------------------------------------------- values
-
-
-def low_high(text: str) -> tuple[float, float]:
-    """LO:HI, two numbers with 0 <= LO < HI <= 1e7."""
-    try:
-        low, high = map(float, text.split(":"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be LO:HI, two numbers of seconds, got {text!r}") from None
-    if not 0 <= low < high <= 1e7:
-        raise argparse.ArgumentTypeError(f"must be LO:HI with 0 <= LO < HI <= 1e7, got {text!r}")
-    return low, high
-
-
-def rows_by_columns(text: str) -> tuple[int, int]:
-    """RxC, two whole numbers of at least 1."""
-    if not re.fullmatch("[1-9][0-9]{0,8}x[1-9][0-9]{0,8}", text):
-        raise argparse.ArgumentTypeError(f"must be RxC, rows and columns of a block, both at least 1, got {text!r}")
-    rows, columns = map(int, text.split("x"))
-    return rows, columns
-
-
-def decibels(text: str, separator: str) -> tuple[float, ...]:
-    """Numbers between the separators, each in [-100, 100]."""
-    values = tuple(float(value) + 0.0 for value in text.split(separator))  # -0 is 0
-    if not all(-100 <= value <= 100 for value in values):
-        raise ValueError
-    return values
-
-
-def snr_range(text: str) -> tuple[float, float]:
-    """LO:HI, in dB."""
-    try:
-        low, high = decibels(text, ":")
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be LO:HI, two numbers of dB in [-100, 100], got {text!r}") from None
-    if low > high:
-        raise argparse.ArgumentTypeError(f"must be LO:HI with LO <= HI, got {text!r}")
-    return low, high
-
-
-def snr_list(text: str) -> tuple[float, ...]:
-    """A,B,..., in dB."""
-    try:
-        values = decibels(text, ",")
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be A,B,..., numbers of dB in [-100, 100], got {text!r}") from None
-    if len({f"{value:g}" for value in values}) < len(values):
-        raise argparse.ArgumentTypeError(f"must not name an SNR twice, got {text!r}")
-    return values
 
 
 # ---------------------------------------------------------------------------- the table
@@ -89,7 +37,7 @@ IN_CONFIG = ("always", "recipe", "changed")
 
 @dataclass(frozen=True)
 class Flag:
-    name: str  # in the configuration; on the command line --name, with - for _
+    name: str  # in the configuration; on the command line --name, with - for _, or what is `spelled`
     group: str  # of --help
     # Where its value stands in config.json, and so whether it is part of the run's identity. "always": by its name;
     # "recipe": as the field of the recipe that it changes; "changed": by its name, if it is not the default (or
@@ -110,10 +58,11 @@ class Flag:
     part_of: str = ""  # the flag without which it means nothing
     masks: bool = False  # says how masks are made, so that --ticket's run fixes it
     with_ticket: bool = False  # goes with --ticket only
+    spelled: str = ""
 
     @property
     def option(self) -> str:
-        return f"--{self.name.replace('_', '-')}"
+        return self.spelled or f"--{self.name.replace('_', '-')}"
 
     @property
     def range(self) -> str:
@@ -171,7 +120,9 @@ TABLE = (
     Flag("backbone", TRAIN, "always", tuple(models.BACKBONES), default="rnnt",
          help="kind of network: a CNN-LSTM or a Conformer trained with CTC, or a transducer (rnnt)"),
     Flag("size", TRAIN, "always", ("demo", "wide", "wider", "paper"), default="demo",
-         help="size of the network and its recipe; wide and wider are demo with 2 and 3 times the widths"),
+         help="size of the network; wide and wider are demo with 2 and 3 times the widths"),
+    Flag("recipe_name", TRAIN, "changed", RECIPE_NAMES, otherwise="the size's: paper or demo", spelled="--recipe",
+         help="how it is trained: for a quarter of an hour of speech, for AN4, or as in the paper"),
     Flag("epochs", TRAIN, "recipe", int, least=1, most=10_000, metavar="N",
          help="passes over the training speech in each round"),
     Flag("batch_size", TRAIN, "recipe", int, least=1, most=1_000_000, metavar="N", help="utterances in a batch"),
@@ -180,7 +131,9 @@ TABLE = (
     Flag("accumulate", TRAIN, "recipe", int, least=1, most=1_000_000, metavar="N",
          help="batches whose gradients make one optimizer step"),
     Flag("lr", TRAIN, "recipe", float, rule="above 0 and at most 100", metavar="RATE", help="highest learning rate"),
-    Flag("seconds", TRAIN, "recipe", low_high, rule="0 <= LO < HI <= 1e7", between=":", metavar="LO:HI",
+    Flag("anneal", TRAIN, "recipe", float, least=1, most=100, otherwise="1.1", metavar="RATE",
+         help="what the learning rate is divided by after each epoch, in the paper's recipe of cnn-lstm and rnnt"),
+    Flag("seconds", TRAIN, "recipe", values.low_high, rule="0 <= LO < HI <= 1e7", between=":", metavar="LO:HI",
          help="train only on utterances between LO and HI seconds long"),
     Flag("amp", TRAIN, "recipe", bool, otherwise="no",
          help="compute the forward pass in 16-bit floats (bfloat16), on CUDA only"),
@@ -194,8 +147,9 @@ TABLE = (
          help="with --ticket, the rounds to train, besides round 0, which always is"),
     Flag("ticket_weights", TRAIN, "changed", ("rewind", "trained"), default="rewind", with_ticket=True,
          help="with --ticket, the weights to start from: those it rewinds to, or its trained ones"),
-    Flag("control", TRAIN, "changed", controls.CONTROLS, otherwise="none", with_ticket=True,
-         help="with --ticket, train this control in its place, with all else the same"),
+    Flag("control", TRAIN, "changed", (*controls.CONTROLS, *rivals.RIVALS), otherwise="none", with_ticket=True,
+         metavar="NAME", rule=", ".join((*controls.CONTROLS, *rivals.RIVALS)),
+         help="with --ticket, train this control or rival in its place, with all else the same"),
     Flag("dense", TRAIN, "machine", Path, otherwise="--ticket's, if its settings are the same", metavar="RUN",
          with_ticket=True, help="with --ticket, take round 0 from this run"),
     Flag("plan", TRAIN, "no", bool, help="train nothing: print what a search costs at paper size"),
@@ -213,7 +167,8 @@ TABLE = (
     Flag("download", DATA, "no", bool, help="fetch what of LibriSpeech or TED-LIUM is not in --data"),
     Flag("skip_broken", DATA, "changed", bool, otherwise="no",
          help="leave broken recordings out of train and valid, counted aloud; one of a test set stops the run"),
-    Flag("tokens", DATA, "always", str, default="chars", metavar="chars|bpe:N",
+    Flag("tokens", DATA, "always", str, otherwise="chars; in the paper's recipe of conformer bpe:256", absent="chars",
+         metavar="chars|bpe:N",
          help="what texts are spelled with: characters, or N pieces of words that sentencepiece finds"),
 
     Flag("sparsity", PRUNE, "always", float, default=0.9, rule="at least 0, below 1", metavar="SHARE", masks=True,
@@ -222,7 +177,7 @@ TABLE = (
          help="share of the surviving weights that each round removes"),
     Flag("rewind_step", PRUNE, "always", int, default=0, least=0, metavar="K", masks=True,
          help="optimizer step whose weights every round starts from; 0 is the initial weights"),
-    Flag("block", PRUNE, "changed", rows_by_columns, default=(1, 1), rule="both at least 1", between="x",
+    Flag("block", PRUNE, "changed", values.rows_by_columns, default=(1, 1), rule="both at least 1", between="x",
          metavar="RxC", masks=True, help="prune blocks of R rows and C columns, e.g. 8x1; 1x1 is single weights"),
     Flag("scope", PRUNE, "changed", lottery.SCOPES, otherwise=f"global, with --block {SCOPE_OF_BLOCKS}",
          absent="global", masks=True, help="rank weights over all layers, within each layer, or by their LAMP score"),
@@ -231,6 +186,8 @@ TABLE = (
     Flag("keep_dense", PRUNE, "changed", str, default=(), otherwise="none", count="+", metavar="NAME", masks=True,
          help="layers or weights that are not pruned, by name or pattern, e.g. output 'encoder.*'"),
 
+    Flag("test", TEST, "changed", bool, default=True, otherwise="yes",
+         help="test each round; without, train and validate and never touch the test, as for tuning a recipe"),
     Flag("margin", TEST, "always", float, default=0.01, least=0, most=100, metavar="WER",
          help="word error rate (WER) that a matching ticket may lose"),
     Flag("beam", TEST, "always", int, otherwise=f"1, with --lm {decode.BEAM}", least=1, most=MOST_BEAM, metavar="N",
@@ -243,10 +200,11 @@ TABLE = (
          part_of="lm", help="with --lm, what every word of a text adds to its score"),
     Flag("noise", TEST, "machine", Path, otherwise="none", metavar="DIR|none",
          help="recordings of noise: DIR/train is mixed into training, DIR/test into the test"),
-    Flag("snr", TEST, "changed", snr_range, otherwise="none", rule="-100 to 100", between=":", metavar="LO:HI",
+    Flag("snr", TEST, "changed", values.snr_range, otherwise="none", rule="-100 to 100", between=":", metavar="LO:HI",
          part_of="noise", help="with --noise, signal-to-noise ratio in training, drawn between LO and HI dB"),
-    Flag("test_snr", TEST, "changed", snr_list, otherwise="none", rule="-100 to 100", between=",", metavar="A,B,...",
-         part_of="noise", help="with --noise, signal-to-noise ratios in dB, one more test each, e.g. 20,10,0"),
+    Flag("test_snr", TEST, "changed", values.snr_list, otherwise="none", rule="-100 to 100", between=",",
+         metavar="A,B,...", part_of="noise",
+         help="with --noise, signal-to-noise ratios in dB, one more test each, e.g. 20,10,0"),
 
     Flag("device", MACHINE, "machine", ("auto", "cpu", "cuda"), default="auto",
          help="where to compute; auto is CUDA where there is one, else the CPU"),
@@ -307,9 +265,10 @@ def parser() -> Parser:
 
 def add(group, flag: Flag) -> None:
     """Put a flag of the table into a group of a parser, of train.py's or another command's."""
-    options = {"help": described(flag)}
+    options = {"help": described(flag), "dest": flag.name}
     if flag.value is bool:  # what --ticket's run may have needs a --no- as well
         options["action"] = argparse.BooleanOptionalAction if flag.taken_over else "store_true"
+        options |= {"default": flag.default} if flag.taken_over else {}
     else:
         reads = {"choices": flag.value} if isinstance(flag.value, tuple) else {"type": flag.value}
         options |= {"default": flag.default, "metavar": flag.metavar, "nargs": flag.count} | reads
@@ -332,9 +291,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.data = "demo" if args.data is None else args.data
     args.skip_broken = args.skip_broken or None  # --no-skip-broken is as if it were not given
     args.lm, args.noise, args.init = (None if path == NONE else path for path in (args.lm, args.noise, args.init))
-    args.recipe = RECIPES[args.backbone, "paper" if args.plan else args.size]
+    of_size = "paper" if args.plan else OF_SIZE[args.size]
+    args.recipe = RECIPES[args.backbone, args.recipe_name or of_size]
+    args.recipe_name = None if args.recipe_name == of_size else args.recipe_name  # the size's is the default
     chosen = {flag.name: getattr(args, flag.name) for flag in TABLE if flag.identity == "recipe"}
     args.recipe = dataclasses.replace(args.recipe, **{key: v for key, v in chosen.items() if v is not None})
+    args.tokens = args.tokens or args.recipe.tokens
     check_values(p, args)
     check_pruning(p, args)
     check_ticket(p, args)
@@ -342,6 +304,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.cache = args.cache if args.cache in ("memory", "none") else Path(args.cache)
     args.data = HERE / "demo" if args.data == "demo" else Path(args.data)
     args.out = args.out or default_out(args)
+    if args.control in rivals.SEARCHES:  # the source has given its settings, and nothing else is taken from it
+        args.source = args.rounds = None
     if args.threads:
         torch.set_num_threads(args.threads)
     return args
@@ -357,7 +321,7 @@ def parse_with_source(p: Parser, alone: argparse.Namespace, argv: list[str] | No
     args = p.parse_args(argv, argparse.Namespace(source=source))
     if args.corpus != source.settings.get("corpus"):  # whose sets are no other's
         args.train_sets, args.valid_sets, args.test_sets = alone.train_sets, alone.valid_sets, alone.test_sets
-    if (args.backbone, args.size) not in RECIPES:
+    if args.backbone not in models.BACKBONES or args.size not in OF_SIZE:
         p.error(f"--ticket {args.ticket}: there is no backbone {args.backbone} of {args.size} size")
     if args.data is None:
         p.error(f"--ticket {args.ticket}: a ticket file does not say what it was trained on: give --data")
@@ -404,6 +368,8 @@ def check_values(p: Parser, args: argparse.Namespace) -> None:
     for flag in TABLE:
         check_range(p, flag, getattr(args, flag.name))
     check_decoding(p, args)
+    if args.anneal is not None and args.recipe.schedule != "anneal":
+        p.error(f"--anneal goes with the schedule anneal, and this recipe has {args.recipe.schedule}")
     if not 0 < args.recipe.lr <= 100:
         p.error(f"--lr must be above 0 and at most 100, got {args.recipe.lr}")
     try:
@@ -416,6 +382,8 @@ def check_values(p: Parser, args: argparse.Namespace) -> None:
         p.error(f"--corpus {args.corpus} wants --data DIR, the folder with the unpacked corpus")
     if args.batch_seconds and args.batch_size:
         p.error("--batch-size and --batch-seconds: only one of them can say how large a batch is")
+    if args.test_snr and not args.test:
+        p.error("--test-snr and --no-test: without a test there is no noise in it")
     if args.noise and args.snr is None and args.test_snr is None:
         p.error("--noise needs --snr LO:HI (training), --test-snr A,B,... (test) or both")
     if not args.noise and not (args.snr is None and args.test_snr is None):
@@ -461,6 +429,8 @@ def check_ticket(p: Parser, args: argparse.Namespace) -> None:
     if not there:
         p.error(f"--ticket {args.ticket}: it has no ticket: nothing in it is pruned yet")
     last = {max(there)} if args.ticket_weights == "trained" else set(there)  # trained weights are kept of one round
+    if args.control in rivals.SEARCHES and (args.rounds or args.dense):
+        p.error(f"--control {args.control} searches, from round 0 to the last: no --rounds and no --dense")
     args.rounds = sorted({0, *(args.rounds or last)})
     missing = set(args.rounds) - last - {0}
     if args.rounds == [0]:
@@ -541,7 +511,7 @@ def configuration(args: argparse.Namespace) -> dict:
     """Everything that decides the result, as JSON: config.json."""
     config = {flag.name: getattr(args, flag.name) for flag in TABLE if flag.identity == "always"}
     config["lm_sha256"] = args.lm and hashlib.sha256(args.lm.read_bytes()).hexdigest()
-    config |= dataclasses.asdict(args.recipe) | {"processes": processes.count()}
+    config |= args.recipe.told() | {"processes": processes.count()}
     for flag in TABLE:
         value = getattr(args, flag.name)
         if flag.identity == "changed" and value != flag.when_absent:

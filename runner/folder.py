@@ -58,6 +58,7 @@ class Progress:
 
     epoch: int = 0
     batch: int = 0  # of the epoch, done
+    before: int = 0  # epochs that do not count: they end before the round starts, or while its masks still change
     loss: float = 0.0  # summed over the epoch's utterances so far, of all processes
     losses: list[float] = dataclasses.field(default_factory=list)  # of each epoch: the mean over its utterances
     valid_wers: list[float] = dataclasses.field(default_factory=list)  # behind each epoch
@@ -70,7 +71,8 @@ class Progress:
 PROGRESS = checked.record(
     {"epoch": integer(0, 10_000), "batch": integer(), "loss": number()},
     {
-        "losses": listed(number(), 0, 10_000), "valid_wers": listed(number(0), 0, 10_000),
+        "before": integer(0, 10_000), "losses": listed(number(), 0, 10_000),
+        "valid_wers": listed(number(0), 0, 10_000),
         "seconds": number(0), "waited": number(0), "resumed": integer(),
     },
 )  # fmt: skip
@@ -302,7 +304,8 @@ def rows_there(out: Path, config: dict, flags: tuple[str, ...]) -> list[dict]:
         raise lottery.LotteryError(
             f"--out {out}: the folder is not empty and holds no run: choose another{why}"
         ) from None
-    for key, value in config.items():
+    for key in {**config, **old}:
+        value = config.get(key)
         if key != "machine" and old.get(key) != value:
             hashes = {"data_sha256": "--data, by its hash", "lm_sha256": "--lm, by its hash"}
             hashes["noise_sha256"] = "--noise, by its hash"

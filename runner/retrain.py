@@ -8,6 +8,7 @@ import torch
 
 import lottery
 from audio_lottery import files, ledger
+from lab import controls, rivals
 from runner import flags, settings
 from runner.folder import Progress
 
@@ -59,13 +60,18 @@ def read(run: Path, number: int, cache: str | Path = "memory") -> Recorded:
 def prepare(there: Recorded) -> tuple[settings.Setting, lottery.Ticket]:
     """The round's setting and its ticket, rewound and ready. Raises LotteryError if a setting is another one now."""
     setting, args = settings.prepare(there.args), there.args
-    for key, value in setting.config.items():
-        if key != "machine" and there.config.get(key) != value:
+    for key in {**setting.config, **there.config}:
+        value = setting.config.get(key)
+        once = not there.number and key in controls.FOLLOWING  # which says nothing of round 0
+        if key != "machine" and not once and there.config.get(key) != value:
             raise lottery.LotteryError(f"{there.run}: {key} is {value} now, {there.config.get(key)} in the run")
     if args.source:
         setting, ticket, _ = settings.ticket_of(setting, there.number)
         return setting, ticket
     ticket = lottery.Ticket(setting.model, args.rewind_step, args.pruning, args.keep_dense)
+    if there.number and args.control in rivals.SEARCHES:
+        why = f"--control {args.control} starts it from the last weights of the round before, which no file holds"
+        raise lottery.LotteryError(f"{there.run}: round {there.number} cannot be trained again: {why}")
     if there.number:
         ticket.round = there.number
         state, _ = files.read_sealed(there.run / "rewind.safetensors", "rewind state")

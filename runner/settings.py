@@ -1,6 +1,7 @@
 """What a run is, before anything is trained: corpus, network, tokens, noise, another run's tickets, configuration."""
 
 import argparse
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -20,7 +21,7 @@ import lottery
 import models
 from audio_lottery import files, ledger
 from audio_lottery.console import printable
-from lab import controls, corpora, decode
+from lab import controls, corpora, decode, rivals
 from lab.noise import Noise
 from runner import flags, processes
 from runner.cache import Cache, what_is_broken
@@ -33,8 +34,8 @@ def code_sha256() -> str:
     """Hash of the sources that decide a result."""
     names = (
         "lottery", "models", "data", "train", "audio_lottery/files", "audio_lottery/ledger", "audio_lottery/verdicts",
-        "runner/flags", "runner/recipes", "runner/settings", "runner/folder", "runner/cache", "runner/processes",
-        "lab/controls", "lab/corpora", "lab/decode", "lab/noise",
+        "audio_lottery/draws", "runner/flags", "runner/values", "runner/recipes", "runner/settings", "runner/folder",
+        "runner/cache", "runner/processes", "lab/controls", "lab/rivals", "lab/corpora", "lab/decode", "lab/noise",
     )  # fmt: skip
     sources = [HERE / f"{name}.py" for name in names] + sorted((HERE / "csrc").rglob("*.*"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
@@ -112,6 +113,7 @@ def prepare(args: argparse.Namespace) -> Setting:
     config |= {"init_sha256": lottery.sha256(lottery.state_of(model))} if args.init else {}
     noise = Noise(args.noise, args.snr, args.test_snr or ()) if args.noise else None
     config |= {"noise_sha256": noise.sha256} if noise else {}
+    config |= ways(args, model)
     dense = dense_of(args, config)
     config |= {"dense": ledger.row_hash(dense)} if dense else {}
     ticket = ticket_for(model, args)
@@ -125,15 +127,28 @@ def prepare(args: argparse.Namespace) -> Setting:
     return Setting(args, config, utterances, tokens, model, transcriber_of, rounds, cache, dense, noise)
 
 
+def ways(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, str]:
+    """A word for each way of this run that once was another, so that runs of then neither go on here nor merge."""
+    words = {
+        "noise_draws": "by utterance" if args.test_snr else "",  # once another recording and place at each SNR
+        "small": "keeps heads" if args.control == "dense-small" else "",  # once of fewer heads
+        "normalization": "one mean" if model.features in data.ONE_MEAN else "",  # once a mean a bin
+        "late_rewinding": "equal steps" if args.rewind_step else "",  # once from step 0, with k steps more than dense
+        "mask_draws": "named" if args.control in controls.RANDOM else "",  # once those of epoch 3's order
+    }
+    return {key: word for key, word in words.items() if word}
+
+
 def read_corpus(args: argparse.Namespace) -> dict[str, list[data.Utterance]]:
-    """The utterances of --data by split: manifests, or a --corpus as it is unpacked."""
+    """The utterances of --data by split: manifests, or a --corpus as it is unpacked; with --no-test, no test set."""
     if args.corpus == "manifests":
-        return data.read_corpus(args.data)
+        return data.read_corpus(args.data, data.SPLITS if args.test else data.SPLITS[:2])
     sets = (args.train_sets, args.valid_sets, args.test_sets)
     if args.download and not processes.index():
         corpora.download(args.corpus, args.data, *sets)
     processes.gather(None)
-    return corpora.read(args.corpus, args.data, *sets)
+    found = corpora.read(args.corpus, args.data, *sets)
+    return {split: part for split, part in found.items() if args.test or split in data.SPLITS[:2]}
 
 
 def leave_out_broken(utterances: dict[str, list[data.Utterance]], workers: int) -> None:
@@ -179,6 +194,18 @@ def start_from(path: Path, model: torch.nn.Module, tokens: list[str]) -> None:
     print(printable(f"theta_0: the trained weights of {path}{f', {removed:,} of them 0' if removed else ''}{said}"))
 
 
+def of_round(setting: Setting, train: list[data.Example], number: int) -> Setting:
+    """The setting with the recipe of round `number`, which for some --control's is another one."""
+    args = setting.args
+    if not (number and args.control in rivals.RIVALS):
+        return setting
+    steps = setting.epoch_ends(train)[-1]
+    recipe = rivals.recipe_of(args.recipe, args.control, number, steps, args.rewind_step)
+    here = copy.copy(setting)  # with its model and what wraps it
+    here.args = argparse.Namespace(**vars(args) | {"recipe": recipe})
+    return here
+
+
 # ---------------------------------------------------------------------------- another run's round 0, and its tickets
 
 
@@ -191,7 +218,7 @@ def dense_of(args: argparse.Namespace, config: dict) -> dict | None:
         run = args.dense
         there, rows = ledger.read_run(run)
         settings, row = ledger.settings_of(there), rows[0] if rows else None
-    ignored = {"machine", "margin", "ticket_sha256", "dense", *flags.NOT_OF_DENSE}
+    ignored = {"machine", "margin", "ticket_sha256", "dense", *flags.NOT_OF_DENSE, *controls.FOLLOWING}
     keys = sorted((config.keys() | settings.keys()) - ignored)
     other = [key for key in keys if config.get(key) != settings.get(key)]
     if row and not other:

@@ -74,20 +74,39 @@ def test_random_masks_by_hand():
         assert not any((few[name] & ~many[name]).any() for name in masks)
 
 
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
+@pytest.mark.parametrize("size", ["demo", "paper"])
 @pytest.mark.parametrize("backbone", list(models.BACKBONES))
-def test_small_networks_are_as_large_as_they_may_be(backbone, monkeypatch):
+def test_small_networks_are_within_a_hundredth_and_keep_their_heads(backbone, size, share, monkeypatch):
+    network = models.BACKBONES[backbone]
+    monkeypatch.setitem(network.SIZES, "demo", network.DEMO)  # not shrunk here
     monkeypatch.setitem(models.ConformerCtc.SIZES, "paper", models.ConformerCtc.SIZES["paper"] | {"blocks": 2})
 
     def parameters(sizes):
         with torch.device("meta"):
-            return sum(p.numel() for p in models.BACKBONES[backbone](29, **sizes).parameters())
+            return sum(p.numel() for p in network(29, **sizes).parameters())
 
-    whole = models.BACKBONES[backbone].SIZES["paper"]
-    most = round(0.05 * parameters(whole))
-    found = parameters(controls.small_sizes(backbone, "paper", 29, most))
-    assert 0.94 * most <= found <= most
+    whole = network.SIZES[size]
+    most = round(share * parameters(whole))
+    found = controls.small_sizes(backbone, size, 29, most)
+    assert 0.99 * most <= parameters(found) <= most
+    for key in ("heads", "blocks", "layers", "kernel", "kernels"):
+        assert found.get(key) == whole.get(key)
+    shares = [
+        found[key] / whole.get(key, 4 * whole.get("width", 0) or whole.get("channels"))
+        for key in controls.WIDTHS[backbone]
+    ]
+    assert max(shares) < 2.5 * min(shares)
     with pytest.raises(lottery.LotteryError, match="has 10 parameters or fewer"):
-        controls.small_sizes(backbone, "paper", 29, 10)
+        controls.small_sizes(backbone, size, 29, 10)
+
+
+def test_the_feed_forward_width_is_four_times_the_models_if_none_is_given():
+    sizes = dict(models.ConformerCtc.SIZES["demo"])
+    names = [{n: tuple(p.shape) for n, p in models.ConformerCtc(9, **sizes, **more).named_parameters()}
+             for more in ({}, {"inner": 4 * sizes["width"]}, {"inner": 5})]  # fmt: skip
+    assert names[0] == names[1]
+    assert names[2]["blocks.0.feed_forward1.1.weight"] == (5, sizes["width"])
 
 
 def test_controls_train_what_they_say(source, tmp_path):
@@ -102,6 +121,7 @@ def test_controls_train_what_they_say(source, tmp_path):
         assert (config["seed"], config["epochs"], config["backbone"]) == (5, 1, "cnn-lstm")  # the source's
         dense, found[control] = ledger.read_ledger(out / "ledger.jsonl")
         assert dense["trained_sha256"] == rows[0]["trained_sha256"] and found[control]["round"] == 2
+        assert config.get("mask_draws") == ("named" if control in controls.RANDOM else None)
         assert found[control]["source_mask_sha256"] == rows[2]["mask_sha256"]
     uniform, matched, init, small = (found[control] for control in controls.CONTROLS)
     assert uniform["kept"] == matched["kept"] == init["kept"] == rows[2]["kept"]
@@ -114,6 +134,8 @@ def test_controls_train_what_they_say(source, tmp_path):
     name, mask = next(iter(masks_of(source, 2).items()))
     assert not (started[name][mask] == theta[name][mask]).any()
     assert small["remaining_all"] <= rows[2]["remaining_all"] and small["sizes"]["hidden"] < 8
+    ((method, *_), *_) = compare.merge([compare.load(tmp_path / "dense-small")]).values()
+    assert f"{small['parameters']:,} parameters" in report.narrower(method.tickets()[0])
 
 
 def test_a_control_is_resumed_and_retrained(source, corpus, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import soundfile
 import torch
 
 import data
-from audio_lottery import sound
+from audio_lottery import draws, sound
 from runner import cache
 
 DEMO = Path(data.__file__).parent / "demo"
@@ -182,11 +182,23 @@ def test_features_shape_and_normalisation(samples, kind, bins):
     assert features.shape == (1 + samples // 160, bins) and features.isfinite().all()
     normal = data.normalize(features)
     if samples == 16_000:
+        one = data.normalize(features, one_mean=True)
+        assert abs(one.mean()) < 1e-4 and abs(one.std() - 1) < 1e-4 and one.mean(0).abs().max() > 0.1
         torch.testing.assert_close(normal.mean(0), torch.zeros(bins), atol=1e-4, rtol=0)
         torch.testing.assert_close(normal.std(0, correction=0), torch.ones(bins), atol=1e-4, rtol=0)
     assert data.normalize(data.FEATURES[kind](torch.zeros(4000))).abs().max() < 1e-2  # silence: no 0 / 0
     with pytest.raises(ValueError, match=r"waveform must be \(N,\)"):
         data.FEATURES[kind](torch.zeros(2, 4000))
+
+
+def test_the_papers_spectrogram_has_one_mean_and_one_deviation_for_all_bins():
+    features = torch.tensor([[1.0, 2.0], [3.0, 6.0]])  # mean 3, squares about it 4 + 1 + 0 + 9, over 3
+    expected = (features - 3) / (14 / 3) ** 0.5
+    torch.testing.assert_close(data.normalize(features, one_mean=True), expected)
+    utterance = data.Utterance(Path(data.__file__).parent / "demo/audio/added.opus", "")
+    for kind, one_mean in (("log-mel", False), ("log1p-stft", True)):
+        found, whole = data.features_of(utterance, kind)[0], data.FEATURES[kind](data.load_audio(utterance.audio))
+        assert torch.equal(found, data.normalize(whole, one_mean))
 
 
 def test_log_mel_of_a_tone_peaks_in_its_bin():
@@ -411,3 +423,20 @@ def test_lengths_by_header_are_never_above_what_is_decoded(tmp_path):
             utterance = data.Utterance(tmp_path / name, "a")
             frames = len(data.features_of(utterance, "log-mel")[0])
             assert 0 <= frames - cache.length(utterance)[0] <= 30, name
+
+
+# ---------------------------------------------------------------------------- draws
+
+
+def test_streams_of_draws_have_names_of_their_own():
+    streams = (draws.ORDER, draws.DROPOUT, draws.NOISE, draws.TEST_NOISE, draws.INITIAL_WEIGHTS, draws.MASKS)
+    assert len({draws.torch_seed(seed, n, s) for seed in range(4) for n in range(4) for s in streams}) == 4 * 4 * 6
+
+
+def test_draws_of_a_training_are_what_they_were():
+    """Old runs are trained again with these: order [seed, epoch], dropout [seed, epoch, 1], noise [.., 2, index]."""
+    assert draws.generator(3, 7, draws.ORDER).random() == np.random.default_rng([3, 7]).random()
+    before = [int(np.random.default_rng(seed).integers(2**63)) for seed in ([3, 7, 1], [3, 7, 1, 2], [3, 7, 4])]
+    now = [draws.torch_seed(3, 7, draws.DROPOUT, process) for process in (0, 2)]
+    assert [*now, draws.torch_seed(3, 7, draws.INITIAL_WEIGHTS)] == before
+    assert draws.generator(3, 7, draws.NOISE, 5).random() == np.random.default_rng([3, 7, 2, 5]).random()

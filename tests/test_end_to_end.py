@@ -41,10 +41,10 @@ def test_from_speech_to_a_ticket(backbone, corpus, tmp_path, capsys):
     said = capsys.readouterr()
     assert "against dense" in said.out and "ops: " in said.out
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"config.json", "ledger.jsonl", "rewind.safetensors", "masks", "lock"} | {
+    assert names == {"config.json", "ledger.jsonl", "test.jsonl", "rewind.safetensors", "masks", "lock"} | {
         "ticket.safetensors", "report.md", "report.png",
     }  # fmt: skip
-    assert [check.word for check in verify.verify(tmp_path / "run", networks)] == ["ok"] * 8
+    assert [check.word for check in verify.verify(tmp_path / "run", networks)] == ["ok"] * 9
     rows = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
     total = rows[0]["total"]
     assert [row["kept"] for row in rows] == [total, round(0.8 * total), round(0.64 * total), round(0.6 * total)]
@@ -98,5 +98,8 @@ def test_two_runs_of_one_seed_give_one_ledger(corpus, tmp_path):
 
 
 def test_rewind_step_beyond_the_round(corpus, tmp_path, capsys):
-    assert run(corpus, tmp_path / "run", "--rewind-step", "7") == 2
-    assert "--rewind-step 7: a round has only 6 steps" in capsys.readouterr().err
+    assert run(corpus, tmp_path / "run", "--rewind-step", "6") == 2
+    assert (
+        "--rewind-step 6: a round has only 6 steps, and tickets train on what is left of them"
+        in capsys.readouterr().err
+    )

@@ -64,7 +64,7 @@ def again(config: dict, monkeypatch) -> dict:
 
 def test_each_flag_stands_once():
     names = [flag.name for flag in flags.TABLE]
-    assert len(names) == len(set(names)) == 47
+    assert len(names) == len(set(names)) == 51
     groups = list(dict.fromkeys(flag.group for flag in flags.TABLE))
     assert groups == [flags.TRAIN, flags.DATA, flags.PRUNE, flags.TEST, flags.MACHINE]
     fields = {field.name for field in dataclasses.fields(recipes.Recipe)}
@@ -75,15 +75,18 @@ def test_what_makes_the_identity():
     by = {
         kind: [flag.name for flag in flags.TABLE if flag.identity == kind] for kind in ("recipe", "changed", "machine")
     }
-    assert by["recipe"] == ["epochs", "batch_size", "batch_seconds", "accumulate", "lr", "seconds", "amp"]
+    assert by["recipe"] == ["epochs", "batch_size", "batch_seconds", "accumulate", "lr", "anneal", "seconds", "amp"]
     changed = [
+        "recipe_name",
         "rounds",
         "ticket_weights",
         "control",
+        "skip_broken",
         "block",
         "scope",
         "min_remaining",
         "keep_dense",
+        "test",
         "snr",
         "test_snr",
     ]
@@ -128,6 +131,7 @@ def test_the_configuration_without_flags():
         (["--batch-seconds", "60", "--accumulate", "4"], {"batch_seconds": 60.0, "accumulate": 4}),
         (["--seconds", "0.5:7", "--lr", "1e-3"], {"seconds": [0.5, 7.0], "lr": 0.001}),
         (["--block", "1x1", "--scope", "global", "--min-remaining", "0", "--lm", "none"], {}),
+        (["--no-test"], {"test": False}),
         (["--threads", "1", "--workers", "2", "--cache", "none", "--out", "x", "--save-every", "1"], {}),
     ],
 )
@@ -170,8 +174,25 @@ def test_a_command_line():
         "--backbone=rnnt", "--size=demo", "--epochs=3", "--batch-seconds=9.0", "--accumulate=1", "--lr=0.004",
         "--seconds=1.0:2.0", "--amp", "--seed=0", "--rounds", "0", "2", "--ticket-weights=rewind",
         "--corpus=manifests", "--train-sets", "a", "b", "--tokens=chars", "--sparsity=0.9", "--prune-rate=0.2",
-        "--rewind-step=0", "--block=1x4", "--scope=lamp", "--min-remaining=0.0", "--margin=0.01", "--beam=1",
+        "--rewind-step=0", "--block=1x4", "--scope=lamp", "--min-remaining=0.0", "--test", "--margin=0.01",
+        "--beam=1",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("backbone", ["cnn-lstm", "rnnt", "conformer"])
+def test_recipes_by_name(backbone, monkeypatch):
+    plain = of("--backbone", backbone)
+    assert "recipe_name" not in plain and of("--backbone", backbone, "--recipe", "demo") == plain
+    an4 = of("--backbone", backbone, "--recipe", "an4")
+    assert identity(an4) == identity(plain) | {"recipe_name": "an4", "epochs": 40}
+    assert "--recipe=an4" in flags.command_line(an4) and of(*flags.command_line(an4)) == an4
+    assert of("--backbone", backbone, "--recipe", "an4", "--epochs", 7)["epochs"] == 7
+    monkeypatch.setattr(flags, "installed", lambda module: True)
+    paper = of("--backbone", backbone, "--recipe", "paper")
+    assert paper["size"] == "demo" and paper["recipe_name"] == "paper" and paper["schedule"] != "one-cycle"
+    large = of("--backbone", backbone, "--size", "paper")
+    assert identity(of("--backbone", backbone, "--size", "paper", "--recipe", "paper")) == identity(large)
+    assert identity(of(*flags.command_line(large))) == identity(large)
 
 
 # ---------------------------------------------------------------------------- --ticket

@@ -88,8 +88,29 @@ def test_late_rewinding_restores_the_step():
     next(rounds)
     found = next(rounds)
     assert found.ticket.rewind_state["a.weight"].tolist() == [[1, -2, 0.5], [-3, 0.5, -6]]  # after one step of round 0
+    assert (found.ticket.first_step, found.ticket.steps) == (1, 1 + 2)  # it went on at step 1
     with pytest.raises(lottery.LotteryError, match="rewind_step 3 was never reached: round 0 took 2 steps"):
         next(lottery.find_ticket(Toy(), train, lambda m: {}, sparsity=0.2, rewind_step=3))
+
+
+def test_weights_go_on_if_they_are_not_rewound():
+    starts = []
+
+    def train(ticket):
+        starts.append({name: weight.detach().clone() for name, weight in ticket.weights.items()})
+        train_toy(ticket)
+
+    found = list(lottery.find_ticket(Toy(), train, lambda m: {}, sparsity=0.4, rewind=False))
+    rewound = list(lottery.find_ticket(Toy(), train_toy, lambda m: {}, sparsity=0.4))
+    assert [f.row["kept"] for f in found] == [f.row["kept"] for f in rewound]  # the same ladder
+    assert found[1].row["mask_sha256"] == rewound[1].row["mask_sha256"]  # round 0 is the same
+    last = starts[0] if len(starts) == 1 else starts[1]
+    model = Toy()
+    ticket = lottery.Ticket(model)
+    train_toy(ticket)  # round 0
+    kept = lottery.prune(ticket.weights, ticket.masks, found[1].row["kept"])
+    for name, weight in ticket.weights.items():
+        assert torch.equal(last[name], weight.detach().masked_fill(~kept[name], 0)), name
 
 
 def test_pruning_uses_the_last_weights_not_the_evaluated_ones():

@@ -151,6 +151,8 @@ def test_the_test_is_the_same_for_every_seed_and_range_of_training(folder):
     mixed = one.for_test(clean, 0.0, 4)
     assert torch.equal(mixed, other.for_test(clean, 0.0, 4)) and torch.equal(mixed, one.for_test(clean, -0.0, 4))
     assert not torch.equal(mixed, one.for_test(clean, 0.0, 5))
+    added = [one.for_test(clean, snr, 4).double() - clean.double() for snr in (0.0, 20.0)]  # one recording and place
+    torch.testing.assert_close(added[0], 10 * added[1], atol=1e-6, rtol=1e-5)
     for snr in (20.0, 0.0, -5.0):
         assert decibels(clean, one.for_test(clean, snr, 4), clean != 0) == pytest.approx(snr, abs=1e-4)
 
@@ -277,6 +279,7 @@ def test_a_run_with_noise(folder, tmp_path, capsys, monkeypatch):
     assert list(rows[1]["other_tests"]) == ["test at 10 dB", "test at -5 dB"]
     assert all("verdict" in row for row in rows[1]["other_tests"].values())
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert config["noise_draws"] == "by utterance"
     assert config["snr"] == [5, 20] and config["test_snr"] == [10, -5] and len(config["noise_sha256"]) == 64
 
     steps = itertools.count(1)

@@ -191,7 +191,8 @@ def test_layers_without_a_weight_are_marked_and_white(tmp_path):
         write_run(tmp_path / "a", [ROUND_0, ROUND_0], row={"kept_per_layer": empty}),
         write_run(tmp_path / "b", [ROUND_0, ROUND_0], row={"kept_per_layer": half}, seed=1),
     ).values()
-    assert report.merged_cells(method, method.tickets()[0], "")[-1] == "convs.1.weight"
+    cells = dict(zip(report.MERGED, report.merged_cells(method, method.tickets()[0], "")))
+    assert cells["layers without a weight"] == "convs.1.weight"
     shares = method.layer_shares()
     n = WEIGHTS["convs.0.weight"]  # 1 * 16 * 21 * 11
     assert n == 3696 and shares["convs.0.weight"] == [1.0, pytest.approx((100 / 3696 + 0.5) / 2)]
@@ -266,9 +267,13 @@ def test_multiply_adds_by_hand():
         "output.weight": 50 * 61 * 29 * 5,  # the joiner's lattice
         "ctc_output.weight": 100 * 29 * 3,
     }
-    assert plan.multiply_adds("rnnt", sizes) == sum(dense.values()) / 4 == 658_728 / 4
+    assert plan.multiply_adds("rnnt", sizes, of="loss") == sum(dense.values()) / 4 == 658_728 / 4
     kept = dict.fromkeys(dense, 0)
-    assert plan.multiply_adds("rnnt", sizes, kept | {"output.weight": 7}) == 50 * 61 * 7 / 4
+    assert plan.multiply_adds("rnnt", sizes, kept | {"output.weight": 7}, "loss") == 50 * 61 * 7 / 4
+    # As it recognises: a blank a frame and 60 tokens are 110 steps of the joiner, and the CTC output stands still.
+    greedy = dense | {"output.weight": 110 * 29 * 5, "ctc_output.weight": 0}
+    assert plan.multiply_adds("rnnt", sizes) == sum(greedy.values()) / 4 == 223_728 / 4
+    assert plan.multiply_adds("rnnt", sizes, kept | {"output.weight": 7}) == 110 * 7 / 4
     assert plan.multiply_adds("rnnt", sizes, kept | {"encoder.0.weight_hh_l0": 10, "subsample.weight": 1}) == 1100 / 4
     with pytest.raises(lottery.LotteryError, match=r"rnnt has the prunable layers subsample\.weight, .*, not other"):
         plan.multiply_adds("rnnt", sizes, {"other": 1})

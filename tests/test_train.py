@@ -6,6 +6,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,6 +44,8 @@ def refused(capsys, *argv) -> str:
         (["--batch-size", "-3"], "--batch-size must be at least 1"),
         (["--lr", "inf"], "--lr must be above 0 and at most 100, got inf"),
         (["--lr", "0"], "--lr must be above 0 and at most 100, got 0.0"),
+        (["--size", "paper", "--anneal", "0.9"], "--anneal must be at least 1 and at most 100, got 0.9"),
+        (["--anneal", "1.2"], "--anneal goes with the schedule anneal, and this recipe has one-cycle"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--rewind-step", "-1"], "--rewind-step must be at least 0"),
         (["--margin", "nan"], "--margin must be at least 0"),
@@ -113,17 +116,45 @@ def test_no_cuda(capsys, tmp_path):
     assert "torch finds no CUDA device" in refused(capsys, "--device", "cuda", "--out", tmp_path / "run")
 
 
-def test_paper_recipe():
-    for backbone in models.BACKBONES:
-        recipe = flags.parse(["--size", "paper", "--backbone", backbone]).recipe
+def test_paper_recipes():
+    """The official configurations (../shared/paper.md has no RNN-T's: ours is the CNN-LSTM's)."""
+
+    def of(backbone, *more):
+        return flags.parse(["--size", "paper", "--backbone", backbone, *more])
+
+    for backbone in ("cnn-lstm", "rnnt"):
+        args = of(backbone)
+        recipe = args.recipe
         assert (recipe.lr, recipe.betas, recipe.weight_decay, recipe.clip) == (3e-4, (0.9, 0.999), 1e-5, 400)
-        assert (recipe.batch_size, recipe.epochs, recipe.schedule) == (32, 16, "anneal")
-        assert recipe.seconds == (1, 15)
+        assert (recipe.batch_size, recipe.epochs, recipe.schedule, recipe.anneal) == (32, 16, "anneal", 1.1)
+        assert (recipe.optimizer, args.tokens, recipe.augment) == ("adamw", "chars", data.SpecAugment(1, 27, 1, 70))
+        assert "anneal" not in flags.configuration(args)
+        assert flags.configuration(of(backbone, "--anneal", "1.01"))["anneal"] == 1.01
+    args = of("conformer")
+    recipe = args.recipe
+    assert (recipe.optimizer, recipe.betas, recipe.eps, recipe.weight_decay) == ("adam", (0.9, 0.98), 1e-9, 1e-6)
+    assert (recipe.epochs, recipe.batch_size, recipe.accumulate, recipe.clip) == (200, 16, 16, 5)
+    assert args.tokens == "bpe:256" and of("conformer", "--tokens", "chars").tokens == "chars"
+    places = recipe.augment.draw((1000, 80), np.random.default_rng(0))
+    assert len(places) == 12 and all(place[0].stop - place[0].start <= 50 for place in places[2:])
+    optimizer, schedule = recipes.optimizer_of(torch.nn.Linear(1, 1), recipe, [20_000])
+    assert type(optimizer) is torch.optim.Adam
+    for step in (1, 100, 10_000, 20_000, 90_000):  # K / sqrt(width) * min(step ** -0.5, step * warmup ** -1.5)
+        expected = 2 * 512**-0.5 * min(step**-0.5, step * 10_000**-1.5)
+        assert schedule.lr_lambdas[0](step - 1) * recipe.lr == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_learning_rate_anneals_after_each_epoch():
+    recipe = flags.parse(["--size", "paper", "--backbone", "rnnt", "--anneal", "2"]).recipe
+    _, schedule = recipes.optimizer_of(torch.nn.Linear(1, 1), recipe, [3, 5])
+    assert [schedule.lr_lambdas[0](step) for step in range(6)] == [1, 1, 1, 0.5, 0.5, 0.25]
 
 
 def test_score_counts_by_hand():
     scored = train.score(["a b c", "d e"], ["a x c d", ""])
     assert scored["errors"] == [2, 2] and scored["words"] == [3, 2] and scored["wer"] == pytest.approx(4 / 5)
+    kinds = [(count["substitutions"], count["deletions"], count["insertions"]) for count in scored["counts"]]
+    assert kinds == [(1, 0, 1), (0, 2, 0)]
     assert scored["cer"] == pytest.approx((3 + 3) / 8)  # b -> x and " d" inserted; "d e" deleted
 
 
@@ -193,6 +224,46 @@ def test_every_round_trains_alike():
     assert lottery.sha256(states[0]) == lottery.sha256(states[1]) != lottery.sha256(model.state_dict())
 
 
+@pytest.mark.parametrize("accumulate, k", [(1, 4), (1, 3), (1, 1), (2, 3)])
+@pytest.mark.parametrize("schedule", ["one-cycle", "anneal"])
+def test_a_ticket_goes_on_at_the_recipes_step(schedule, accumulate, k, monkeypatch):
+    """Step s of a round is the dense network's step k + s: learning rate, betas, utterances, masks, dropout."""
+    seen, add_gradients, step = [], train.add_gradients, torch.optim.AdamW.step
+
+    def gradients(setting, epoch, parts, batches, at):
+        dropout = torch.get_rng_state().sum().item()
+        seen.append([[epoch.chunks[i].tolist() for i in parts], str([epoch.masks[i] for i in parts]), dropout])
+        return add_gradients(setting, epoch, parts, batches, at)
+
+    def stepped(self, *args, **kwargs):
+        seen[-1] += [self.param_groups[0]["lr"], self.param_groups[0]["betas"]]
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(train, "add_gradients", gradients)
+    monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
+    torch.manual_seed(0)
+    shape = dict(window=12, channels=4, hidden=4, layers=1, predictor=4, joiner=4, dropout=0.3)
+    examples = [data.Example(torch.randn(n, 80), "a b", [1, 2, 1]) for n in (20, 33, 41, 50, 64)]
+    augment = data.SpecAugment(1, 9, 1, 3)
+    recipe = recipes.Recipe(3, 2, 1e-2, schedule, 5.0, (0, 9), augment, accumulate=accumulate)
+    ticket = lottery.Ticket(models.Transducer(4, **shape), rewind_step=k)
+    dense = trained(ticket, recipe, examples)
+    steps = ticket.steps
+    ticket.round, before = 1, list(seen)
+    ticket.rewind()
+    seen.clear()
+    torch.rand(7)  # whatever draws from the global generator between
+    at = trained(ticket, recipe, examples)
+    assert len(before) == steps == ticket.steps and seen == before[k:] and len(seen) == steps - k
+    per_epoch = steps // 3
+    assert at.before == k // per_epoch and len(at.valid_wers) == len(at.losses) == 3 - at.before
+    assert len(dense.valid_wers) == 3 and dense.before == 0
+    again = lottery.Ticket(ticket.model, rewind_step=k)
+    again.round, again.rewind_state = 1, ticket.rewind_state
+    again.rewind()
+    assert lottery.sha256(trained(again, recipe, examples).best) == lottery.sha256(at.best)
+
+
 def test_long_utterances_leave_training_alone(capsys):
     utterances = {split: data.read_manifest(ROOT / "demo" / f"{split}.jsonl") for split in ("train", "valid", "test")}
     short = {split: [u for u in rows if u.duration < 0.9 or u.duration > 10] for split, rows in utterances.items()}
@@ -252,11 +323,15 @@ def test_corpus_says_what_it_leaves_out(tmp_path, capsys):
 
 def test_plan_trains_nothing(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.plan, "multiply_adds", lambda backbone: 2e9)
+    monkeypatch.setattr(train.plan, "multiply_adds", lambda backbone, of: 2e9 if of == "loss" else 0)
     assert train.main(["--plan"]) == 0
     said = capsys.readouterr().out
     # 0.8 ** 7 = 0.21: dense and 7 rounds, 16 epochs, 960 h; 3 * 2e9 * 3600 s each; 2 * 2.65e18 / 20e12 / 3600 h
-    assert "| rnnt | 2.00 G | LibriSpeech, 960 h | 8 trainings, 122,880 h of audio, 2.7e+18, 74 GPU h |" in said
+    assert "| rnnt | 16 | 2.00 G | LibriSpeech, 960 h | 8 trainings, 122,880 h of audio, 2.7e+18, 74 GPU h |" in said
+    # the Conformer's recipe has 200 epochs, 12.5 times as many
+    assert (
+        "| conformer | 200 | 2.00 G | LibriSpeech, 960 h | 8 trainings, 1,536,000 h of audio, 3.3e+19, 922 GPU" in said
+    )
     assert "an assumption, not a measurement" in said and not list(tmp_path.iterdir())
 
 
