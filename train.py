@@ -251,7 +251,10 @@ def validate(model: torch.nn.Module, corpus: Corpus, setting: Setting, at: Progr
 
 
 def evaluate_on_tests(setting: Setting, corpus: Corpus, dense: dict | None) -> dict:
-    """What a ledger row says of the first test set, and under "other_tests" of each other one; dense: round 0's row."""
+    """What a ledger row says of the first test set, and under "other_tests" of each other one; dense: round 0's row.
+
+    Round 0 also says who speaks each utterance, in numbers from 0 on, where the corpus names more than one speaker.
+    """
     args, rows = setting.args, {}
     for name, examples in corpus.tests.items():
         hypotheses = recognise(
@@ -263,8 +266,13 @@ def evaluate_on_tests(setting: Setting, corpus: Corpus, dense: dict | None) -> d
             against = dense["other_tests"][name] if len(rows) > 1 else dense
             told = lottery.verdict(row["test_errors"], against["test_errors"], row["test_words"], args.margin)
             row |= {"verdict": told.word, "interval": [told.low, told.high]}
+        else:
+            split = name if name in setting.utterances else name.rpartition(" at ")[0]  # "test at 10 dB"
+            speakers = ledger.numbered([utterance.speaker for utterance in setting.utterances[split]])
+            row |= {"test_speakers": speakers} if speakers else {}
     first, *others = rows
-    return rows[first] | ({"other_tests": {name: rows[name] for name in others}} if others else {})
+    rule = {"verdict_rule": lottery.VERDICT_RULE}
+    return rows[first] | rule | ({"other_tests": {name: rows[name] for name in others}} if others else {})
 
 
 def results(setting: Setting, corpus: Corpus, at: Progress, dense: dict | None) -> dict:
@@ -458,7 +466,8 @@ def train_again(run: Path, number: int) -> None:
     at = train_round(ticket, corpus, setting)
     found = retrain.found(there, ticket, at)
     setting.model.load_state_dict(at.best)
-    found |= evaluate_on_tests(setting, corpus, there.rows[0] if number else None)
+    tested = evaluate_on_tests(setting, corpus, there.rows[0] if number else None)
+    found |= tested if ledger.of_this_rule(there.row) else ledger.without_verdicts(tested)
     print(retrain.compare(there, found))
 
 

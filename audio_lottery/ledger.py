@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from audio_lottery.files import load_masks, load_ticket, read_sealed
-from lottery import LotteryError, Masks, Pruning, Verdict, kept_counts, sha256, verdict
+from lottery import VERDICT_RULE, LotteryError, Masks, Pruning, Verdict, kept_counts, sha256, verdict
 
 TIMING = ("seconds", "waited", "resumed", "timing_sha256")
 
@@ -50,6 +50,30 @@ def read_ledger(path: Path) -> list[dict]:
         except (ValueError, TypeError, RecursionError):
             raise LotteryError(f"{path}, line {number}: not a row of a ledger") from None
     return rows
+
+
+def numbered(speakers: list[str]) -> list[int]:
+    """Who speaks each utterance, as numbers from 0 on in the order they come; [] unless all have names, of two or more.
+
+    Numbers, since a corpus may name its speakers in 128 characters, and since nobody needs to know them.
+    """
+    names = {name: number for number, name in enumerate(dict.fromkeys(speakers))}
+    return [names[name] for name in speakers] if len(names) > 1 and "" not in names else []
+
+
+OF_VERDICTS = ("verdict", "interval", "verdict_rule", "test_speakers")  # what rows of an older rule have otherwise
+
+
+def of_this_rule(row: dict) -> bool:
+    """Was the row's verdict made as lottery.verdict makes it now? Rows of the first rule do not say."""
+    return row.get("verdict_rule") == VERDICT_RULE
+
+
+def without_verdicts(row: dict) -> dict:
+    """What a row says of its tests but for the verdicts: all that can be held against a row of another rule."""
+    left = {key: value for key, value in row.items() if key not in OF_VERDICTS}
+    others = {name: without_verdicts(test) for name, test in row.get("other_tests", {}).items()}
+    return left | ({"other_tests": others} if others else {})
 
 
 def best_epoch(valid_wers: list[float]) -> tuple[float, int]:
@@ -213,7 +237,9 @@ def _verify_rows(found: dict) -> None:
             errors, words = test["test_errors"], test["test_words"]
             _expect(words == dense_test["test_words"], where + "other test utterances than round 0's")
             _expect(test["test_wer"] == sum(errors) / sum(words), where + "test_wer is not test_errors / test_words")
-            if row["round"]:
+            if "test_speakers" in test:
+                _expect(len(test["test_speakers"]) == len(words), where + "not a speaker for each test utterance")
+            if row["round"] and of_this_rule(row):  # the interval of an older rule is not made any more
                 right = verdict(errors, dense_test["test_errors"], words, settings["margin"])
                 stated = Verdict(test["verdict"], *test["interval"])
                 _expect(stated == right, where + f"the verdict is {right}, not {stated}")

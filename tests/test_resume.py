@@ -418,3 +418,27 @@ def test_only_the_process_that_writes_decides_when_to_save(tmp_path, monkeypatch
         monkeypatch.setattr(folder.processes, "index", lambda: process)  # noqa: B023
         train.Checkpointer(tmp_path, "", 0, train.Signals(), None).after_step(None, None, None, None)
         assert len(saved) == expected
+
+
+def test_an_older_rule_s_verdicts_are_not_held_against_this_one_s(copy_of_run):
+    """Their intervals were made otherwise; their counts, and the chain, are checked as ever; they train again too."""
+    rows = ledger.read_ledger(copy_of_run / "ledger.jsonl")
+    assert [row["verdict_rule"] for row in rows] == [lottery.VERDICT_RULE] * 3
+    forge(copy_of_run, 2, verdict="winning", interval=[-0.5, -0.4])
+    (wrong,) = [wrong for _, wrong in ledger.verify(copy_of_run) if wrong]
+    assert wrong.startswith("round 2: the verdict is ")
+    for number, row in enumerate(rows):  # as a ledger of before has it: without the rule's name
+        forge(copy_of_run, number, verdict_rule=None)
+    assert not any(wrong for _, wrong in ledger.verify(copy_of_run))
+    assert train.main(["--retrain", str(copy_of_run), "2"]) == 0
+    forge(copy_of_run, 2, test_wer=0.01)
+    assert any("test_wer is not" in wrong for _, wrong in ledger.verify(copy_of_run))
+
+
+def test_speakers_are_numbered():
+    assert ledger.numbered(["ann", "bob", "ann", "cy"]) == [0, 1, 0, 2]
+    assert ledger.numbered(["ann", "ann"]) == ledger.numbered(["ann", "", "bob"]) == ledger.numbered([]) == []
+    tests = {"other_tests": {"test at 0 dB": {"test_errors": [1], "verdict": "worse", "interval": [0, 1]}}}
+    assert ledger.without_verdicts({"test_wer": 0.5, "verdict_rule": 2, "test_speakers": [0, 1], **tests}) == {
+        "test_wer": 0.5, "other_tests": {"test at 0 dB": {"test_errors": [1]}},
+    }  # fmt: skip
