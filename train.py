@@ -264,8 +264,7 @@ def evaluate_on_tests(setting: Setting, corpus: Corpus, dense: dict | None) -> d
         row = rows[name] = {f"test_{key}": found[key] for key in ("wer", "cer", "errors", "words")}
         if dense is not None:
             against = dense["other_tests"][name] if len(rows) > 1 else dense
-            told = lottery.verdict(row["test_errors"], against["test_errors"], row["test_words"], args.margin)
-            row |= {"verdict": told.word, "interval": [told.low, told.high]}
+            row |= ledger.verdict_of(row["test_errors"], against["test_errors"], row["test_words"], args.margin)
         else:
             split = name if name in setting.utterances else name.rpartition(" at ")[0]  # "test at 10 dB"
             speakers = ledger.numbered([utterance.speaker for utterance in setting.utterances[split]])

@@ -7,6 +7,7 @@ uninterrupted one; "timing_sha256" covers those.
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -61,7 +62,23 @@ def numbered(speakers: list[str]) -> list[int]:
     return [names[name] for name in speakers] if len(names) > 1 and "" not in names else []
 
 
-OF_VERDICTS = ("verdict", "interval", "verdict_rule", "test_speakers")  # what rows of an older rule have otherwise
+OF_VERDICTS = ("verdict", "interval", "power", "verdict_rule", "test_speakers")  # by an older rule other, or not there
+
+
+def verdict_of(errors, dense_errors, words, margin: float) -> dict:
+    """What a row says of its ticket against the dense network of its seed: one seed's verdict.
+
+    An undecided one has its power: the chance that a ticket truly equal to dense is called matching, or winning, by
+    these utterances. The interval is taken as normal and its width as the true one's.
+    """
+    told = verdict(errors, dense_errors, words, margin)
+    row = {"verdict": told.word, "interval": [told.low, told.high]}
+    return row | ({"power": power(told, margin)} if told.word == "undecided" else {})
+
+
+def power(told: Verdict, margin: float) -> float:
+    half = (told.high - told.low) / 2
+    return round(0.5 * (1 + math.erf(1.96 * (margin / half - 1) / 2**0.5)), 3) if half else 1.0
 
 
 def of_this_rule(row: dict) -> bool:
@@ -240,9 +257,10 @@ def _verify_rows(found: dict) -> None:
             if "test_speakers" in test:
                 _expect(len(test["test_speakers"]) == len(words), where + "not a speaker for each test utterance")
             if row["round"] and of_this_rule(row):  # the interval of an older rule is not made any more
-                right = verdict(errors, dense_test["test_errors"], words, settings["margin"])
-                stated = Verdict(test["verdict"], *test["interval"])
-                _expect(stated == right, where + f"the verdict is {right}, not {stated}")
+                right = verdict_of(errors, dense_test["test_errors"], words, settings["margin"])
+                stated = {key: test[key] for key in ("verdict", "interval", "power") if key in test}
+                said = [Verdict(told["verdict"], *told["interval"]) for told in (right, stated)]
+                _expect(stated == right, where + f"the verdict is {said[0]}, not {said[1]}, or its power is another")
 
 
 def _verify_masks(found: dict) -> None:

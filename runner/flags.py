@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -18,6 +19,7 @@ import lottery
 import models
 from audio_lottery.console import Parser
 from lab import controls, corpora, decode
+from lab.compare import MARKS
 from runner import processes
 from runner.recipes import RECIPES
 
@@ -75,6 +77,18 @@ def snr_list(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"must be A,B,..., numbers of dB in [-100, 100], got {text!r}") from None
     if len({f"{value:g}" for value in values}) < len(values):
         raise argparse.ArgumentTypeError(f"must not name an SNR twice, got {text!r}")
+    return values
+
+
+def shares(text: str) -> tuple[float, ...]:
+    """A,B,..., shares of the weights, from dense to sparse."""
+    try:
+        values = tuple(map(float, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be A,B,..., shares of the weights, got {text!r}") from None
+    falling = all(a > b for a, b in itertools.pairwise((1, *values, 0)))
+    if not falling:
+        raise argparse.ArgumentTypeError(f"must be A,B,... between 1 and 0, each below the one before, got {text!r}")
     return values
 
 
@@ -194,6 +208,9 @@ TABLE = (
 
     Flag("margin", TEST, "always", float, default=0.01, least=0, metavar="WER",
          help="word error rate (WER) that a matching ticket may lose"),
+    Flag("marks", TEST, "changed", shares, default=MARKS, rule="between 1 and 0, falling", between=",",
+         metavar="A,B,...", help="remaining weights whose nearest rounds (to a tenth) are judged, dense to sparse, up "
+         "to the first that does not match: no round is chosen on the test"),
     Flag("beam", TEST, "always", int, otherwise=f"1, with --lm {decode.BEAM}", least=1, metavar="N", part_of="lm",
          help="texts that decoding keeps side by side; 1 keeps the likeliest token of each frame"),
     Flag("lm", TEST, "machine", Path, otherwise="none", metavar="FILE.arpa|none",
