@@ -2,11 +2,15 @@
 
 import itertools
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import data
 import lottery
+import train
 
 
 def test_words_of_one_seed():
@@ -145,3 +149,28 @@ def test_no_seed_s_interval_is_narrower_than_its_utterances_alone():
         difference = rng.integers(-2, 3, (3, 40))
         _, _, of_utterances, _ = lottery.components(difference, words)
         assert lottery.crossed(difference, words)[1] >= of_utterances > 0
+
+
+# ---------------------------------------------------------------------------- what rows bear
+
+
+def test_rows_bear_rule_power_and_speakers(monkeypatch):
+    """Four utterances of two speakers, a second test in noise: round 0 numbers the speakers, later rounds are judged."""
+    texts, names = ["one two"] * 4, ["ann", "bob", "ann", "bob"]
+    utterances = [data.Utterance(Path("a"), text, name) for text, name in zip(texts, names)]
+    args = SimpleNamespace(margin=0.01, recipe=SimpleNamespace(batch_size=1), device="cpu")
+    setting = SimpleNamespace(args=args, utterances={"test": utterances}, model=None, transcribe=None)
+    examples = [SimpleNamespace(text=text) for text in texts]
+    corpus = SimpleNamespace(tests={"test": examples, "test at 10 dB": examples}, tokens=None)
+    monkeypatch.setattr(train, "recognise", lambda *_: ["one two", "one", "one", "one two"])
+    dense = train.evaluate_on_tests(setting, corpus, None)
+    assert dense["verdict_rule"] == lottery.VERDICT_RULE == 2 and dense["test_errors"] == [0, 1, 1, 0]
+    assert dense["test_speakers"] == dense["other_tests"]["test at 10 dB"]["test_speakers"] == [0, 1, 0, 1]
+    assert not {"verdict", "interval", "power"} & dense.keys()
+    monkeypatch.setattr(train, "recognise", lambda *_: ["one", "one two", "one", "one two"])
+    row = train.evaluate_on_tests(setting, corpus, dense)
+    told = lottery.verdict([1, 0, 1, 0], [0, 1, 1, 0], [2] * 4)
+    assert (row["verdict"], *row["interval"]) == told and told.word == "undecided" and 0 < row["power"] < 0.1
+    assert "test_speakers" not in row and row["verdict_rule"] == 2
+    setting.utterances = {"test": [data.Utterance(Path("a"), text) for text in texts]}
+    assert "test_speakers" not in train.evaluate_on_tests(setting, corpus, None)
