@@ -191,13 +191,7 @@ def train_round(
             said = time.monotonic()
             print(f"  {label}, {line}", flush=True)
         if board:
-            scalars = {
-                "loss": at.losses[-1],
-                "valid WER": at.valid_wers[-1],
-                "learning rate": schedule.get_last_lr()[0],
-            }
-            for name, value in scalars.items():
-                board.add_scalar(f"{name}/{label}", value, number + 1)
+            tell(board, label, number + 1, at, schedule)
         at.epoch, at.batch, at.loss, at.seconds = number + 1, 0, 0.0, time.monotonic() - started
         if checkpointer:
             checkpointer.after_step(ticket, optimizer, schedule, at)  # a signal during the evaluation
@@ -205,6 +199,13 @@ def train_round(
     if checkpointer:
         checkpointer.save(ticket, optimizer, schedule, at)
     return at
+
+
+def tell(board, label: str, epoch: int, at: Progress, schedule) -> None:
+    """An epoch's scalars, for TensorBoard."""
+    values = {"loss": at.losses[-1], "valid WER": at.valid_wers[-1], "learning rate": schedule.get_last_lr()[0]}
+    for name, value in values.items():
+        board.add_scalar(f"{name}/{label}", value, epoch)
 
 
 def trained_on(ticket: lottery.Ticket, corpus: Corpus, setting: Setting, ends: list[int], number: int) -> int:
@@ -305,7 +306,9 @@ def validate(model: torch.nn.Module, corpus: Corpus, setting: Setting, at: Progr
 def evaluate_on_tests(setting: Setting, corpus: Corpus, dense: dict | None) -> tuple[dict, list[dict]]:
     """What a ledger row says of the first test set, and under "other_tests" of each other one; and what was recognised.
 
-    dense: round 0's row.  The texts: a line of test.jsonl an utterance, but for its round. With --no-test, neither.
+    dense: round 0's row. Round 0 itself also says who speaks each utterance, in numbers from 0 on, where the corpus
+    names more than one speaker.  The texts: a line of test.jsonl an utterance, but for its round. With --no-test,
+    neither.
     """
     args, rows, texts = setting.args, {}, []
     for name, examples in corpus.tests.items():
@@ -320,11 +323,14 @@ def evaluate_on_tests(setting: Setting, corpus: Corpus, dense: dict | None) -> t
             texts.append(about | counts)
         if dense is not None:
             against = dense["other_tests"][name] if len(rows) > 1 else dense
-            told = verdicts.verdict(row["test_errors"], against["test_errors"], row["test_words"], args.margin)
-            row |= {"verdict": told.word, "interval": [told.low, told.high]}
-    first, *others = rows or [None]
-    row = rows.get(first, {}) | ({"other_tests": {name: rows[name] for name in others}} if others else {})
-    return row, texts
+            row |= verdicts.verdict_of(row["test_errors"], against["test_errors"], row["test_words"], args.margin)
+        elif speakers := verdicts.numbered([heard.speaker for heard in corpus.heard[name]]):
+            row["test_speakers"] = speakers
+    if not rows:
+        return {}, texts
+    first, *others = rows
+    row = rows[first] | {"verdict_rule": verdicts.VERDICT_RULE}
+    return row | ({"other_tests": {name: rows[name] for name in others}} if others else {}), texts
 
 
 def results(setting: Setting, corpus: Corpus, at: Progress, dense: dict | None) -> tuple[dict, list[dict]]:
@@ -549,7 +555,8 @@ def train_again(run: Path, number: int, cache: str | Path = "memory") -> None:
     at = train_round(ticket, corpus, settings.of_round(setting, corpus.train, number))
     found = retrain.found(there, ticket, at)
     lottery.load_state(setting.model, at.best)
-    found |= evaluate_on_tests(setting, corpus, there.rows[0] if number else None)[0]
+    tested = evaluate_on_tests(setting, corpus, there.rows[0] if number else None)[0]
+    found |= tested if verdicts.of_this_rule(there.row) else verdicts.without_verdicts(tested)
     print(retrain.compare(there, found))
 
 

@@ -51,7 +51,8 @@ SETTINGS = record(
         "control": maybe(one_of(*CONTROLS, *RIVALS)), "ticket_weights": one_of("rewind", "trained"),
         "snr": maybe(listed(number(-100, 100), 2, 2)), "test_snr": maybe(listed(number(-100, 100), 1, 1000)),
         "dense": HASH, "ticket_sha256": HASH, "init_sha256": HASH, "noise_sha256": HASH, "lm_sha256": maybe(HASH),
-        "test": checked.switch, "recipe_name": text(most=100), "anneal": number(1, 100), "warmup": integer(0, 10**9),
+        "test": checked.switch, "marks": listed(number(0, 1), 1, 1000), "recipe_name": text(most=100),
+        "anneal": number(1, 100), "warmup": integer(0, 10**9),
         "optimizer": one_of("adam", "adamw"), "eps": number(0, 1),
         **dict.fromkeys(("noise_draws", "small", "normalization", "late_rewinding", "mask_draws"), text(most=100)),
     },
@@ -59,7 +60,8 @@ SETTINGS = record(
 
 TEST = {
     "test_wer": RATE, "test_cer": RATE, "test_errors": listed(COUNT, 1), "test_words": listed(COUNT, 1),
-    "verdict": one_of("winning", "matching", "worse", "undecided"), "interval": listed(number(-1e6, 1e6), 2, 2),
+    "verdict": one_of("winning", "matching", "worse", "undecided", "no verdict"),
+    "interval": listed(number(-1e6, 1e6), 2, 2), "power": number(0, 1), "test_speakers": listed(COUNT, 1),
 }  # fmt: skip
 TESTED = ("test_wer", "test_cer", "test_errors", "test_words")
 ROW_NEEDED = {
@@ -75,7 +77,7 @@ ROW_MAY = {
     "source_mask_sha256": HASH, "valid_wers": listed(RATE, 1, 10_000), "losses": listed(number(), 1, 10_000),
     "kept_blocks": COUNT, "total_blocks": COUNT, "sizes": keyed(checked.anything, 20),
     "steps": COUNT, "steps_in_all": COUNT, "epochs": integer(1, 10_000_000), "epochs_before": integer(1, 10_000),
-    "parameters": COUNT, "texts_sha256": SHA256, **TEST,
+    "parameters": COUNT, "texts_sha256": SHA256, "verdict_rule": integer(1, 1000), **TEST,
     "other_tests": keyed(record({key: TEST[key] for key in TESTED}, TEST)),
 }  # fmt: skip
 _ROW = record(ROW_NEEDED, ROW_MAY)
@@ -86,7 +88,7 @@ def check_row(row: object, where: str) -> None:
     """A row of a ledger, as a shape of audio_lottery.checked."""
     _ROW(row, where)
     if not is_tested(row):  # as with --no-test
-        there = [key for key in row if key in TEST or key in ("other_tests", "texts_sha256")]
+        there = [key for key in row if key in TEST or key in ("other_tests", "texts_sha256", "verdict_rule")]
         if there:
             raise LotteryError(f"{where}: a value is missing: {', '.join(key for key in TESTED if key not in row)}")
         check_weights(row, where)

@@ -1,10 +1,13 @@
-"""Runs merged into methods: seeds pooled at each round, a method beside its dense model and beside another method."""
+"""Runs merged into methods: seeds together at each round, a method beside its dense model and beside another method."""
 
+import functools
 import itertools
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 import lottery
 import models
@@ -49,6 +52,11 @@ def of_test(row: dict, test: str) -> dict:
     return row["other_tests"][test] if test else row
 
 
+@functools.lru_cache(maxsize=4096)
+def judged(errors: tuple, others: tuple, words: tuple, margin: float, nothing: float) -> verdicts.Verdict:
+    return verdicts.verdict(errors, others, words, margin, nothing=nothing)
+
+
 @dataclass
 class Point:
     """A round of a method: a ledger row a seed, each beside the row it is compared with, of the same seed."""
@@ -57,11 +65,17 @@ class Point:
     seeds: list[int] = field(default_factory=list)
     rows: list[dict] = field(default_factory=list)
     others: list[dict] = field(default_factory=list)  # the dense round of the same run, or another method's round
+    speakers: dict[str, list[int]] = field(default_factory=dict)  # of a test set's utterances, where they are known
+    rival: bool = False  # are the others another method's?
 
-    def add(self, seed: int, row: dict, other: dict) -> None:
+    def add(self, seed: int, row: dict, other: dict, dense: dict) -> None:
+        """dense: round 0 of the row's run, which knows the speakers."""
         self.seeds.append(seed)
         self.rows.append(row)
         self.others.append(other)
+        for test in self.tests():
+            if speakers := of_test(dense, test).get("test_speakers"):
+                self.speakers[test] = speakers
 
     @property
     def round(self) -> int:
@@ -84,16 +98,37 @@ class Point:
         """rows less others, one a seed."""
         return [of_test(row, test)[key] - of_test(other, test)[key] for row, other in zip(self.rows, self.others)]
 
-    def verdict(self, test: str = "") -> verdicts.Verdict:
-        """rows against others, seeds pooled; of one seed against its dense round, the ledger's own."""
+    def counts(self, test: str = "") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Errors of the rows and of the others, (seeds, utterances), and the reference words, (utterances,)."""
         rows, others = ([of_test(row, test) for row in part] for part in (self.rows, self.others))
-        if len(rows) == 1 and self.others[0]["round"] == 0:
-            return verdicts.Verdict(rows[0]["verdict"], *rows[0]["interval"])
         words = rows[0]["test_words"]
         if any(row["test_words"] != words for row in rows + others):
             raise lottery.LotteryError("runs on other test utterances cannot be compared (same data, other words)")
-        errors = ([row["test_errors"] for row in part] for part in (rows, others))
-        return verdicts.verdict(*errors, words, self.margin)
+        errors, other_errors = ([row["test_errors"] for row in part] for part in (rows, others))
+        return np.array(errors), np.array(other_errors), np.array(words)
+
+    def verdict(self, test: str = "") -> verdicts.Verdict:
+        """rows against others, by the rule of today; what a row says of itself by that rule is taken as it stands."""
+        row = of_test(self.rows[0], test)
+        if len(self.rows) == 1 and not self.rival and verdicts.of_this_rule(self.rows[0]):
+            return verdicts.Verdict(row["verdict"], *row["interval"])
+        return self.judge(*self.counts(test))
+
+    def judge(self, errors: np.ndarray, others: np.ndarray, words: np.ndarray) -> verdicts.Verdict:
+        """A rival may recognise nothing: what beats it wins, unless it recognises nothing too."""
+        something = self.rival and errors.mean(0).sum() < verdicts.NOTHING * words.sum()
+        nothing = float("inf") if something else verdicts.NOTHING
+        hashable = (tuple(map(tuple, errors.tolist())), tuple(map(tuple, others.tolist())), tuple(words.tolist()))
+        return judged(*hashable, self.margin, nothing)
+
+    def by_speaker(self, test: str = "") -> tuple[verdicts.Verdict, int] | None:
+        """The verdict with speakers resampled in place of utterances, and how many; None where they are not known."""
+        if test not in self.speakers:
+            return None
+        numbers = np.array(self.speakers[test])
+        sums = np.eye(numbers.max() + 1, dtype=int)[numbers]  # (utterances, speakers)
+        errors, others, words = self.counts(test)
+        return self.judge(errors @ sums, others @ sums, words @ sums), sums.shape[1]
 
     def empty_layers(self) -> list[str]:
         """Layers without a weight, in any seed."""
@@ -104,12 +139,13 @@ class Point:
 
 # ---------------------------------------------------------------------------- methods
 
+MARKS = (0.41, 0.168, 0.107, 0.044)  # remaining weights whose rounds are judged, in this order; --marks names others
 # What a method leaves open, or tells in other words: ticket and init by the data that they come from.
 OPEN = ("seed", "sparsity", "rounds", "dense", "ticket_sha256", "init_sha256")
 # Values of settings that a configuration does not name, and the paper's prune rate; names of methods leave them out.
 PLAIN = {"control": None, "ticket": None, "ticket_weights": "rewind", "init": None, "rewind_step": 0}
 PLAIN |= {"prune_rate": 0.2, "block": [1, 1], "scope": "global", "min_remaining": 0.0, "keep_dense": [], "snr": None}
-PLAIN |= {"test_snr": None}
+PLAIN |= {"test_snr": None, "marks": list(MARKS)}
 
 
 @dataclass
@@ -131,10 +167,27 @@ class Method:
     def tickets(self) -> list[Point]:
         return list(self.points.values())[1:]
 
-    def sparsest(self) -> Point | None:
-        """The sparsest winning or matching ticket."""
-        good = [point for point in self.tickets() if point.verdict().word in ("winning", "matching")]
-        return min(good, key=lambda point: point.mean("remaining"), default=None)
+    def marked(self) -> list[Point]:
+        """The tickets nearest to each mark and within a tenth of it, dense to sparse: named before any result."""
+        found = []
+        for mark in self.get("marks"):
+            point = min(self.tickets(), key=lambda p: abs(p.mean("remaining") - mark), default=None)
+            if point and abs(point.mean("remaining") - mark) <= 0.1 * mark and point not in found:
+                found.append(point)
+        return found
+
+    def walk(self) -> tuple[Point | None, Point | None]:
+        """The sparsest ticket of the fixed sequence and the one that stopped it; None where there is none.
+
+        The marked tickets are judged from dense to sparse, up to the first that is neither winning nor matching: so no
+        round is chosen on the test, and no correction is owed for judging several.
+        """
+        sparsest = None
+        for point in self.marked():
+            if point.verdict().word not in ("winning", "matching"):
+                return sparsest, point
+            sparsest = point
+        return sparsest, None
 
     def best(self) -> Point | None:
         """The ticket of the best valid WER, less dense's, as rounds may have other seeds. The test selects nothing."""
@@ -209,7 +262,7 @@ def merge(runs: list[Run]) -> dict[str, list[Method]]:
         for row in run.rows:
             point = method.points.setdefault(step(row, config), Point(config["margin"]))
             if config["seed"] not in point.seeds:
-                point.add(config["seed"], row, run.rows[0])
+                point.add(config["seed"], row, run.rows[0], run.rows[0])
             elif row["test_errors"] != point.rows[point.seeds.index(config["seed"])]["test_errors"]:
                 method.left_out += [run] if run not in method.left_out else []
     titles, named = [title for title, _ in groups], {}
@@ -270,9 +323,51 @@ def compared(a: Method, b: Method) -> list[Point]:
     """a's tickets, b's as the others, at every round that both have with a seed in common; sparser and sparser."""
     found = []
     for at, ours in list(a.points.items())[1:]:
-        theirs, point = b.points.get(at, Point(0.0)), Point(0.0)
+        theirs = b.points.get(at, Point(0.0))
+        point = Point(ours.margin, speakers=ours.speakers, rival=True)
         for seed, row in zip(ours.seeds, ours.rows):
             if seed in theirs.seeds:
-                point.add(seed, row, theirs.rows[theirs.seeds.index(seed)])
+                other = theirs.rows[theirs.seeds.index(seed)]
+                point.add(seed, row, other, {})
         found += [point] if point.seeds else []
+    return found
+
+
+def by_seed(runs: list[Run], name: str) -> dict[int, Run]:
+    """A run a seed. Raises LotteryError if two have the same."""
+    found = {}
+    for run in runs:
+        if run.config["seed"] in found:
+            raise lottery.LotteryError(f"{name}: {run.path} and {found[run.config['seed']].path} have the same seed")
+        found[run.config["seed"]] = run
+    return found
+
+
+def paired(a: list[Run], b: list[Run], rounds: list[tuple[int, int]] | None = None) -> list[Point]:
+    """a's rounds, b's as the others, by seed: the rounds named (a's, b's), or all tickets of as many weights, to 1 %.
+
+    Raises LotteryError for two runs of a seed in one set, and unless there is a seed and a round to compare.
+    """
+    ours, theirs = by_seed(a, "A"), by_seed(b, "B")
+    seeds = [seed for seed in ours if seed in theirs]
+    if not seeds:
+        raise lottery.LotteryError(f"A has seeds {sorted(ours)} and B {sorted(theirs)}: none in common")
+    first, second = ours[seeds[0]].rows, theirs[seeds[0]].rows
+    if rounds is None:
+        rounds = [
+            (row["round"], near["round"]) for row in first if row["round"]
+            for near in [min(second, key=lambda other: abs(other["remaining"] - row["remaining"]))]
+            if near["round"] and abs(near["remaining"] - row["remaining"]) <= 0.01 * row["remaining"]
+        ]  # fmt: skip
+    found = []
+    for left, right in rounds:
+        point = Point(ours[seeds[0]].config["margin"], rival=True)
+        for seed in seeds:
+            row, other = (next((r for r in run.rows if r["round"] == number), None)
+                          for run, number in ((ours[seed], left), (theirs[seed], right)))  # fmt: skip
+            if row and other:
+                point.add(seed, row, other, ours[seed].rows[0])
+        found += [point] if point.seeds else []
+    if not found:
+        raise lottery.LotteryError("A and B have no round of as many weights in common: name rounds (--rounds R:Q)")
     return found

@@ -1,26 +1,32 @@
 """Tables and pictures: of one run, from its ledger, and of many, with what they say of the paper's claims.
 
 python -m lab.report RUN [RUN ...] [--out FOLDER]
+python -m lab.report --compare A B [--rounds R[:Q] ...] [--out FOLDER]
 """
 
+import argparse
+import glob
 import hashlib
-import io
 import itertools
 import json
 import re
 import statistics
 import sys
 from pathlib import Path
-
-import numpy as np
+from typing import NamedTuple
 
 import lottery
-from audio_lottery import files, verdicts
+from audio_lottery import checked, files, verdicts
 from audio_lottery.console import Parser, command, fail, markdown_text, printable
-from lab import plan
-from lab.compare import Method, Point, Run, compared, load, merge, of_test, rivals
+from lab import compare, coverage, pictures, plan
+from lab.compare import Method, Point, Run, compared, load, merge, of_test, paired, rivals
 
 PROGRAM = "python -m lab.report"
+WORDS_EXPLAINED = (
+    "*winning*: the interval lies below 0; *matching*: its upper end is at most {margin}; *worse*: it lies above 0; "
+    "else *undecided*, with its power, the chance that a ticket truly equal to dense is called matching or winning; "
+    f"*no verdict* where dense recognises nothing (WER {verdicts.NOTHING} or more)."
+)
 COLUMNS = ["round", "remaining", "of all", "valid WER", "test WER", "test CER", "seconds", "against dense"]
 
 
@@ -32,6 +38,7 @@ def cells(row: dict) -> list[str]:
     shares = [f"{row[key]:.1%}" for key in ("remaining", "remaining_all")]
     rates = [f"{row[key]:.3f}" if key in row else "-" for key in ("valid_wer", "test_wer", "test_cer")]
     against = str(verdicts.Verdict(row["verdict"], *row["interval"])) if "verdict" in row else "-"
+    against += f", power {row['power']:.0%}" if "power" in row else ""
     return [str(row["round"]), *shares, *rates, f"{row['seconds']:.0f}", against]
 
 
@@ -43,25 +50,43 @@ def markdown_table(ledger: list[dict]) -> list[str]:
     return plan.markdown(COLUMNS, list(map(cells, ledger)), right=7)
 
 
+def judged(point: Point, test: str = "") -> str:
+    """The verdict and its interval; the power of an undecided one; by speakers too, where they are known."""
+    told = point.verdict(test)
+    words = str(told) + (f", power {coverage.power(point, test):.0%}" if told.word == "undecided" else "")
+    if found := point.by_speaker(test):
+        words += f"; by {found[1]} speakers {found[0]}"
+    return words
+
+
+def in_words(marks: list[float]) -> str:
+    *most, last = [f"{100 * mark:.3g}" for mark in marks]
+    return f"{', '.join(most)} and {last} %" if most else f"{last} %"
+
+
 def summary(config: dict, ledger: list[dict]) -> list[str]:
-    """The dense model, the sparsest ticket that is not behind it, the best one, and what the last one multiplies."""
+    """The dense model, how far the fixed sequence went, the ticket best on valid, and what the last one multiplies."""
     if config.get("test") is False:
         return ["trained with --no-test: valid WER alone, and nothing that a ticket could be told by"]
     ((method,),) = merge([Run(config, ledger)]).values()
     dense, tickets = ledger[0], method.tickets()
+
+    def told(point: Point) -> str:
+        (row,) = point.rows
+        return (
+            f"round {row['round']}, {row['remaining']:.1%} of the prunable and {row['remaining_all']:.1%} of all "
+            f"weights remain, test WER {row['test_wer']:.3f}, {judged(point)}"
+        )
+
     lines = [f"dense: test WER {dense['test_wer']:.3f}, CER {dense['test_cer']:.3f}"]
-    for name, point in (
-        ("sparsest winning or matching ticket", method.sparsest()),
-        ("ticket with the best valid WER", method.best()),
-    ):
-        if point:
-            (row,) = point.rows
-            lines.append(
-                f"{name}: round {row['round']}, {row['remaining']:.1%} of the prunable and {row['remaining_all']:.1%} "
-                f"of all weights remain, test WER {row['test_wer']:.3f}, {row['verdict']}"
-            )
-        elif tickets:
-            lines.append(f"{name}: none")
+    sparsest, stopped = method.walk()
+    marks, best = in_words(method.get("marks")), method.best()
+    if not method.marked():
+        lines += [f"no round is within a tenth of a mark ({marks}): no ticket is judged"] if tickets else []
+    else:
+        lines.append(f"sparsest winning or matching ticket at the marks: {told(sparsest) if sparsest else 'none'}")
+        lines += [f"the sequence stopped at: {told(stopped)}"] if stopped else []
+    lines += [f"ticket with the best valid WER: {told(best)}"] if best else []
     for name in dense.get("other_tests", {}):
         rates = ", ".join(f"{r['round']}: {r['other_tests'][name]['test_wer']:.3f}" for r in ledger)
         lines.append(f"{name}: test WER by round {rates}")
@@ -72,7 +97,8 @@ def summary(config: dict, ledger: list[dict]) -> list[str]:
             f"{skipped / 1e6:.1f} M with zeros skipped ({skipped / whole:.1%})"
         )
     seeds_and_utterances = f"1 seed, {len(dense['test_words'])} test utterances"
-    return [*lines, f"95 % intervals of WER(ticket) - WER(dense): {seeds_and_utterances}, each ticket tested once"]
+    intervals = f"95 % intervals of WER(ticket) - WER(dense): {seeds_and_utterances}; power: see docs/comparisons.md"
+    return [*lines, intervals]
 
 
 def write_report(out: Path, config: dict, ledger: list[dict]) -> None:
@@ -81,83 +107,77 @@ def write_report(out: Path, config: dict, ledger: list[dict]) -> None:
         write_report_without_test(out, config, ledger)
         return
     utterances = len(ledger[0]["test_words"])
+    marks = in_words(config.get("marks", list(compare.MARKS)))
     explained = (
         f"Against dense: 95 % interval of WER(ticket) - WER(dense), paired bootstrap over {utterances} test "
-        f"utterances, 1 seed, no correction for testing {len(ledger) - 1} tickets. *winning*: the interval lies below "
-        f"0; *matching*: its upper end is at most {config['margin']}; *worse*: it lies above 0; else *undecided*. Each "
+        f"utterances, of this seed alone. {WORDS_EXPLAINED.format(margin=config['margin'])} No round is chosen on "
+        f"the test: the rounds nearest {marks} of the weights, named beforehand, are judged from dense to sparse up to "
+        "the first that is neither winning nor matching; the other rounds' verdicts are for reading on. Each "
         "round is tested once, at its epoch with the best valid WER; pruning uses the last epoch. `remaining` is of "
         "the prunable weights, `of all` of all parameters."
     )
-    lines = [f"# {config['backbone']} on {markdown_text(config['machine']['data'])}, seed {config['seed']}", ""]
-    lines += [
-        *(f"- {markdown_text(line)}" for line in summary(config, ledger)),
-        "",
-        explained,
-        "",
-        *markdown_table(ledger),
-    ]
+    told = [*(f"- {markdown_text(line)}" for line in summary(config, ledger)), "", explained]
+    lines = [heading(config), "", *told, "", *markdown_table(ledger)]
     for name in ledger[0].get("other_tests", {}):
-        lines += [
-            "",
-            f"{markdown_text(name)}:",
-            "",
-            *markdown_table([row | row["other_tests"][name] for row in ledger]),
-        ]
+        rows = [row | row["other_tests"][name] for row in ledger]
+        lines += ["", f"{markdown_text(name)}:", "", *markdown_table(rows)]
     lines += ["", "![WER and CER against remaining weights](report.png)", ""]
     lines += ["```json", json.dumps(config, indent=2), "```", ""]
     files.write_atomically(out / "report.md", "\n".join(lines).encode())
     ((title, methods),) = merge([Run(config, ledger)]).items()
-    draw(out / "report.png", f"{title}, seed {config['seed']}", methods)
+    pictures.draw(out / "report.png", f"{title}, seed {config['seed']}", methods)
+
+
+def heading(config: dict) -> str:
+    return f"# {config['backbone']} on {markdown_text(config['machine']['data'])}, seed {config['seed']}"
 
 
 def write_report_without_test(out: Path, config: dict, ledger: list[dict]) -> None:
     """report.md and report.png of a run with --no-test: valid WER by round."""
-    from matplotlib.figure import Figure
-
-    lines = [f"# {config['backbone']} on {config['machine']['data']}, seed {config['seed']}", ""]
-    lines += [*summary(config, ledger), "", *markdown_table(ledger), "", "![valid WER](report.png)", ""]
-    lines += ["```json", json.dumps(config, indent=2), "```", ""]
-    figure = Figure(figsize=(5.5, 4.2), layout="constrained")
-    ax = figure.subplots()
-    ax.plot([100 * row["remaining"] for row in ledger], [row["valid_wer"] for row in ledger], "o-", markersize=4)
-    ax.set(xscale="log", xlabel="remaining prunable weights, %", ylabel="valid WER")
-    ax.invert_xaxis()
-    save(out / "report.png", figure)
+    lines = [heading(config), "", *summary(config, ledger), "", *markdown_table(ledger), ""]
+    lines += ["![valid WER](report.png)", "", "```json", json.dumps(config, indent=2), "```", ""]
+    pictures.draw_valid(out / "report.png", ledger)
     files.write_atomically(out / "report.md", "\n".join(lines).encode())
 
 
 # ---------------------------------------------------------------------------- many runs: tables
 
 README, SECOND = "official README", "one second-hand summary, unchecked"
-PAPER = [  # backbone, what, test WER in % of dense, of the sparsest matching and of the best ticket, where from
-    ("cnn-lstm", "LibriSpeech clean / other", "7.9 / 21.0", "7.9 / 20.5 at 21.0 %", "7.1 / 19.2 at 51.2 %", README),
-    ("cnn-lstm", "LibriSpeech clean", "8.02", "7.98 at 21.0 %", "", SECOND),
-    ("cnn-lstm", "TED-LIUM", "15.93", "15.70 at 4.4 %", "14.04 at 16.8 %", f"{SECOND}; 4.4 % is in the abstract too"),
+PAPER = [  # backbone, what, test WER of dense, of the sparsest matching and of the best ticket, where from
+    ("cnn-lstm", "LibriSpeech clean / other", "0.079 / 0.210", "0.079 / 0.205 at 21.0 %", "0.071 / 0.192 at 51.2 %",
+     README),
+    ("cnn-lstm", "LibriSpeech clean", "0.0802", "0.0798 at 21.0 %", "", SECOND),
+    ("cnn-lstm", "TED-LIUM", "0.1593", "0.1570 at 4.4 %", "0.1404 at 16.8 %",
+     f"{SECOND}; 4.4 % is in the abstract too"),
     ("cnn-lstm", "Common Voice", "", "at 16.8 %", "", SECOND),
-    ("cnn-lstm", "TED-LIUM, random pruning", "15.93", "at 26.2 %", "", f"{SECOND}; by layer, the ticket globally"),
-    ("cnn-lstm", "TED-LIUM, random ticket", "15.93", "at 10.7 %", "", f"{SECOND}; the code draws in round 1 alone"),
-    ("cnn-lstm", "TED-LIUM, blocks of 1x4", "15.93", "15.66 at 4.4 %", "", f"{SECOND}; no code"),
-    ("cnn-lstm", "TED-LIUM, from LibriSpeech's weights", "", "13.45", "11.69 at 32.8 %", f"{SECOND}; no code"),
-    ("cnn-lstm", "TED-LIUM, mask of LibriSpeech", "15.93", "15.88 at 32.8 %", "", SECOND),
-    ("cnn-lstm", "TED-LIUM, mask of Common Voice", "15.93", "15.93 at 41.0 %", "", SECOND),
-    ("cnn-lstm", "TED-LIUM, noise of level 0.2", "16.80", "15.75", "", f"{SECOND}; a gain, its SNR unknown"),
-    ("cnn-lstm", "TED-LIUM, noise of level 0.5", "38.21", "15.82", "", f"{SECOND}; suspicious: no noise in its test"),
-    ("rnnt", "LibriSpeech clean", "5.90", "5.71 at 10.7 %", "", f"{SECOND}; no code, no shape"),
-    ("conformer", "LibriSpeech clean / other", "2.5 / 6.8", "2.4 / 6.4 at 16.8 %", "2.1 / 6.1 at 51.2 %",
+    ("cnn-lstm", "TED-LIUM, random pruning", "0.1593", "at 26.2 %", "", f"{SECOND}; by layer, the ticket globally"),
+    ("cnn-lstm", "TED-LIUM, random ticket", "0.1593", "at 10.7 %", "", f"{SECOND}; the code draws in round 1 alone"),
+    ("cnn-lstm", "TED-LIUM, blocks of 1x4", "0.1593", "0.1566 at 4.4 %", "", f"{SECOND}; no code"),
+    ("cnn-lstm", "TED-LIUM, from LibriSpeech's weights", "", "0.1345", "0.1169 at 32.8 %", f"{SECOND}; no code"),
+    ("cnn-lstm", "TED-LIUM, mask of LibriSpeech", "0.1593", "0.1588 at 32.8 %", "", SECOND),
+    ("cnn-lstm", "TED-LIUM, mask of Common Voice", "0.1593", "0.1593 at 41.0 %", "", SECOND),
+    ("cnn-lstm", "TED-LIUM, noise of level 0.2", "0.1680", "0.1575", "", f"{SECOND}; a gain, its SNR unknown"),
+    ("cnn-lstm", "TED-LIUM, noise of level 0.5", "0.3821", "0.1582", "",
+     f"{SECOND}; suspicious: no noise in its test"),
+    ("rnnt", "LibriSpeech clean", "0.0590", "0.0571 at 10.7 %", "", f"{SECOND}; no code, no shape"),
+    ("conformer", "LibriSpeech clean / other", "0.025 / 0.068", "0.024 / 0.064 at 16.8 %", "0.021 / 0.061 at 51.2 %",
      f"{README}; test utterances over 15 s dropped; 16.8 % of linear weights, 27.6 % of all"),
-    ("conformer", "LibriSpeech clean", "2.55", "2.49 at 16.8 %", "", SECOND),
+    ("conformer", "LibriSpeech clean", "0.0255", "0.0249 at 16.8 %", "", SECOND),
 ]  # fmt: skip
 CAVEAT = (
-    "The paper's points: other corpora, n-gram language models, no seeds and no intervals in any source. The official "
-    "CNN-LSTM code chooses its epoch on the test set. The READMEs print 51.8 and 16.2 % where the ladder of 0.8^k has "
-    "51.2 and 16.8 %."
+    "The paper's points: WER as a fraction, as everywhere here; other corpora, n-gram language models, no seeds and no "
+    "intervals in any source. The official CNN-LSTM code chooses its epoch on the test set. The READMEs print 51.8 and "
+    "16.2 % where the ladder of 0.8^k has 51.2 and 16.8 %."
 )
 EXPLAINED = (
-    "Against dense: verdict and 95 % interval of WER(ticket) - WER(dense), paired bootstrap over test utterances, "
-    "seeds pooled: the interval is of these seeds; how seeds vary, the standard deviation (±) tells. No correction for "
-    "testing many tickets. `remaining` is of the prunable weights, `of all` of all parameters. Multiply-adds: products "
-    f"with weights as speech is recognised, {plan.TOKENS_A_SECOND} tokens a second; of the ticket, zeros are "
-    "skipped."
+    "Against dense: verdict and 95 % interval of WER(ticket) - WER(dense). One seed: paired bootstrap over test "
+    "utterances, of that seed alone. More: seeds crossed with utterances (V_seeds + V_utterances - V_interaction, "
+    "Student's t with Satterthwaite's degrees of freedom), so that the interval is of other seeds and other "
+    "utterances. " + WORDS_EXPLAINED.format(margin="the margin") + " No round is chosen on the test: rounds that were "
+    "named beforehand (the marks) are judged from dense to sparse, up to the first that is neither winning nor "
+    "matching; a verdict of any other round is for reading on. `remaining` is of the prunable weights, `of all` of all "
+    f"parameters. Multiply-adds: products with weights as speech is recognised, {plan.TOKENS_A_SECOND} tokens a "
+    "second; of the ticket, zeros are skipped. ± is the standard deviation over seeds."
 )
 MERGED = ["test set", "method", "round", "remaining", "of all", "seeds", "valid WER", "test WER", "test CER"]
 MERGED += ["test WER less dense's", "against dense", "multiply-adds a second: dense, ticket", "layers without a weight"]
@@ -180,7 +200,7 @@ def merged_cells(method: Method, point: Point, test: str) -> list[str]:
         *(f"{point.mean(key):.1%}" for key in ("remaining", "remaining_all")),
         str(len(point.seeds)), spread(point.values("valid_wer")),
         *(spread(point.values(key, test)) for key in ("test_wer", "test_cer")),
-        *([spread(point.differences("test_wer", test), "+"), str(point.verdict(test))] if point.round else ["-", "-"]),
+        *([spread(point.differences("test_wer", test), "+"), judged(point, test)] if point.round else ["-", "-"]),
         f"{whole / 1e6:.1f} M, {skipped / 1e6:.1f} M ({skipped / whole:.1%})",
         markdown_text(", ".join(point.empty_layers())),
         narrower(point), f"{point.rows[0]['steps_in_all']:,}" if "steps_in_all" in point.rows[0] else "",
@@ -192,8 +212,9 @@ def narrower(point: Point) -> str:
     row = point.rows[0]
     words = {"width": "wide", "inner": "wide inside", "hidden": "hidden", "heads": "heads", "channels": "channels"}
     words |= {"predictor": "in the predictor", "joiner": "in the joiner", "first_channels": "channels first"}
-    told = [f"{row['sizes'][key]} {word}" for key, word in words.items() if key in row.get("sizes", {})]
-    return ", ".join(told + ([f"{row['parameters']:,} parameters"] if "parameters" in row else []))
+    sizes = row.get("sizes", {})
+    said = [f"{checked.said(sizes[key])} {word}" for key, word in words.items() if key in sizes]
+    return markdown_text(", ".join(said + ([f"{row['parameters']:,} parameters"] if "parameters" in row else [])))
 
 
 def told(point: Point | None) -> str:
@@ -201,25 +222,36 @@ def told(point: Point | None) -> str:
     if point is None:
         return "none"
     shares = f"{point.mean('remaining'):.1%} ({point.mean('remaining_all'):.1%} of all)"
-    return f"{spread(point.values('test_wer'))} at {shares}, {point.verdict()}, {seeds_of(point)}"
+    return f"{spread(point.values('test_wer'))} at {shares}, {judged(point)}, {seeds_of(point)}"
 
 
 def tables(methods: list[Method]) -> list[str]:
-    """Summary beside the paper's points, every round on every test set, and comparisons of methods."""
-    columns = ["method", "dense, test WER", "sparsest winning or matching ticket", "ticket with the best valid WER"]
-    rows = [
-        [markdown_text(m.name), spread(m.dense().values("test_wer")), told(m.sparsest()), told(m.best()), "these runs"]
-        for m in methods
-    ]
-    rows += [[f"paper: {row[1]}", *row[2:]] for row in PAPER if row[0] == methods[0].settings["backbone"]]
-    lines = [*plan.markdown([*columns, "source"], rows), ""]
+    """Summary, the paper's points, every round on every test set, and comparisons of methods."""
+    columns = ["method", "dense, test WER", "marks", "sparsest winning or matching ticket at the marks"]
+    columns += ["the sequence stopped at", "ticket with the best valid WER"]
+    rows = []
+    for m in methods:
+        sparsest, stopped = m.walk()
+        marks = ", ".join(f"{point.mean('remaining'):.1%}" for point in m.marked()) or "no round near one"
+        rows.append(
+            [
+                markdown_text(m.name),
+                spread(m.dense().values("test_wer")),
+                marks,
+                *map(told, (sparsest, stopped, m.best())),
+            ]
+        )
+    lines = [*plan.markdown(columns, rows), ""]
+    rows = [list(row[1:]) for row in PAPER if row[0] == methods[0].settings["backbone"]]
+    columns = ["the paper's", "dense, test WER", "sparsest matching ticket", "best ticket", "source"]
+    lines += [*plan.markdown(columns, rows), ""] if rows else []
     points = [(method, point) for method in methods for point in method.points.values()]
     tests = dict.fromkeys(test for _, point in points for test in point.tests())
     rows = [merged_cells(m, point, test) for test in tests for m, point in points if test in point.tests()]
     lines += plan.markdown(MERGED, rows)
     rows = [
-        [markdown_text(f"{a.name} less {b.name}"), f"{p.mean('remaining'):.1%}",
-         str(len(p.seeds)), word_of(p), interval(p)]
+        [markdown_text(f"{a.name} less {b.name}"), f"{p.mean('remaining'):.1%}", str(len(p.seeds)),
+         word_of(p, "", ("winning",)), interval(p)]
         for a, b in rivals(methods) for p in compared(a, b)
     ]  # fmt: skip
     if rows:
@@ -229,65 +261,63 @@ def tables(methods: list[Method]) -> list[str]:
 
 # ---------------------------------------------------------------------------- many runs: claims
 
-LIMITS = (0.2005, 0.0445)  # remaining weights that claims are about: a fifth, and the paper's 4.4 %; counts are rounded
+MATCHES = ("winning", "matching")
 
 
-def word_of(point: Point, test: str = "", true: tuple[str, ...] = ("winning",)) -> str:
-    word = point.verdict(test).word
-    return "holds" if word in true else "does not hold" if word == "worse" else "undecided"
+class Claim(NamedTuple):
+    what: str
+    label: str  # in the forest
+    point: Point
+    test: str = ""
+    true: tuple[str, ...] = MATCHES  # the words with which it holds
+
+
+def word_of(point: Point, test: str = "", true: tuple[str, ...] = MATCHES) -> str:
+    told = point.verdict(test)
+    if told.word in (*true, "no verdict"):
+        return "holds" if told.word in true else told.word
+    return "does not hold" if told.low > 0 else "undecided"
 
 
 def interval(point: Point, test: str = "") -> str:
-    _, low, high = point.verdict(test)
-    return f"[{low:+.3f}, {high:+.3f}]"
+    """The interval, and the power of an undecided verdict."""
+    told = point.verdict(test)
+    return f"[{told.low:+.3f}, {told.high:+.3f}]" + (
+        f", power {coverage.power(point, test):.0%}" if told.word == "undecided" else ""
+    )
 
 
-def at_limits(points: list[Point]) -> list[Point]:
-    """The first of the points, which grow sparser, at or below each limit: chosen by no result."""
-    found = [next((p for p in points if p.mean("remaining") <= limit), None) for limit in LIMITS]
-    return [point for i, point in enumerate(found) if point and point not in found[:i]]
-
-
-def claims(title: str, methods: list[Method]) -> list[str]:
-    """A sentence for each claim that these runs can speak to."""
-    found = [  # claim, point, test set, verdicts that it holds with
-        (f"{method.name} with {p.mean('remaining'):.1%} of the weights matches dense", p, test, ("winning", "matching"))
-        for method in methods if not method.get("control")
-        for p in at_limits(method.tickets()) for test in p.tests()
-    ]  # fmt: skip
+def claims(methods: list[Method]) -> list[Claim]:
+    """What these runs can speak to, at the marks: tickets against dense, and rivals."""
+    found = []
+    for method in methods:
+        _, stopped = method.walk()
+        for point in method.marked() if not method.get("control") else ():
+            share = f"{point.mean('remaining'):.1%}"
+            behind = stopped and point.mean("remaining") < stopped.mean("remaining")
+            what = f"{method.name} with {share} of the weights matches dense"
+            what += f" (behind {stopped.mean('remaining'):.1%}, where the sequence stopped)" if behind else ""
+            found += [
+                Claim(what, f"{method.name}, {share}{f', {test}' if test else ''}", point, test)
+                for test in point.tests()
+            ]
     for a, b in rivals(methods):
         points = compared(a, b)
-        for p in at_limits(points) or points[-1:]:
-            found.append((f"{a.name} is better than {b.name} at {p.mean('remaining'):.1%}", p, "", ("winning",)))
-    return [
-        f"- {markdown_text(f'{title}: {claim}' + (f' on {test}' if test else ''))}: "
-        f"**{word_of(p, test, true)}**, {interval(p, test)}, "
-        f"{seeds_of(p)} ({', '.join(map(str, sorted(p.seeds)))}), "
+        rounds = [point.round for point in a.marked()]
+        for point in [p for p in points if p.round in rounds] or points[-1:]:
+            share = f"{point.mean('remaining'):.1%}"
+            what = f"{a.name} is better than {b.name} at {share}"
+            found.append(Claim(what, f"{a.name} less {b.name}, {share}", point, true=("winning",)))
+    return found
+
+
+def said(title: str, claim: Claim) -> str:
+    _, _, p, test, true = claim
+    return (
+        f"- {markdown_text(f'{title}: {claim.what}' + (f' on {test}' if test else ''))}: "
+        f"**{word_of(p, test, true)}**, {interval(p, test)}, {seeds_of(p)} ({', '.join(map(str, sorted(p.seeds)))}), "
         f"{len(of_test(p.rows[0], test)['test_words'])} test utterances."
-        for claim, p, test, true in found
-    ]
-
-
-def merged_report(groups: dict[str, list[Method]], pictures: bool) -> str:
-    lines = ["# Tickets: seeds and methods", "", EXPLAINED, "", CAVEAT]
-    for title, methods in groups.items():
-        lines += ["", f"## {markdown_text(title)}", "", *tables(methods)]
-        if pictures:
-            lines += ["", f"![WER and CER against remaining weights]({file_name(title)}.png)"]
-            lines += ["", f"![weights kept, by layer]({file_name(title)}-layers.png)"]
-    said = [line for title, methods in groups.items() for line in claims(title, methods)]
-    explained = (
-        "Each about the first round with at most 20 % and at most 4.4 % of the prunable weights, which no result chose "
-        "(comparisons of methods without such a round: the sparsest). Intervals are of a difference of test WER. "
-        "A ticket matches if it is winning or matching, and does not if it is worse."
     )
-    said = said or ["None yet: no ticket is sparse enough."]
-    return "\n".join([*lines, "", "## Claims", "", explained, "", *said, ""])
-
-
-# ---------------------------------------------------------------------------- pictures
-
-T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5 % of Student's t, 1, 2, ... degrees of freedom
 
 
 def file_name(title: str) -> str:
@@ -296,91 +326,85 @@ def file_name(title: str) -> str:
     return name if len(name.encode()) <= 200 else f"{name[:40]}-{hashlib.sha256(title.encode()).hexdigest()[:8]}"
 
 
-def plain(text: str) -> str:
-    """A foreign text for a picture: one line, and no mathematics, which matplotlib finds between two $."""
-    return printable(text).replace("$", r"\$")
+def merged_report(groups: dict[str, list[Method]], pictured: bool) -> str:
+    lines = ["# Tickets: seeds and methods", "", EXPLAINED, "", CAVEAT]
+    for title, methods in groups.items():
+        lines += ["", f"## {markdown_text(title)}", "", *tables(methods)]
+        if pictured:
+            lines += ["", f"![WER and CER against remaining weights]({file_name(title)}.png)"]
+            lines += ["", f"![weights kept, by layer]({file_name(title)}-layers.png)"]
+    found = [said(title, claim) for title, methods in groups.items() for claim in claims(methods)]
+    explained = (
+        "Each about a mark: rounds that were named before any result (comparisons of methods without one: the "
+        "sparsest). Intervals are of a difference of test WER. A ticket matches if it is winning or matching, and does "
+        "not if it is worse; one method is better if it is winning."
+    )
+    found = found or ["None yet: no round is near a mark."]
+    forest = ["", "![every claim's interval against 0 and the margin](forest.png)"] * (pictured and "- " in found[0])
+    return "\n".join([*lines, "", "## Claims", "", explained, "", *found, *forest, ""])
 
 
-def wer_band(point: Point) -> tuple[float, float]:
-    """The paired interval about dense."""
-    _, low, high = point.verdict()
-    return point.mean_other("test_wer") + low, point.mean_other("test_wer") + high
+# ---------------------------------------------------------------------------- two sets of runs
 
 
-def cer_band(point: Point) -> tuple[float, float] | None:
-    """t-interval over seeds of CER(ticket) - CER(dense), about dense; None of one seed.
-
-    Ledgers count no character errors by utterance, so that there is nothing to resample.
-    """
-    differences = point.differences("test_cer")
-    n = len(differences)
-    if n == 1:
-        return None
-    half = T975[min(n - 1, len(T975)) - 1] * statistics.stdev(differences) / n**0.5
-    return point.mean("test_cer") - half, point.mean("test_cer") + half
+def runs_of(text: str) -> list[Run]:
+    """Run folders between commas, each by its path or as a pattern. Raises LotteryError where a part finds none."""
+    paths = []
+    for part in text.split(","):
+        found = sorted(glob.glob(part))
+        if not found:
+            raise lottery.LotteryError(f"--compare {part}: no such run")
+        paths += [Path(path) for path in found if Path(path) not in paths]
+    return [read(path) for path in paths]
 
 
-def save(path: Path, figure) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, dpi=120, format="png", metadata={"Software": None})
-    files.write_atomically(path, content.getvalue())
+def rounds_pair(text: str) -> tuple[int, int]:
+    """R, or R:Q: A's round and B's."""
+    if not re.fullmatch("[0-9]{1,6}(:[0-9]{1,6})?", text):
+        raise argparse.ArgumentTypeError(f"must be R or R:Q, rounds of A and of B, got {text!r}")
+    first, _, second = text.partition(":")
+    return int(first), int(second or first)
 
 
-def draw(path: Path, title: str, methods: list[Method]) -> None:
-    """WER and CER against remaining weights, a line a method: the mean over seeds with its 95 % band."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    sparsest = min(100 * point.mean("remaining") for method in methods for point in method.points.values())
-    for ax, key, name, band, kind in zip(
-        figure.subplots(1, 2), ("test_wer", "test_cer"), ("test WER", "test CER"), (wer_band, cer_band),
-        ("paired bootstrap over utterances, seeds pooled", "t-interval over seeds, from two on"),
-    ):  # fmt: skip
-        limits = []
-        for color, method in zip((f"C{i % 10}" for i in range(len(methods))), methods):
-            points = list(method.points.values())
-            remaining, rates = [100 * p.mean("remaining") for p in points], [p.mean(key) for p in points]
-            few, many = (choose(len(p.seeds) for p in points) for choose in (min, max))
-            seeds = f"{few} to {many} seeds" if few < many else seeds_of(points[0])
-            ax.axhline(rates[0], color=color, linewidth=1, linestyle="--")
-            ax.plot(remaining, rates, "o-", color=color, markersize=4, label=plain(f"{method.name}, {seeds}"))
-            bands = [(x, *band(p)) for x, p in zip(remaining[1:], points[1:]) if band(p)]
-            if bands:
-                ax.fill_between(*map(list, zip(*bands)), color=color, alpha=0.2)
-            limits += rates + [y for _, *pair in bands for y in pair if band is wer_band]
-        ax.set_ylim(min(limits) - 0.02, max(limits) + 0.02)  # a band of two seeds may reach far beyond
-        ax.set(xscale="log", xlabel="remaining prunable weights, %", ylabel=name)
-        ax.set_title(f"dashed: dense; bands: 95 %, against dense, {kind}", fontsize=8)
-        ticks = [t for t in (100, 50, 20, 10, 5, 2, 1) if t >= 0.8 * sparsest]
-        ax.set_xticks(ticks, [str(t) for t in ticks])
-        ax.minorticks_off()
-        ax.invert_xaxis()
-        ax.grid(alpha=0.3)
-        ax.legend(loc="upper left", fontsize=8)
-    figure.suptitle(plain(title))
-    save(path, figure)
+def comparison(a: str, b: str, rounds: list[tuple[int, int]] | None) -> tuple[list[str], list[Claim]]:
+    """A table of A less B, and its rows as claims. Raises LotteryError for sets that cannot be compared."""
+    points = paired(runs_of(a), runs_of(b), rounds)
+    columns = ["rounds, A and B", "remaining, A and B", "test set", "seeds", "test WER, A", "test WER, B", "A less B"]
+    rows, found = [], []
+    for p in points:
+        other = p.others[0]
+        shares = f"{p.mean('remaining'):.1%}", f"{other['remaining']:.1%}"
+        for test in [test for test in p.tests() if not test or test in other.get("other_tests", {})]:
+            values = spread(p.values("test_wer", test)), spread([of_test(o, test)["test_wer"] for o in p.others])
+            seeds = ", ".join(map(str, sorted(p.seeds)))
+            rows.append([f"{p.round}, {other['round']}", ", ".join(shares), markdown_text(test or "test"), seeds,
+                         *values, spread(p.differences("test_wer", test), "+"), judged(p, test)])  # fmt: skip
+            label = " less ".join(dict.fromkeys(shares)) + (f", {test}" if test else "")
+            found.append(Claim("", label, p, test))
+    lines = [
+        "# A less B",
+        "",
+        f"- A: {markdown_text(a)}",
+        f"- B: {markdown_text(b)}",
+        f"- utterances: {len(points[0].counts()[2])}",
+        "",
+    ]
+    return [*lines, *plan.markdown([*columns, "verdict, 95 % interval"], rows), "", COMPARED, ""], found
 
 
-def draw_layers(path: Path, title: str, methods: list[Method]) -> None:
-    """The share of weights kept by layer and round, a panel a method; controls only where there is nothing else."""
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
+COMPARED = (
+    "The verdict is A's against B's, as a ticket's against dense: *winning*, A is better; *matching*, at most the "
+    "margin worse; *worse*; *undecided*, with its power. B may recognise nothing: what beats it wins. Pairs are named "
+    "by who runs the command, so several of them are several tests."
+)
 
-    methods = [method for method in methods if not method.get("control")] or methods
-    shares = [np.array(list(method.layer_shares().values())) for method in methods]
-    names, least = list(methods[0].layer_shares()), min(array[array > 0].min() for array in shares)
-    width = 3 + 0.45 * sum(array.shape[1] for array in shares)
-    figure = Figure(figsize=(max(width, 6), 1.6 + 0.25 * len(names)), layout="constrained")
-    axes = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
-    for ax, method, array in zip(axes, methods, shares):
-        image = ax.imshow(np.ma.masked_equal(array, 0), norm=LogNorm(min(least, 0.99), 1), aspect="auto")
-        remaining = [f"{100 * point.mean('remaining'):.3g}" for point in method.points.values()]
-        ax.set_xticks(range(len(remaining)), remaining, fontsize=7)
-        ax.set_yticks(range(len(names)), list(map(plain, names)), fontsize=7)
-        ax.set(xlabel="remaining prunable weights, %", title=plain(method.name))
-    figure.colorbar(image, ax=list(axes), label="share kept (white: none)")
-    figure.suptitle(plain(title))
-    save(path, figure)
+
+def forest_of(groups: dict[str, list[Claim]]) -> list[tuple[str, verdicts.Verdict, float]]:
+    """Rows of the picture, by group."""
+    return [
+        (f"{title}: {claim.label}" if title else claim.label, claim.point.verdict(claim.test), claim.point.margin)
+        for title, found in groups.items() for claim in found
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- command line
@@ -391,7 +415,7 @@ def read(path: Path) -> Run:
     run = load(path)
     try:
         if run.rows:
-            merged_report(merge([run]), pictures=False)
+            merged_report(merge([run]), pictured=False)
     except lottery.LotteryError:
         raise
     except Exception as error:  # whatever a ledger that was chained again makes the tables trip over
@@ -401,31 +425,59 @@ def read(path: Path) -> Run:
     return run
 
 
+def write_pictures(out: Path, groups: dict[str, list[Method]]) -> None:
+    for title, methods in groups.items():
+        pictures.draw(out / f"{file_name(title)}.png", title, methods)
+        pictures.draw_layers(out / f"{file_name(title)}-layers.png", title, methods)
+    rows = forest_of({title: claims(methods) for title, methods in groups.items()})
+    if rows:
+        pictures.draw_forest(out / "forest.png", rows)
+
+
+def merged(paths: list[Path]) -> dict[str, list[Method]]:
+    """Runs as methods; says which are left out, and why."""
+    runs = {path: read(path) for path in paths}
+    for path in [path for path, run in runs.items() if not run.rows]:
+        print(f"{PROGRAM}: {printable(path)}: no round is finished yet: left out", file=sys.stderr)
+        del runs[path]
+    if not runs:
+        raise lottery.LotteryError("no run with a finished round")
+    groups = merge(list(runs.values()))
+    for method in itertools.chain(*groups.values()):
+        for run in method.left_out:
+            why = f"a run before it is {method.name}, seed {run.config['seed']}, too"
+            print(printable(f"{PROGRAM}: {run.path}: left out where {why}"), file=sys.stderr)
+    return groups
+
+
 @command(PROGRAM)
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog=PROGRAM, description="Merge runs: tables, pictures, claims.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, finished or not")
+    parser = Parser(prog=PROGRAM, description="Merge runs, or compare two sets of them: tables, pictures, claims.")
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run folder, finished or not")
+    sets = "two sets of runs, a run a seed: folders or patterns between commas, in quotes"
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help=sets)
+    which = "with --compare, A's rounds and B's (default: all tickets of as many weights, to 1 %%)"
+    parser.add_argument("--rounds", type=rounds_pair, nargs="+", metavar="R[:Q]", help=which)
     parser.add_argument("--out", type=Path, help="folder for report.md and the pictures (default: only print)")
     args = parser.parse_args(argv)
+    if bool(args.runs) == bool(args.compare) or (args.rounds and not args.compare):
+        parser.error("name runs to merge, or --compare A B, with --rounds if not all are meant")
     try:
-        runs = {path: read(path) for path in args.runs}
-        for path in [path for path, run in runs.items() if not run.rows]:
-            print(f"{PROGRAM}: {printable(path)}: no round is finished yet: left out", file=sys.stderr)
-            del runs[path]
-        if not runs:
-            raise lottery.LotteryError("no run with a finished round")
-        groups = merge(list(runs.values()))
-        for method in itertools.chain(*groups.values()):
-            for run in method.left_out:
-                why = f"a run before it is {method.name}, seed {run.config['seed']}, too"
-                print(printable(f"{PROGRAM}: {run.path}: left out where {why}"), file=sys.stderr)
-        print(merged_report(groups, pictures=False), end="")
+        if args.compare:
+            lines, found = comparison(*args.compare, args.rounds)
+            print("\n".join(lines), end="")
+        else:
+            groups = merged(args.runs)
+            print(merged_report(groups, pictured=False), end="")
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-            for title, methods in groups.items():
-                draw(args.out / f"{file_name(title)}.png", title, methods)
-                draw_layers(args.out / f"{file_name(title)}-layers.png", title, methods)
-            files.write_atomically(args.out / "report.md", merged_report(groups, pictures=True).encode())
+            if args.compare:
+                pictures.draw_forest(args.out / "forest.png", forest_of({"": found}))
+                lines += ["![each interval against 0 and the margin](forest.png)", ""]
+            else:
+                write_pictures(args.out, groups)
+                lines = merged_report(groups, pictured=True).split("\n")
+            files.write_atomically(args.out / "report.md", "\n".join(lines).encode())
     except (lottery.LotteryError, OSError) as error:
         return fail(PROGRAM, error)
     return 0

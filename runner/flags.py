@@ -18,6 +18,7 @@ import models
 from audio_lottery import checked
 from audio_lottery.console import Parser
 from lab import controls, corpora, decode, rivals
+from lab.compare import MARKS
 from runner import processes, values
 from runner.recipes import OF_SIZE, RECIPE_NAMES, RECIPES
 
@@ -190,6 +191,9 @@ TABLE = (
          help="test each round; without, train and validate and never touch the test, as for tuning a recipe"),
     Flag("margin", TEST, "always", float, default=0.01, least=0, most=100, metavar="WER",
          help="word error rate (WER) that a matching ticket may lose"),
+    Flag("marks", TEST, "changed", values.shares, default=MARKS, rule="between 1 and 0, falling", between=",",
+         metavar="A,B,...", help="remaining weights whose nearest rounds (to a tenth) are judged, dense to sparse, up "
+         "to the first that does not match: no round is chosen on the test"),
     Flag("beam", TEST, "always", int, otherwise=f"1, with --lm {decode.BEAM}", least=1, most=MOST_BEAM, metavar="N",
          part_of="lm", help="texts that decoding keeps side by side; 1 keeps the likeliest token of each frame"),
     Flag("lm", TEST, "machine", Path, otherwise="none", metavar="FILE.arpa|none",

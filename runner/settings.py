@@ -218,7 +218,7 @@ def dense_of(args: argparse.Namespace, config: dict) -> dict | None:
         run = args.dense
         there, rows = ledger.read_run(run)
         settings, row = ledger.settings_of(there), rows[0] if rows else None
-    ignored = {"machine", "margin", "ticket_sha256", "dense", *flags.NOT_OF_DENSE, *controls.FOLLOWING}
+    ignored = {"machine", "margin", "marks", "ticket_sha256", "dense", *flags.NOT_OF_DENSE, *controls.FOLLOWING}
     keys = sorted((config.keys() | settings.keys()) - ignored)
     other = [key for key in keys if config.get(key) != settings.get(key)]
     if row and not other:

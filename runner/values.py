@@ -1,6 +1,7 @@
 """What reads the values of flags that are more than a number or a word. They raise argparse's ArgumentTypeError."""
 
 import argparse
+import itertools
 import re
 
 
@@ -50,4 +51,16 @@ def snr_list(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"must be A,B,..., numbers of dB in [-100, 100], got {text!r}") from None
     if len({f"{value:g}" for value in values}) < len(values):
         raise argparse.ArgumentTypeError(f"must not name an SNR twice, got {text!r}")
+    return values
+
+
+def shares(text: str) -> tuple[float, ...]:
+    """A,B,..., shares of the weights, from dense to sparse."""
+    try:
+        values = tuple(map(float, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be A,B,..., shares of the weights, got {text!r}") from None
+    falling = all(a > b for a, b in itertools.pairwise((1, *values, 0)))
+    if not falling:
+        raise argparse.ArgumentTypeError(f"must be A,B,... between 1 and 0, each below the one before, got {text!r}")
     return values

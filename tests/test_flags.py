@@ -64,7 +64,7 @@ def again(config: dict, monkeypatch) -> dict:
 
 def test_each_flag_stands_once():
     names = [flag.name for flag in flags.TABLE]
-    assert len(names) == len(set(names)) == 51
+    assert len(names) == len(set(names)) == 52
     groups = list(dict.fromkeys(flag.group for flag in flags.TABLE))
     assert groups == [flags.TRAIN, flags.DATA, flags.PRUNE, flags.TEST, flags.MACHINE]
     fields = {field.name for field in dataclasses.fields(recipes.Recipe)}
@@ -76,20 +76,8 @@ def test_what_makes_the_identity():
         kind: [flag.name for flag in flags.TABLE if flag.identity == kind] for kind in ("recipe", "changed", "machine")
     }
     assert by["recipe"] == ["epochs", "batch_size", "batch_seconds", "accumulate", "lr", "anneal", "seconds", "amp"]
-    changed = [
-        "recipe_name",
-        "rounds",
-        "ticket_weights",
-        "control",
-        "skip_broken",
-        "block",
-        "scope",
-        "min_remaining",
-        "keep_dense",
-        "test",
-        "snr",
-        "test_snr",
-    ]
+    changed = ["recipe_name", "rounds", "ticket_weights", "control", "skip_broken", "block", "scope", "min_remaining"]
+    changed += ["keep_dense", "test", "marks", "snr", "test_snr"]
     assert by["changed"] == changed
     assert by["machine"] == ["init", "ticket", "dense", "data", "lm", "noise", "device", "threads", "cache"]
     assert flags.DECODING == ("beam", "lm_weight", "word_score")
@@ -175,7 +163,7 @@ def test_a_command_line():
         "--seconds=1.0:2.0", "--amp", "--seed=0", "--rounds", "0", "2", "--ticket-weights=rewind",
         "--corpus=manifests", "--train-sets", "a", "b", "--tokens=chars", "--sparsity=0.9", "--prune-rate=0.2",
         "--rewind-step=0", "--block=1x4", "--scope=lamp", "--min-remaining=0.0", "--test", "--margin=0.01",
-        "--beam=1",
+        "--marks=0.41,0.168,0.107,0.044", "--beam=1",
     ]  # fmt: skip
 
 
@@ -300,3 +288,13 @@ def test_help(columns, capsys, monkeypatch):
     assert "None" not in text and "False" not in text and text.endswith("Words: docs/glossary.md.\n")
     for flag in flags.TABLE:
         assert f"  {flag.option}" in text
+
+
+def test_marks_are_part_of_a_run_and_not_of_its_dense_network(capsys):
+    assert "marks" not in of() and "marks" not in of("--marks", "0.41,0.168,0.107,0.044")  # as runs of before
+    assert of("--marks", "0.5,0.25")["marks"] == [0.5, 0.25]
+    assert "--marks=0.5,0.25" in flags.command_line(of("--marks", "0.5,.25"))
+    for text, why in (("0.5,0.5", "each below the one before"), ("1,0.5", "between 1 and 0"), ("41", "between 1 and 0"),
+                      ("0.5,0", "between 1 and 0"), ("a", "shares of the weights"), ("nan", "each below")):  # fmt: skip
+        said = refused(capsys, "--marks", text)
+        assert said.startswith("argument --marks: must be A,B,...") and why in said and repr(text) in said

@@ -14,7 +14,7 @@ import transcribe
 from audio_lottery import __main__ as audio_lottery_main
 from audio_lottery import __version__
 from bench import __main__ as bench_main
-from lab import plan, report
+from lab import coverage, plan, report
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("audio_lottery", "bench", "lab", "runner")
@@ -154,7 +154,8 @@ def test_the_public_face():
 
 COMMANDS = {
     "train.py": train.main, "transcribe.py": transcribe.main, "audio_lottery": audio_lottery_main.main,
-    "lab.report": report.main, "lab.plan": plan.main, "bench": bench_main.main,
+    "lab.report": report.main, "lab.plan": plan.main,
+    "lab.coverage": coverage.main, "bench": bench_main.main,
 }  # fmt: skip
 
 

@@ -465,3 +465,19 @@ def test_buffers_that_a_state_dict_leaves_out_survive_a_checkpoint(tmp_path):
     again.rewind()
     assert int(again.model.steps) == 0
     assert lottery.sha256(again.rewind_state) == lottery.sha256(ticket.rewind_state)
+
+
+def test_an_older_rule_s_verdicts_are_not_held_against_this_one_s(copy_of_run):
+    """Their intervals were made otherwise; their counts, and the chain, are checked as ever; they train again too."""
+    rows = ledger.read_ledger(copy_of_run / "ledger.jsonl")
+    assert [row["verdict_rule"] for row in rows] == [verdicts.VERDICT_RULE] * 3
+    forge(copy_of_run, 2, verdict="winning", interval=[-0.5, -0.4])
+    (wrong,) = verify.failures(copy_of_run, networks)
+    assert wrong.startswith("round 2: the verdict is ")
+    for number in range(3):  # as a ledger of before has it: without the rule's name
+        forge(copy_of_run, number, verdict_rule=None)
+    assert not verify.failures(copy_of_run, networks)
+    assert "not here" in [check.word for check in verify.verify(copy_of_run, networks)]
+    assert train.main(["--retrain", str(copy_of_run), "2"]) == 0
+    forge(copy_of_run, 2, test_wer=0.01)
+    assert any("test_wer is not" in wrong for wrong in verify.failures(copy_of_run, networks))

@@ -43,7 +43,7 @@ def words(run):
 
 
 def test_a_run_that_nobody_touched(finished, capsys, monkeypatch):
-    assert words(finished) == ["ok"] * 9
+    assert words(finished) == ["ok"] * 10
     assert command.main(["verify", str(finished)]) == 0
     assert capsys.readouterr().out == "".join(f"ok        {name}\n" for name in NAMES)
     monkeypatch.setattr(command, "networks", lambda: None)  # the package alone, without lab/
@@ -56,7 +56,7 @@ def test_a_run_that_nobody_touched(finished, capsys, monkeypatch):
 def test_a_forger_who_changes_nothing_is_believed(forged):
     forged.save_ticket()
     forged.save()
-    assert words(forged.run) == ["ok"] * 9
+    assert words(forged.run) == ["ok"] * 10
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -204,7 +204,7 @@ def test_a_folder_without_masks_and_tickets(forged, capsys):
     forged.save(end=False)
     assert command.main(["verify", str(forged.run)]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert [line[:10].strip() for line in said] == ["ok"] * 3 + ["not here"] * 6
+    assert [line[:10].strip() for line in said] == ["ok"] * 3 + ["not here"] * 4 + ["ok"] + ["not here"] * 2
     assert said[3] == f"not here  {NAMES[3]}: masks, rewind state and ticket"
     forged.rows.pop()
     forged.save(end=False)
@@ -233,7 +233,7 @@ def test_old_ledgers_are_not_found_wrong(run):
     folder = train.Path(train.__file__).parent / "results" / run
     found = verify.verify(folder, networks)
     assert not [check for check in found if check.wrong]
-    assert [check.word for check in found[3:]] == ["not here"] * 6
+    assert [check.word for check in found[3:]] == ["not here"] * 7
 
 
 def test_files_that_are_no_files(forged):
