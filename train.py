@@ -20,6 +20,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+if __name__ == "__main__":
+    from lab import missing
+
+    missing.in_one_line("train.py")
+
 import jiwer
 import numpy as np
 import torch
@@ -378,7 +383,7 @@ def run(args: argparse.Namespace, signals: Signals) -> None:
         if not processes.index():
             rows = rows_there(args.out, config, flags.NAMES)  # again, now that nobody else writes
         if len(rows) == rounds:
-            print(f"{printable(args.out)} is finished: nothing to train")
+            print(printable(f"{args.out} is finished: nothing to train"))
             say_rows(rows)
         else:
             if not processes.index():
@@ -390,7 +395,7 @@ def run(args: argparse.Namespace, signals: Signals) -> None:
         if not processes.index():
             end(args.out, rows)
     print("\n".join(map(printable, report.summary(setting.config, rows))))
-    print(f"{printable(args.out)}: ledger.jsonl, ticket.safetensors, report.md, report.png")
+    print(printable(f"{args.out}: ledger.jsonl, ticket.safetensors, report.md, report.png"))
 
 
 def say_start(setting: Setting) -> None:

@@ -15,6 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    from lab import missing
+
+    missing.in_one_line("transcribe.py")
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -24,7 +29,7 @@ import data
 import lottery
 import models
 from audio_lottery import compress, files
-from audio_lottery.console import Parser, command, fail, printable
+from audio_lottery.console import Parser, command, fail
 from lab import decode, networks, streaming
 from models import Emission
 from runner.flags import check_beam
@@ -183,7 +188,7 @@ class Recogniser:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.model, self.ticket = load(args.ticket)
-        self.backbone, self.tokens = self.ticket.info["backbone"], list(map(printable, self.ticket.info["tokens"]))
+        self.backbone, self.tokens = self.ticket.info["backbone"], self.ticket.info["tokens"]
         self.frame = self.model.stride * data.FRAME_SECONDS
         self.seconds = 0.0  # of the network
         self.reading = 0.0  # seconds to decode audio and make features of it
@@ -366,7 +371,7 @@ def run(args: argparse.Namespace) -> int:
     if args.export:
         from lab import export
 
-        paths = export.export(recogniser.model, recogniser.ticket.info["tokens"], args.export)
+        paths = export.export(recogniser.model, recogniser.tokens, args.export)
         print("\n".join(f"{path}: {path.stat().st_size:,} bytes" for path in paths))
         return 0
     if args.stream and "-" in args.audio:

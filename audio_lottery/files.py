@@ -97,12 +97,12 @@ def write_atomically(path: Path, content: bytes, suffix: str = ".tmp") -> None:
 # ---------------------------------------------------------------------------- sealed files
 
 
-def _digest(content: bytes, at: int) -> str:
+def digest(content: bytes, at: int) -> str:
     """SHA-256 of content with the 64 digits at `at` as zeros."""
-    digest = hashlib.sha256(memoryview(content)[:at])
-    digest.update(b"0" * 64)
-    digest.update(memoryview(content)[at + 64 :])
-    return digest.hexdigest()
+    found = hashlib.sha256(memoryview(content)[:at])
+    found.update(b"0" * 64)
+    found.update(memoryview(content)[at + 64 :])
+    return found.hexdigest()
 
 
 def write_sealed(path: Path, kind: str, tensors: dict[str, Tensor], about: dict) -> None:
@@ -111,8 +111,8 @@ def write_sealed(path: Path, kind: str, tensors: dict[str, Tensor], about: dict)
     ready = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = safetensors.torch.save(ready, metadata)
     at = content.index(SEAL) + len(SEAL)
-    digest = _digest(content, at).encode()
-    write_atomically(path, content[:at] + digest + content[at + 64 :])
+    stated = digest(content, at).encode()
+    write_atomically(path, content[:at] + stated + content[at + 64 :])
 
 
 def read_sealed(path: Path, kind: str, shape: checked.Shape = checked.OBJECT) -> tuple[dict[str, Tensor], dict]:
@@ -158,7 +158,7 @@ def _whole(file) -> bytes:
 def _about(content: bytes) -> str:
     """The JSON of the metadata. Raises ValueError unless the content has the hash it states."""
     at = content.index(SEAL) + len(SEAL)
-    if content[at : at + 64] != _digest(content, at).encode():
+    if content[at : at + 64] != digest(content, at).encode():
         raise ValueError("its content does not have the hash it states")
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     about = header["__metadata__"]["about"]

@@ -32,7 +32,7 @@ def code_sha256() -> str:
     names = (
         "lottery", "models", "data", "train", "audio_lottery/files", "audio_lottery/ledger", "runner/flags",
         "runner/recipes", "runner/settings", "runner/folder", "runner/cache", "runner/processes", "lab/controls",
-        "lab/corpora", "lab/decode", "lab/noise",
+        "lab/corpora", "lab/decode", "lab/noise", "runner/values",
     )  # fmt: skip
     sources = [HERE / f"{name}.py" for name in names] + sorted((HERE / "csrc").rglob("*.*"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
