@@ -67,7 +67,8 @@ def to_dense(
 ) -> Tensor:
     """A Matrix (its four fields) as (outputs, inputs), float32: weight * mask, up to the rounding of its values."""
     _, r, c = values.shape
-    groups = torch.arange(len(offsets) - 1, device=offsets.device).repeat_interleave(offsets.diff())
+    rows = torch.arange(len(offsets) - 1, device=offsets.device)
+    groups = rows.repeat_interleave(offsets.diff(), output_size=len(columns))  # so that meta tensors have a size
     blocks = values.new_zeros(len(offsets) - 1, -(-inputs // c), r, c, dtype=torch.float32)
     blocks[groups, columns.long()] = values.float()
     weight = blocks.transpose(1, 2).flatten(2).flatten(0, 1)[:outputs, :inputs]
