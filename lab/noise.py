@@ -130,9 +130,19 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _decoded(paths: list[Path]) -> list[Tensor]:
+    """Raises data.Broken, which names all that cannot be used."""
+
+    def decoded(path: Path) -> Tensor | data.DataError:
+        try:
+            waveform = data.load_audio(path)
+        except data.DataError as error:
+            return error
+        return (
+            data.DataError(f"{path}: silent: there is no noise in it to add") if power(waveform) < SILENT else waveform
+        )
+
     with ThreadPoolExecutor() as pool:
-        waveforms = list(pool.map(data.load_audio, paths))
-    for path, waveform in zip(paths, waveforms):
-        if power(waveform) < SILENT:
-            raise data.DataError(f"{path}: silent: there is no noise in it to add")
-    return waveforms
+        found = list(pool.map(decoded, paths))
+    if errors := [error for error in found if isinstance(error, data.DataError)]:
+        raise data.Broken(errors)
+    return found
