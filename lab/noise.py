@@ -137,9 +137,9 @@ def _decoded(paths: list[Path]) -> list[Tensor]:
             waveform = data.load_audio(path)
         except data.DataError as error:
             return error
-        return (
-            data.DataError(f"{path}: silent: there is no noise in it to add") if power(waveform) < SILENT else waveform
-        )
+        if power(waveform) < SILENT:
+            return data.DataError(f"{path}: silent: there is no noise in it to add")
+        return waveform
 
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(decoded, paths))
