@@ -1,15 +1,23 @@
 """What `soak.py recordings` tries: recordings of every kind with every lie of their headers, and manifests with one
 fault each. Each is a content and what must come of it."""
 
+import itertools
 import json
+import os
 import random
+import signal
 import struct
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import soundfile
+import torch
+
+import data
+from audio_lottery import sound
 
 RATES = (4000, 8000, 11_025, 12_000, 16_000, 22_050, 32_000, 44_100, 48_000, 96_000, 192_000)
 CHANNELS = (1, 2, 3, 6, 8)
@@ -118,3 +126,101 @@ def faulty(rng: random.Random) -> tuple[str, bytes, int]:
     mark = rng.choice([b"", b"\xef\xbb\xbf"]) if kind != "UTF-16" else b""
     end = rng.choice([b"\n", b"\r\n"])
     return f"{kind}: {lines[at][:80]!r}", mark + end.join(lines), at + 1
+
+
+# ---------------------------------------------------------------------------- what becomes of them
+
+
+def apart(attempts) -> list[tuple[str, str]]:
+    """(what, outcome) of each attempt, tried in a forked process, so that a crash or a hang (60 s) is seen and counted.
+
+    attempts: yields what is tried, then what became of it, in turn.
+    """
+    read_end, write_end = os.pipe()
+    process = os.fork()
+    if process == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders' own chatter
+        with os.fdopen(write_end, "w", encoding="utf-8", errors="backslashreplace") as told:
+            for word in attempts:
+                signal.alarm(60)
+                told.write(json.dumps(word) + "\n")
+                told.flush()
+        os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end, encoding="utf-8") as answers:
+        words = [json.loads(line) for line in answers]
+    _, status = os.waitpid(process, 0)
+    if status:
+        words += [""] * (len(words) % 2 == 0) + [f"exception: died of {status}"]
+    return list(zip(words[::2], words[1::2]))
+
+
+def decoded(recording) -> str:
+    """What became of a recording: whole, named, or silent: decoded as another length than was written."""
+    duration = recording.seconds if recording.lie == "cut" else None
+    try:
+        seconds = len(sound.load_audio(recording.path, None, duration)) / sound.SAMPLE_RATE
+    except sound.DataError as error:
+        if not str(error).startswith(str(recording.path)):
+            return f"exception: {error} does not name the file"
+        return "named" if recording.lie else f"silent: refused as written ({error})"
+    except BaseException as error:
+        return f"exception: {type(error).__name__}: {error}"
+    close = abs(seconds - recording.seconds) <= max(0.1, 0.02 * recording.seconds)
+    return "whole" if close else f"silent: {seconds:.2f} s of {recording.seconds:.2f} s"
+
+
+def read_faulty(path: Path, line: int) -> str:
+    try:
+        for utterance in data.read_manifest(path):
+            data.waveform_of(utterance)
+    except data.DataError as error:
+        return "named" if str(error).startswith(f"{path}, line {line}: ") else f"silent about the line: {error}"
+    except BaseException as error:
+        return f"exception: {type(error).__name__}: {error}"
+    return "silent"
+
+
+def recordings(number: int, seed: int, manifests: int = 1000) -> bool:
+    found = []
+    torch.set_num_threads(1)
+    kinds = [(*kind, rate, channels) for kind in kinds() for rate in RATES for channels in CHANNELS]
+    random.Random(seed).shuffle(kinds)
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        path = Path(folder) / "train.jsonl"
+
+        def of_kinds(first: int):
+            for i in range(first, first + 25):
+                rng = random.Random(f"{seed} {i}")
+                whole = write(Path(folder), *kinds[i % len(kinds)], rng)
+                for recording in itertools.chain([whole], lies(whole, rng, 4)) if whole else ():
+                    yield recording.what
+                    yield decoded(recording)
+
+        def with_faults():
+            soundfile.write(path.with_name("a.wav"), np.full(32_000, 0.1), 16_000)
+            rng = random.Random(seed)
+            for _ in range(manifests):
+                what, content, line = faulty(rng)
+                path.write_bytes(content)
+                yield f"manifest, {what}"
+                yield read_faulty(path, line)
+
+        for first in itertools.count(step=25):
+            if len(found) >= number:
+                break
+            found += apart(of_kinds(first))
+        tried = len(found)
+        found += apart(with_faults())
+    written = {what.split(":")[0] for what, _ in found[:tried]}
+    count = {
+        word: sum(outcome.startswith(word) for _, outcome in found) for word in ("whole", "named", "silent", "exc")
+    }
+    print(
+        f"recordings: {tried} recordings of {len(written)} kinds (format, subtype, rate, channels) and "
+        f"{len(found) - tried} manifests with a fault each: crashes {count['exc']}, silent {count['silent']}; "
+        f"{count['whole']} decoded whole, {count['named']} refused by name"
+    )
+    wrong = [f"{what}: {outcome}" for what, outcome in found if outcome.startswith(("silent", "exc"))]
+    print("".join(f"  {line}\n" for line in wrong[:40]), end="")
+    return not wrong and len(found) - tried == manifests
