@@ -184,15 +184,15 @@ def read_faulty(path: Path, line: int) -> str:
 def recordings(number: int, seed: int, manifests: int = 1000) -> bool:
     found = []
     torch.set_num_threads(1)
-    kinds = [(*kind, rate, channels) for kind in kinds() for rate in RATES for channels in CHANNELS]
-    random.Random(seed).shuffle(kinds)
+    order = [(*kind, rate, channels) for kind in kinds() for rate in RATES for channels in CHANNELS]
+    random.Random(seed).shuffle(order)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         path = Path(folder) / "train.jsonl"
 
         def of_kinds(first: int):
             for i in range(first, first + 25):
                 rng = random.Random(f"{seed} {i}")
-                whole = write(Path(folder), *kinds[i % len(kinds)], rng)
+                whole = write(Path(folder), *order[i % len(order)], rng)
                 for recording in itertools.chain([whole], lies(whole, rng, 4)) if whole else ():
                     yield recording.what
                     yield decoded(recording)

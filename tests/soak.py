@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np  # noqa: E402
 import soundfile  # noqa: E402
 import torch  # noqa: E402
+from recordings import recordings  # noqa: E402
 
 import data  # noqa: E402
 import lottery  # noqa: E402
@@ -355,7 +356,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(np.random.default_rng().integers(2**31)))
     args = parser.parse_args()
     start = time.monotonic()
-    good = globals()[args.what](args.number, args.seed)
+    good = {"kills": kills, "tickets": tickets, "ledgers": ledgers, "audio": audio, "recordings": recordings}[
+        args.what
+    ](args.number, args.seed)
     print(f"  seed {args.seed}, {time.monotonic() - start:.0f} s", flush=True)
     sys.exit(not good)
 
