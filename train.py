@@ -161,7 +161,7 @@ def train_round(
     ends, label = setting.epoch_ends(corpus.train), f"round {ticket.round}"
     optimizer, schedule = optimizer_of(model, recipe, ends)
     if checkpoint:
-        at = checkpoint.restore(model, optimizer, schedule, args.device)
+        at = checkpoint.restore(model, optimizer, schedule, args.device, recipe.epochs)
     bar = tqdm(total=ends[-1], desc=label, unit="step", disable=True if processes.index() else None, leave=False)
     bar.update(schedule.last_epoch)
     started = said = time.monotonic()
