@@ -115,20 +115,21 @@ def manifest_rows(content: bytes | BinaryIO, name: str) -> Iterator[tuple[int, d
     """
     file, empty = io.BytesIO(content) if isinstance(content, bytes) else content, True
     for number, line in enumerate(iter(functools.partial(file.readline, LONGEST), b""), 1):
+        whole = len(line) < LONGEST
         line = line.removeprefix(MARK) if number == 1 else line
-        if line.isspace() or not line:
+        if whole and not line.strip():
             continue
         empty = False
         try:
-            yield number, _manifest_row(line)
+            yield number, _manifest_row(line, whole)
         except DataError as error:
             raise DataError(f"{name}, line {number}: {error}") from None
     if empty:
         raise DataError(f"{name}: the manifest is empty")
 
 
-def _manifest_row(line: bytes) -> dict:
-    if len(line) == LONGEST:
+def _manifest_row(line: bytes, whole: bool) -> dict:
+    if not whole:
         raise DataError(f"longer than {LONGEST} bytes: no line of a manifest")
     try:
         row = json.loads(line.decode("utf-8"))

@@ -20,6 +20,11 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+if __name__ == "__main__":
+    from lab import missing
+
+    missing.in_one_line("train.py")
+
 import jiwer
 import torch
 from tqdm import tqdm
@@ -162,7 +167,7 @@ def train_round(
         at.before = ticket.spread(ends)
     optimizer, schedule = recipes.optimizer_of(model, recipe, ends)
     if checkpoint:
-        at = checkpoint.restore(model, optimizer, schedule, args.device)
+        at = checkpoint.restore(model, optimizer, schedule, args.device, recipe.epochs)
     elif ticket.first_step:
         begin_at(ticket.first_step, ends, model, corpus, setting, schedule, at)
     bar = tqdm(total=ends[-1], desc=label, unit="step", disable=True if processes.index() else None, leave=False)

@@ -131,9 +131,19 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _decoded(paths: list[Path]) -> list[Tensor]:
-    with ThreadPoolExecutor() as pool:
-        waveforms = list(pool.map(sound.load_audio, paths))
-    for path, waveform in zip(paths, waveforms):
+    """Raises data.Broken, which names all that cannot be used."""
+
+    def decoded(path: Path) -> Tensor | data.DataError:
+        try:
+            waveform = sound.load_audio(path)
+        except data.DataError as error:
+            return error
         if power(waveform) < SILENT:
-            raise data.DataError(f"{path}: silent: there is no noise in it to add")
-    return waveforms
+            return data.DataError(f"{path}: silent: there is no noise in it to add")
+        return waveform
+
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(decoded, paths))
+    if errors := [error for error in found if isinstance(error, data.DataError)]:
+        raise data.Broken(errors)
+    return found

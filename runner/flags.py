@@ -22,7 +22,7 @@ from lab.compare import MARKS
 from runner import processes, values
 from runner.recipes import OF_SIZE, RECIPE_NAMES, RECIPES
 
-NO_FLAG = r"(?!-)[^\0]*"  # a text that a command line does not take for a flag
+NO_FLAG = checked.text(r"(?!-)[^\0]*", rule="a text that does not begin with -, as flags do")
 HERE = Path(__file__).resolve().parent.parent  # the repository
 NONE = Path("none")  # as --lm, --noise and --init: without, where --ticket's run has it
 MOST_BEAM = 100_000
@@ -94,7 +94,7 @@ class Flag:
             return checked.one_of(*self.value)
         if self.between:
             return checked.listed(checked.number(), 1, 1000)
-        one = {int: checked.integer(-(2**31)), float: checked.number()}.get(self.value, checked.text(NO_FLAG))
+        one = {int: checked.integer(-(2**31)), float: checked.number()}.get(self.value, NO_FLAG)
         return checked.listed(one, 1, 1001) if self.count else one
 
     def read_back(self, value, where: str):

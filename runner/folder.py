@@ -163,6 +163,7 @@ class Checkpoint:
     """A checkpoint as read back."""
 
     def __init__(self, out: Path, run_sha256: str):
+        self.out = out
         self.tensors, self.about = files.read_sealed(out / "checkpoint.safetensors", "checkpoint", ABOUT)
         self.has_rewind_state, self.rewind_state = self.about["has_rewind_state"], None
         belong = [("checkpoint", self.about)]
@@ -176,20 +177,47 @@ class Checkpoint:
     def part(self, name: str) -> dict[str, torch.Tensor]:
         return {key[len(name) + 1 :]: value for key, value in self.tensors.items() if key.startswith(f"{name}/")}
 
+    @contextlib.contextmanager
+    def fitting(self):
+        """What does not fit in here is a checkpoint of another network: hashes can be right, and the rest a lie."""
+        try:
+            yield
+        except lottery.LotteryError:
+            raise
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise lottery.LotteryError(f"--out {self.out}: the checkpoint does not fit this run ({why})") from None
+
     def resume(self, ticket: lottery.Ticket) -> str:
         """What lottery.find_ticket asks for."""
+        with self.fitting():
+            return self._resume(ticket)
+
+    def _resume(self, ticket: lottery.Ticket) -> str:
         device = next(iter(ticket.weights.values())).device
         about, packed = self.about, self.part("mask")
         ticket.round, ticket.steps, ticket.threshold = about["round"], about["steps"], about["threshold"]
         ticket.masks = {n: files.unpack_bits(packed[n], list(w.shape)).to(device) for n, w in ticket.weights.items()}
         ticket.start_sha256 = about["start"]
+        own = ticket.model.state_dict()
         if self.has_rewind_state:
+            shapes = {name: value.shape for name, value in self.rewind_state.items()}
+            if shapes != {name: value.shape for name, value in own.items()}:
+                raise lottery.LotteryError(f"--out {self.out}: rewind.safetensors is of another network")
             ticket.rewind_state = {name: value.to(device) for name, value in self.rewind_state.items()}
         lottery.load_state(ticket.model, self.part("model"))
         return about["parent"]
 
-    def restore(self, model: torch.nn.Module, optimizer, schedule, device: str) -> Progress:
-        """Put optimizer, schedule and generators where they were; the model is there already."""
+    def restore(self, model: torch.nn.Module, optimizer, schedule, device: str, epochs: int = 10_000) -> Progress:
+        """Put optimizer, schedule and generators where they were; the model is there already. epochs: of a round."""
+        with self.fitting():
+            at = self._restore(model, optimizer, schedule, device)
+            done = len(at.losses) == len(at.valid_wers) == at.epoch <= epochs
+            if not done or at.best.keys() != (model.state_dict().keys() if at.epoch else {}.keys()):
+                raise ValueError(f"epoch {at.epoch} of {epochs}, with the valid WER of {len(at.valid_wers)}")
+            return at
+
+    def _restore(self, model: torch.nn.Module, optimizer, schedule, device: str) -> Progress:
         try:
             at = Progress(**self.about["progress"], best={n: v.to(device) for n, v in self.part("best").items()})
         except TypeError:
@@ -248,9 +276,10 @@ def locked(out: Path):
         except OSError:
             file.seek(0)
             raise lottery.LotteryError(f"--out {out}: in use by {file.read().strip() or 'another process'}") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with files.naming(out / "lock"):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
         yield
 
 

@@ -5,6 +5,8 @@
     python tests/soak.py ledgers N     verify a run with N damaged ledgers
     python tests/soak.py audio N       decode N damaged WAV, FLAC, Opus and MP3 files
     python tests/soak.py lies N        read N lying tickets and forged runs, their hashes right (tests/lies.py)
+    python tests/soak.py recordings N  decode N recordings of every format, rate and channel count, whose headers lie,
+                                       and read a thousand manifests with one fault each (tests/recordings.py)
 
 Each prints one line that says what was tried and what failed, and exits with 0 only if nothing did.
 """
@@ -31,6 +33,7 @@ import lies  # noqa: E402
 import numpy as np  # noqa: E402
 import soundfile  # noqa: E402
 import torch  # noqa: E402
+from recordings import recordings  # noqa: E402
 
 import data  # noqa: E402
 import lottery  # noqa: E402
@@ -501,14 +504,14 @@ def lies_(number: int, seed: int) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("what", choices=["kills", "tickets", "ledgers", "audio", "lies"])
+    commands = (kills, tickets, ledgers, audio, recordings, lies_)
+    by_name = {function.__name__.rstrip("_"): function for function in commands}
+    parser.add_argument("what", choices=list(by_name))
     parser.add_argument("number", type=int)
     parser.add_argument("--seed", type=int, default=int(np.random.default_rng().integers(2**31)))
     args = parser.parse_args()
     start = time.monotonic()
-    good = {"kills": kills, "tickets": tickets, "ledgers": ledgers, "audio": audio, "lies": lies_}[args.what](
-        args.number, args.seed
-    )
+    good = by_name[args.what](args.number, args.seed)
     print(f"  seed {args.seed}, {time.monotonic() - start:.0f} s", flush=True)
     sys.exit(not good)
 

@@ -202,6 +202,66 @@ def test_empty_texts_leave_train_alone(tmp_path, recordings, capsys):
     assert "1 test utterances have an empty text once normalised; kept" in said
 
 
+def companions(root: Path) -> None:
+    """What macOS, a NAS and a notebook put beside the files of a tree."""
+    for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+        for path in [path for path in folder.iterdir() if path.is_file()]:
+            (folder / f"._{path.name}").write_bytes(b"\x00\x05\x16\x07 no corpus")
+        for name in (".ipynb_checkpoints", "@eaDir"):
+            (folder / name / "x").mkdir(parents=True)
+            (folder / name / "x" / "100-7000-0000.flac").touch()
+        (folder / ".DS_Store").touch()
+
+
+@pytest.mark.parametrize("corpus", ["librispeech", "tedlium", "commonvoice"])
+def test_what_systems_put_beside_a_corpus_is_no_part_of_it(corpus, tmp_path):
+    root = tree(corpus, tmp_path, few(6, 1, 2))
+    before = corpora.read(corpus, root)
+    companions(root)
+    assert corpora.read(corpus, root) == before
+    sets = CORPUS_SETS[corpus]
+    assert list(corpora.CORPORA[corpus][0](root)) == sets
+
+
+CORPUS_SETS = {
+    "librispeech": ["dev-clean", "test-clean", "test-other", *corpora.LIBRISPEECH_960],
+    "tedlium": ["train", "dev", "test"],
+    "commonvoice": ["dev", "test", "train"],
+}
+
+
+@pytest.mark.parametrize("corpus", ["librispeech", "tedlium", "commonvoice"])
+def test_a_byte_order_mark_is_read_over(corpus, tmp_path):
+    root = tree(corpus, tmp_path, few(6, 1, 2))
+    before = corpora.read(corpus, root)
+    for path in root.rglob("*"):
+        if path.suffix in (".txt", ".stm", ".tsv"):
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert corpora.read(corpus, root) == before
+
+
+def test_segments_of_no_length_are_left_out_and_counted(tmp_path, recordings, capsys):
+    root = tedlium_tree(tmp_path, recordings, 2)
+    before = corpora.read("tedlium", root)
+    for name in ("Allison_2001", "Allison_2002"):
+        with open(root / "train" / "stm" / f"{name}.stm", "a") as file:
+            file.write(f"{name} 1 {name} 0.5 0.5 <NA> hello\n")
+    capsys.readouterr()
+    assert corpora.read("tedlium", root) == before
+    assert capsys.readouterr().out == f"data: 2 segments of no length left out of {root / 'train'}\n"
+
+
+def test_common_voice_has_its_columns_in_any_order(tmp_path, recordings):
+    root = commonvoice_tree(tmp_path, recordings)
+    before = corpora.read("commonvoice", root)
+    for path in root.glob("*.tsv"):
+        rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+        order = [3, 5, 1, 4, 0, 2]
+        path.write_text("".join("\t".join(row[i] for i in order) + "\n" for row in rows), encoding="utf-8")
+    assert corpora.read("commonvoice", root) == before
+    assert [utterance.line for utterance in before["train"]] == [2, 3, 4, 5, 6, 7]
+
+
 TEXTS = {
     corpora.normalise_librispeech: [("  THAT'S  IT ", "that's it")],
     corpora.normalise_tedlium: [
@@ -280,8 +340,23 @@ def test_a_segment_beyond_the_talk_is_found_when_it_is_decoded(tmp_path, recordi
     root = tedlium_tree(tmp_path, recordings, 2)
     (root / "dev" / "stm" / "Allison_2001.stm").write_text("Allison_2001 1 Allison_2001 0.5 99 <NA> hi\n")
     utterance = corpora.read("tedlium", root)["valid"][0]
-    with pytest.raises(data.DataError, match=r"Allison_2001.sph: truncated audio: .* where the manifest says 98.50 s"):
-        sound.load_audio(utterance.audio, utterance.offset, utterance.duration)
+    where = r"dev/stm/Allison_2001.stm, line 1: .*Allison_2001.sph, 0.5 s to 99 s: truncated audio: .* says 98.50 s"
+    with pytest.raises(data.DataError, match=where):
+        data.features_of(utterance, "log-mel")
+
+
+def test_a_segment_may_end_a_frame_behind_the_talk(tmp_path, recordings):
+    root = tedlium_tree(tmp_path, recordings, 2)
+    seconds = soundfile.info(root / "dev" / "sph" / "Allison_2001.sph").duration
+    for beyond, fits in ((0.009, True), (0.5, False)):
+        line = f"Allison_2001 1 Allison_2001 0.25 {seconds + beyond} <NA> hi\n"
+        (root / "dev" / "stm" / "Allison_2001.stm").write_text(line)
+        utterance = corpora.read("tedlium", root)["valid"][0]
+        if fits:
+            assert len(data.waveform_of(utterance)) == round((seconds - 0.25) * 16_000)
+            continue
+        with pytest.raises(data.DataError, match=r"stm, line 1: .*, 0.25 s to .* s: truncated audio"):
+            data.waveform_of(utterance)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +389,7 @@ def test_a_recording_in_two_parts(tmp_path, recordings):
     root = commonvoice_tree(tmp_path, recordings)
     rows = [(root / f"{name}.tsv").read_text().splitlines(keepends=True) for name in ("train", "test")]
     (root / "validated.tsv").write_text("".join(rows[0] + rows[1][1:]))
-    with pytest.raises(data.DataError, match=r"clips/common_voice_en_test_0.mp3: is in test and in train: choose"):
+    with pytest.raises(data.DataError, match=r"test.tsv, line 2: .*_test_0.mp3: is in test and in train: a recording"):
         corpora.read("commonvoice", root, train_sets=["validated"])
 
 

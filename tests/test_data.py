@@ -1,5 +1,6 @@
 """Corpora, features, SpecAugment, batches; and every way a file can be broken."""
 
+import io
 import json
 import os
 import resource
@@ -7,12 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soak
 import soundfile
 import torch
 
 import data
+import models
+import train
 from audio_lottery import draws, sound
 from runner import cache
+from runner import flags as command_flags
 
 DEMO = Path(data.__file__).parent / "demo"
 SHARED = Path(data.__file__).parent.parent / "shared" / "corpora"
@@ -89,6 +94,73 @@ def test_missing_and_empty_manifests(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(b'{"text": "\xff"}')
     with pytest.raises(data.DataError, match="line 1: not a JSON object in UTF-8"):
         data.read_corpus(tmp_path)
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    write_wav(tmp_path / "a.wav", noise(1600))
+    path = manifest(tmp_path, {"audio_filepath": "a.wav", "text": "a"}, {"audio_filepath": "a.wav", "text": "b"})
+    before = data.read_manifest(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert data.read_manifest(path) == before and [u.where for u in before] == [f"{path}, line {n}" for n in (1, 2)]
+    path.write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(data.DataError, match="the manifest is empty"):
+        data.read_manifest(path)
+    path.write_bytes(path.read_bytes() + json.dumps({"audio_filepath": "a.wav", "text": "a"}).encode("utf-16"))
+    with pytest.raises(data.DataError, match="line 1: not a JSON object in UTF-8"):
+        data.read_manifest(path)
+
+
+def test_a_manifest_is_read_a_line_at_a_time():
+    class Endless(io.RawIOBase):
+        given = 0
+
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            self.given += 1
+            line = b'{"audio_filepath": "a.wav", "text": "a"}\n'
+            buffer[: len(line)] = line
+            return len(line)
+
+    endless = Endless()
+    rows = data.manifest_rows(io.BufferedReader(endless), "stdin")
+    assert [next(rows)[0] for _ in range(3)] == [1, 2, 3] and endless.given < 1000
+    with pytest.raises(data.DataError, match="stdin, line 2: longer than 1048576 bytes: no line of a manifest"):
+        list(data.manifest_rows(b'{"audio_filepath": "a", "text": "a"}\n' + bytes([32, 120]) * 2**20, "stdin"))
+
+
+def test_a_recording_of_many_segments_is_looked_for_once(tmp_path, monkeypatch):
+    write_wav(tmp_path / "a.wav", noise(1600))
+    rows = [{"audio_filepath": "a.wav", "text": "a", "offset": i / 100, "duration": 0.01} for i in range(10)]
+    looked, isfile = [], os.path.isfile
+    monkeypatch.setattr(os.path, "isfile", lambda path: looked.append(path) or isfile(path))
+    utterances = data.read_manifest(manifest(tmp_path, *rows))
+    assert len(looked) == 1 and len({id(utterance.audio) for utterance in utterances}) == 1
+    assert [u.line for u in utterances] == list(range(1, 11)) and [u.offset for u in utterances][2] == 0.02
+
+
+def test_a_recording_in_two_splits_is_refused(tmp_path):
+    for split in ("train", "valid", "test"):
+        write_wav(tmp_path / f"{split}.wav", noise(1600))
+        row = {"audio_filepath": f"{split}.wav", "text": "a"}
+        (tmp_path / f"{split}.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row)}\n")  # twice in one is no harm
+    assert [len(utterances) for utterances in data.read_corpus(tmp_path).values()] == [2, 2, 2]
+    for name in ("train.wav", "../" + tmp_path.name + "/train.wav", str(tmp_path / "train.wav")):
+        row = {"audio_filepath": name, "offset": 0, "text": "b"}
+        (tmp_path / "test.jsonl").write_text(f"\n{json.dumps(row)}")
+        with pytest.raises(data.DataError, match=r"test.jsonl, line 2: .*train.wav: is in test and in train: a record"):
+            data.read_corpus(tmp_path)
+
+
+def test_half_a_surrogate_pair_in_a_name_is_no_file(tmp_path):
+    path = manifest(tmp_path, '{"audio_filepath": "\\ud800.wav", "text": "a"}')
+    with pytest.raises(data.DataError, match="line 1: no such audio file: "):
+        data.read_manifest(path)
+    name = os.fsdecode(b"caf\xe9.wav")
+    write_wav(tmp_path / "a.wav", noise(1600)).rename(tmp_path / name)
+    (utterance,) = data.read_manifest(manifest(tmp_path, {"audio_filepath": name, "text": "a"}))
+    assert len(data.waveform_of(utterance)) == 1600
 
 
 def test_segments_by_offset(tmp_path):
@@ -170,6 +242,94 @@ def test_audio_that_is_not(tmp_path):
         write_wav(tmp_path / "bad.wav", samples, subtype="FLOAT")
         with pytest.raises(data.DataError, match=r"bad.wav: a sample is NaN or infinite"):
             sound.load_audio(tmp_path / "bad.wav")
+
+
+def test_what_is_wrong_with_a_recording_names_its_line_and_segment(tmp_path):
+    write_wav(tmp_path / "a.wav", noise(16_000))
+    write_wav(tmp_path / "huge.wav", np.full(16_000, 1e25), subtype="FLOAT")
+    rows = [{"audio_filepath": "a.wav", "text": "a"}, {"audio_filepath": "a.wav", "text": "a", "offset": 0.5}]
+    rows += [rows[1] | {"duration": 0.25}, rows[1] | {"duration": 1}, {"audio_filepath": "huge.wav", "text": "a"}]
+    utterances = data.read_manifest(manifest(tmp_path, *rows))
+    assert [len(data.waveform_of(utterance)) for utterance in utterances[:3]] == [16_000, 8000, 4000]
+    with pytest.raises(data.DataError, match=r"train.jsonl, line 4: .*a.wav, 0.5 s to 1.5 s: truncated audio: 0.50 s"):
+        data.features_of(utterances[3], "log-mel")
+    with pytest.raises(data.DataError, match=r"train.jsonl, line 5: .*huge.wav: its samples are too large"):
+        data.features_of(utterances[4], "log-mel")
+
+
+# ---------------------------------------------------------------------------- many broken at once
+
+
+def corpus_with_broken(folder, train=(), valid=(), test=()):
+    """A few of the demo's recordings, and an empty file for each name."""
+    soak.small_corpus(folder)
+    for split, names in (("train", train), ("valid", valid), ("test", test)):
+        with open(folder / f"{split}.jsonl", "a") as file:
+            for name in names:
+                (folder / name).touch()
+                file.write("\n" + json.dumps({"audio_filepath": name, "text": "hello"}))
+    return folder
+
+
+@pytest.fixture
+def small_networks(monkeypatch):
+    for network in models.BACKBONES.values():
+        monkeypatch.setitem(network.SIZES, "demo", dict(network.SIZES["demo"]))
+    soak.shrink_models()
+
+
+@pytest.mark.parametrize("kept", ["memory", "DIR"])
+def test_all_broken_recordings_are_named_at_once(tmp_path, capsys, small_networks, kept):
+    corpus = corpus_with_broken(tmp_path, [f"t{i:02d}.wav" for i in range(11)], ["v.wav"], ["x.wav"])
+    flags = ["--data", str(corpus), "--out", str(tmp_path / "run")]
+    assert train.main([*flags, "--cache", kept if kept == "memory" else str(tmp_path / "cache")]) == 2
+    said = capsys.readouterr().err
+    assert "train.py: error: 13 recordings are broken: " in said and said.count("\n") == 1
+    assert said.count("the file is empty (0 bytes)") == 10 and "; and 3 more (--skip-broken leaves those of" in said
+    assert f"train.jsonl, line 7: {corpus}/t00.wav: the file is empty" in said and "t09.wav" in said
+    assert "t10.wav" not in said and not (tmp_path / "run").exists()
+
+
+def test_skip_broken_leaves_them_out_aloud_and_in_the_configuration(tmp_path, capsys, small_networks, monkeypatch):
+    monkeypatch.setattr(train.report, "draw", lambda *_: None)
+    corpus = corpus_with_broken(tmp_path, ["t0.wav", "t1.wav"], ["v.wav"])
+    flags = ["--data", str(corpus), "--epochs", "1", "--sparsity", "0.2", "--skip-broken"]
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "data: 2 of 8 train recordings left out by --skip-broken: 2 recordings are broken: " in said
+    assert "data: 1 of 3 valid recordings left out by --skip-broken: " in said
+    assert "data: 6 train, 2 valid, 2 test utterances" in said
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["skip_broken"] is True
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    utterances = data.read_corpus(soak.small_corpus(whole))
+    hashes = data.hash_files(data.audio_files(utterances))
+    assert config["data_sha256"] == data.corpus_sha256(utterances, hashes)  # of what is trained and tested on
+    assert train.main(["--retrain", str(tmp_path / "run"), "0"]) == 0
+    assert "--skip-broken" in command_flags.command_line(config)
+    assert "skip_broken" not in command_flags.configuration(command_flags.parse(["--no-skip-broken"]))
+    capsys.readouterr()
+    (tmp_path / "x.wav").touch()
+    with open(corpus / "test.jsonl", "a") as file:
+        file.write('\n{"audio_filepath": "x.wav", "text": "hello"}')
+    assert train.main([*flags, "--out", str(tmp_path / "other")]) == 2
+    assert "x.wav: the file is empty (0 bytes)" in capsys.readouterr().err
+
+
+def test_skip_broken_with_nothing_left(tmp_path, capsys):
+    corpus = corpus_with_broken(tmp_path, valid=["v.wav"])
+    (corpus / "valid.jsonl").write_text('{"audio_filepath": "v.wav", "text": "hello"}')
+    assert train.main(["--data", str(corpus), "--skip-broken", "--out", str(tmp_path / "run")]) == 2
+    assert "--skip-broken: no valid recording is left: " in capsys.readouterr().err
+
+
+def test_files_that_cannot_be_read_are_named_together(tmp_path):
+    write_wav(tmp_path / "a.wav", noise(1600))
+    with pytest.raises(
+        data.Broken, match=r"2 recordings are broken: .*b.wav: cannot read the audio .*c.wav: cannot re"
+    ):
+        data.hash_files([tmp_path / name for name in ("b.wav", "a.wav", "c.wav")])
 
 
 # ---------------------------------------------------------------------------- features

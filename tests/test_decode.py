@@ -1,5 +1,7 @@
 """BPE tokens, and the beam searches of the test."""
 
+import bz2
+import gzip
 import importlib.util
 import itertools
 import json
@@ -153,7 +155,29 @@ def test_a_beam_without_a_language_model():
     assert decode.transcriber(model, CHARS) == model.transcribe  # beam 1
 
 
+WITHOUT_UNK = ARPA.replace("-5\t<unk>\n", "").replace("ngram 1=8", "ngram 1=7")
+
+
+@needs_flashlight
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"# made by lmplz -o 2\n#\n\n" + ARPA.encode(), b"made by another program, with -1\n" + ARPA.encode(),
+        b"\xef\xbb\xbf" + ARPA.encode(), ARPA.replace("\n", "\r\n").encode(), gzip.compress(ARPA.encode()),
+        gzip.compress(b"# made\n" + ARPA.encode()), WITHOUT_UNK.encode(),
+    ],
+    ids=["comments", "a line above", "byte-order mark", "CRLF", "gzip", "gzip and comments", "no <unk>"],
+)  # fmt: skip
+def test_arpa_files_as_they_are(content, arpa):
+    a_or_e, _ = {"a": 0.45, "e": 0.5}, data.BLANK
+    model = heard(CHARS, "t", "h", "e", " ", "s", "e", _, a_or_e, " ", "e", _, a_or_e, "t", "s")
+    arpa.write_bytes(content)
+    assert text(model, CHARS, beam=50, lm=arpa) == "the sea eats"
+
+
 NO_ARPA = "not an ARPA file in UTF-8 (no counts and unigrams are found)"
+KENLM = b"mmap lm http://kheafield.com/code format version 5\n\0" + bytes(500)
+NO_BEGIN = ARPA.replace("-9\t<s>\t-0.5\n", "").replace("ngram 1=8", "ngram 1=7").replace("-0.1\t<s> the\n", "")
 
 
 @needs_flashlight
@@ -161,6 +185,11 @@ NO_ARPA = "not an ARPA file in UTF-8 (no counts and unigrams are found)"
     "content, message",
     [
         (b"", NO_ARPA),
+        (KENLM, "lm.arpa: is KenLM's binary form: give the ARPA file it was built from, for its words"),
+        (bz2.compress(ARPA.encode()), "lm.arpa: is packed by bzip2: unpack it, or pack it by gzip, which is read"),
+        (gzip.compress(ARPA.encode())[:-30], "lm.arpa: not a whole gzip file ("),
+        (gzip.compress(b"hello"), NO_ARPA),
+        (NO_BEGIN.replace("ngram 2=3", "ngram 2=2").encode(), "KenLM cannot read it (The ARPA file is missing <s>"),
         (b"\xff\xfe" + bytes(100), NO_ARPA),
         (ARPA.replace("ngram 1=8", "ngram 1=-8").encode(), NO_ARPA),
         (ARPA.encode()[:-40], "KenLM cannot read it ("),

@@ -246,6 +246,12 @@ def test_unusable_recordings(capsys, folder, tmp_path):
     assert "bad.wav: silent: there is no noise in it to add" in refused(capsys, *flags)
     bad.write_bytes(b"RIFF" + bytes(500))
     assert "bad.wav: cannot decode the audio" in refused(capsys, *flags)
+    (folder / "train/street/empty.wav").touch()
+    said = refused(capsys, *flags)
+    assert "2 recordings are broken: " in said and "bad.wav: cannot" in said and "empty.wav: the file is empty" in said
+    (folder / "train/street/empty.wav").unlink()
+    (folder / "train/@eaDir").mkdir()
+    (folder / "train/@eaDir/short.wav").touch()  # no part of the folder
     for path in (bad, folder / "train/short.wav", folder / "train/street/long.wav"):
         path.unlink()
     assert "noise/train: no recording in it (--noise looks for .aif " in refused(capsys, *flags)

@@ -17,7 +17,7 @@ import lottery
 import train
 from audio_lottery import files, ledger, verdicts, verify
 from lab import networks
-from runner import folder
+from runner import folder, retrain
 
 ROOT = Path(train.__file__).parent
 
@@ -193,6 +193,21 @@ def test_verify_and_retrain(copy_of_run):
         assert ("mask_sha256" in done.stdout) == (number == "0")  # round 2 is the last: nothing was pruned after it
     done = subprocess.run([*again, "9"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "the ledger has rounds 0, 1, 2" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_training_again_keeps_features_where_this_command_says(copy_of_run, tmp_path):
+    """And not in the folder that a stranger's config.json names."""
+    config = json.loads((copy_of_run / "config.json").read_text())
+    config["machine"]["cache"] = str(tmp_path / "theirs")
+    (copy_of_run / "config.json").write_text(json.dumps(config))
+    assert retrain.read(copy_of_run, 1).args.cache == "memory"
+    there = retrain.read(copy_of_run, 1, tmp_path / "ours")
+    assert there.args.cache == tmp_path / "ours" and retrain.prepare(there)[1].round == 1
+    assert (tmp_path / "ours").is_dir() and not (tmp_path / "theirs").exists()
+    config["machine"]["data"] = "--download"
+    (copy_of_run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(lottery.LotteryError, match="--download: no such folder"):
+        retrain.prepare(retrain.read(copy_of_run, 1))
 
 
 def test_copy_without_rewind(copy_of_run, tmp_path):
@@ -419,13 +434,57 @@ def test_checkpoints_that_are_slow_to_write_are_written_less_often(tmp_path, mon
 def test_a_checkpoint_of_another_version_is_refused_in_a_line(tmp_path):
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters())
-    rest = lottery.Ticket(model), optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), train.Progress(epoch=3)
+    at = train.Progress(epoch=3, losses=[1.0] * 3, valid_wers=[1.0] * 3, best=lottery.copy_state(model))
+    rest = lottery.Ticket(model), optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), at
     train.Checkpointer(tmp_path, "", None, train.Signals(), None).save(*rest)
     kept = folder.Checkpoint(tmp_path, "")
     assert kept.restore(model, *rest[1:3], "cpu").epoch == 3
     kept.about["progress"]["best_wer"] = 0.5  # what it said before it kept the valid WER of every epoch
     with pytest.raises(lottery.LotteryError, match="the checkpoint is of another version"):
         kept.restore(model, *rest[1:3], "cpu")
+
+
+def test_a_checkpoint_that_lies_is_refused_in_a_line(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    at = train.Progress(epoch=1, losses=[1.0], valid_wers=[1.0], best=lottery.copy_state(model))
+    ticket, schedule = lottery.Ticket(model), torch.optim.lr_scheduler.ConstantLR(optimizer)
+    train.Checkpointer(tmp_path, "", None, train.Signals(), None).save(ticket, optimizer, schedule, at)
+    path = tmp_path / "checkpoint.safetensors"
+    tensors, about = files.read_sealed(path, "checkpoint")
+    about = {key: value for key, value in about.items() if key not in ("format", "kind")}
+    progress = about["progress"]
+
+    def refused(tensors, about):
+        files.write_sealed(path, "checkpoint", tensors, about)
+        with pytest.raises(lottery.LotteryError) as error:
+            there = folder.Checkpoint(tmp_path, "")
+            there.resume(ticket)
+            there.restore(model, optimizer, schedule, "cpu", epochs=2)
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+    for name in tensors:
+        refused(
+            {key: value for key, value in tensors.items() if key != name}, about
+        ) if "optimizer" not in name else None
+    refused(tensors | {"optimizer/more/step": torch.zeros(1)}, about)
+    refused(tensors | {"model/weight": torch.zeros(9, 9)}, about)
+    for change in ({"epoch": 2}, {"epoch": 10**9}, {"losses": []}, {"valid_wers": ["x"]}, {"batch": -1}):
+        refused(tensors, about | {"progress": progress | change})
+    for key, value in (
+        ("round", -1),
+        ("steps", "x"),
+        ("start", 5),
+        ("group", []),
+        ("threshold", None),
+        ("schedule", {}),
+    ):
+        refused(tensors, about | {key: value})
+    theta, _ = files.read_sealed(tmp_path / "rewind.safetensors", "rewind state")
+    files.write_sealed(tmp_path / "rewind.safetensors", "rewind state", {"weight": theta["weight"]}, {"run": ""})
+    refused(tensors, about)
 
 
 def test_only_the_process_that_writes_decides_when_to_save(tmp_path, monkeypatch):
