@@ -31,6 +31,8 @@ import torchaudio
 from torch import Tensor
 from tqdm import tqdm
 
+from audio_lottery.console import printable
+
 SAMPLE_RATE = 16_000
 FRAME_SECONDS = 0.01  # from one feature frame to the next
 BLANK = "<blank>"  # token 0, of CTC and of the transducer
@@ -585,7 +587,7 @@ def in_parallel(
         generator=torch.Generator(),  # else it draws from the global one
     )  # fmt: skip
     errors = []
-    for item in tqdm(loader, desc=progress, unit=unit, disable=None if progress else True, leave=False):
+    for item in tqdm(loader, desc=printable(progress), unit=unit, disable=None if progress else True, leave=False):
         if isinstance(item, DataError):
             if first_error:
                 raise item

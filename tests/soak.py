@@ -356,9 +356,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(np.random.default_rng().integers(2**31)))
     args = parser.parse_args()
     start = time.monotonic()
-    good = {"kills": kills, "tickets": tickets, "ledgers": ledgers, "audio": audio, "recordings": recordings}[
-        args.what
-    ](args.number, args.seed)
+    soaks = {"kills": kills, "tickets": tickets, "ledgers": ledgers, "audio": audio, "recordings": recordings}
+    good = soaks[args.what](args.number, args.seed)
     print(f"  seed {args.seed}, {time.monotonic() - start:.0f} s", flush=True)
     sys.exit(not good)
 
