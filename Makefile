@@ -14,6 +14,7 @@ test: $(VENV)/dev
 # what must never break, tried at length: about half an hour
 soak: $(VENV)/dev
 	$(BIN)/python tests/soak.py audio 30000
+	$(BIN)/python tests/soak.py recordings 20000
 	$(BIN)/python tests/soak.py tickets 1000000
 	$(BIN)/python tests/soak.py ledgers 10000
 	$(BIN)/python tests/soak.py lies 10000

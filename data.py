@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from audio_lottery import draws
+from audio_lottery.console import printable
 from audio_lottery.sound import SAMPLE_RATE, DataError, load_audio, memory_for, segment_name
 
 SPLITS = ("train", "valid", "test")
@@ -418,7 +419,7 @@ def in_parallel(
         generator=torch.Generator(),  # else it draws from the global one
     )  # fmt: skip
     errors = []
-    for item in tqdm(loader, desc=progress, unit=unit, disable=None if progress else True, leave=False):
+    for item in tqdm(loader, desc=printable(progress), unit=unit, disable=None if progress else True, leave=False):
         if isinstance(item, DataError):
             if first_error:
                 raise item

@@ -68,7 +68,8 @@ def read(
             utterances[part] = [utterance for utterance in found if utterance.text]
             print(f"data: {empty} train utterances left out: nothing is left of their texts once normalised")
         elif empty:
-            print(f"data: {empty} {part} utterances have an empty text once normalised; kept: any word is an error")
+            what = f"{empty} {part} utterances have an empty text once normalised"
+            print(printable(f"data: {what}; kept: any word is an error"))
         if len(found) == empty:
             raise DataError(f"{root}: no utterance with a text in {' '.join(parts[part])}")
     check_apart(utterances)

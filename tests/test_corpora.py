@@ -522,7 +522,9 @@ def test_a_ticket_of_each_corpus_stopped_and_taken_up_again(corpus, tmp_path, mo
     if others:  # training again compares all of them
         errors = others["test-other"]["test_errors"]
         forge(
-            tmp_path / "run", 1, other_tests={"test-other": others["test-other"] | {"test_errors": errors[::-1] + [9]}}
+            tmp_path / "run",
+            1,
+            other_tests={"test-other": others["test-other"] | {"test_errors": [n + 1 for n in errors]}},
         )
         with pytest.raises(lottery.LotteryError, match="differs from the ledger in other_tests"):
             train.train_again(tmp_path / "run", 1)

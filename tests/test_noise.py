@@ -274,7 +274,6 @@ def test_a_run_with_noise(folder, tmp_path, capsys, monkeypatch):
     corpus = soak.small_corpus(tmp_path / "corpus")
     small = {"channels": 8, "hidden": 12, "layers": 1, "predictor": 8, "joiner": 8}
     monkeypatch.setitem(models.Transducer.SIZES, "demo", models.Transducer.SIZES["demo"] | small)
-    monkeypatch.setattr(train.report.pictures, "draw", lambda *_: None)
     flags = ["--data", str(corpus), "--sparsity", "0.2", "--epochs", "2", "--batch-size", "2", "--noise", str(folder)]
     flags += ["--snr", "5:20", "--test-snr", "10,-5"]
     assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0

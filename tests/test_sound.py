@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import recordings
 import soundfile
 import torch
 import torchaudio
@@ -222,3 +223,8 @@ def test_a_segment_may_end_a_frame_behind_its_recording(tmp_path):
     with pytest.raises(DataError, match=r"a.wav, 2.5 s to its end: no audio in it from 2.5 s on"):
         load_audio(path, 2.5)
     assert math.isclose(len(load_audio(path, 0, 2.05)), 32_000)  # a rounded length of the whole file
+
+
+def test_a_short_soak_of_recordings_and_manifests(capsys):
+    assert recordings.recordings(80, seed=0, manifests=60), capsys.readouterr().out
+    assert "and 60 manifests with a fault each: crashes 0, silent 0; " in capsys.readouterr().out

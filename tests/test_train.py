@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -73,8 +74,9 @@ def test_unusable_flags(capsys, tmp_path, argv, message):
 
 def tiny_corpus(folder, **rows):
     """A corpus of one recording a split; rows replaces what stands in a manifest."""
-    row = {"audio_filepath": str(ROOT / "demo" / "audio" / "added.opus"), "text": "added", "duration": 0.723}
     for split in ("train", "valid", "test"):
+        shutil.copy(ROOT / "demo" / "audio" / "added.opus", folder / f"{split}.opus")
+        row = {"audio_filepath": f"{split}.opus", "text": "added", "duration": 0.723}
         (folder / f"{split}.jsonl").write_text(json.dumps({**row, **rows.get(split, {})}))
     return folder
 
@@ -326,10 +328,8 @@ def test_a_diverging_loss_is_named():
 
 def test_corpus_says_what_it_leaves_out(tmp_path, capsys):
     for split, texts in {"train": ["added", "x" * 90], "valid": ["ñandú"], "test": ["x" * 90]}.items():
-        rows = [
-            {"audio_filepath": str(ROOT / "demo" / "audio" / "added.opus"), "text": text, "duration": 0.723}
-            for text in texts
-        ]
+        shutil.copy(ROOT / "demo" / "audio" / "added.opus", tmp_path / f"{split}.opus")
+        rows = [{"audio_filepath": f"{split}.opus", "text": text, "duration": 0.723} for text in texts]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     utterances = data.read_corpus(tmp_path)
     tokens = data.tokens_of(utterances["train"])
