@@ -1,8 +1,8 @@
 """Files of tensors: masks, checkpoints and tickets, each written whole or not at all.
 
 Every one is a safetensors file with one metadata entry, "about": a SHA-256 of the whole file, its own digits taken as
-zeros, and JSON. The header is checked before the rest is read, and the hash before the rest is parsed, so that damage
-has one outcome: LotteryError.
+zeros, and JSON. The size is checked before the file is read, and the hash before anything is parsed, so that damage has
+one outcome: LotteryError.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ TENSOR = checked.record(
     others=False,
 )  # fmt: skip
 METADATA = checked.record({"about": checked.text(most=HEADER)}, others=False)
+CONTENTS = checked.record({"__metadata__": METADATA})
+OFFSETS = re.compile(rb'"data_offsets":\[\d{1,15},(\d{1,15})\]')  # as safetensors writes them
 MASKS = checked.record({"shapes": SHAPES})
 TICKET = checked.record({"shapes": SHAPES, "mask_sha256": checked.keyed(checked.SHA256), "info": checked.OBJECT})
 
@@ -137,30 +140,29 @@ def read_sealed(path: Path, kind: str, shape: checked.Shape = checked.OBJECT) ->
 
 
 def _whole(file) -> bytes:
-    """The bytes of an open file. Raises ValueError unless its header is one, and its size what the header says."""
+    """The bytes of an open file. Raises ValueError, before they are read, if its header tells of more or fewer."""
     size = os.fstat(file.fileno()).st_size
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or not 2 <= length <= min(HEADER, size - 8):
         raise ValueError(f"a header of {length:,} bytes in {size:,} (2 to {HEADER:,} are read)")
     header = file.read(length)
-    rows = checked.parse(header, "its header", checked.record({"__metadata__": METADATA}))
-    end = 0
-    for name, row in rows.items():
-        if name != "__metadata__":
-            TENSOR(row, f"its header, {name}")
-            end = max(end, *row["data_offsets"])
+    ends = [int(end) for end in OFFSETS.findall(header)]
+    end = max(ends, default=0)
     if 8 + length + end != size or size > LARGEST:
         raise ValueError(f"{size:,} bytes where its header says {8 + length + end:,} ({LARGEST:,} at most)")
     return start + header + file.read(end)
 
 
 def _about(content: bytes) -> str:
-    """The JSON of the metadata. Raises ValueError unless the content has the hash it states."""
+    """The JSON of the metadata. Raises ValueError unless the content has the hash it states, and tensors of a shape."""
     at = content.index(SEAL) + len(SEAL)
     if content[at : at + 64] != digest(content, at).encode():
         raise ValueError("its content does not have the hash it states")
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    header = checked.parse(content[8 : 8 + int.from_bytes(content[:8], "little")], "its header", CONTENTS)
+    for name, row in header.items():
+        if name != "__metadata__":
+            TENSOR(row, f"its header, {name}")
     about = header["__metadata__"]["about"]
     if not about.startswith(f"sha256:{content[at : at + 64].decode()} "):  # another text that looks like the seal
         raise ValueError("its hash does not stand where it belongs")
