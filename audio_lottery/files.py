@@ -124,34 +124,33 @@ def read_sealed(path: Path, kind: str, shape: checked.Shape = checked.OBJECT) ->
     Raises LotteryError, naming the file, unless it is a regular file, whole, and of this kind. What is no such file, or
     larger or smaller than its header says, is refused before it is read.
     """
-    with checked.open_regular(path, kind) as file:
+    with checked.opened(path, kind) as (number, size):
         try:
-            content = _whole(file)
+            content = _whole(number, size)
             about = checked.parse(_about(content), "its metadata", checked.OBJECT)
             if (about.get("format"), about.get("kind")) != (FORMAT, kind):
                 found = f"a {about.get('kind')} of format {about.get('format')!r}"
                 raise ValueError(f"it is {found}, not a {kind} of {FORMAT!r}")
             shape(about, "its metadata")
             return safetensors.torch.load(content), about
-        except OSError as error:
-            raise LotteryError(f"{path}: cannot read the {kind} ({error.strerror})") from None
+        except OSError:
+            raise
         except Exception as error:  # whatever damage makes the readers above raise
             raise LotteryError(f"{path}: not a whole {kind}: {error}") from None
 
 
-def _whole(file) -> bytes:
+def _whole(number: int, size: int) -> bytes:
     """The bytes of an open file. Raises ValueError, before they are read, if its header tells of more or fewer."""
-    size = os.fstat(file.fileno()).st_size
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
+    start = checked.read_on(number, min(size, 2**16))
+    length = int.from_bytes(start[:8], "little")
     if len(start) < 8 or not 2 <= length <= min(HEADER, size - 8):
         raise ValueError(f"a header of {length:,} bytes in {size:,} (2 to {HEADER:,} are read)")
-    header = file.read(length)
-    ends = [int(end) for end in OFFSETS.findall(header)]
-    end = max(ends, default=0)
-    if 8 + length + end != size or size > LARGEST:
-        raise ValueError(f"{size:,} bytes where its header says {8 + length + end:,} ({LARGEST:,} at most)")
-    return start + header + file.read(end)
+    start += checked.read_on(number, 8 + length - len(start))
+    ends = OFFSETS.findall(start, 8, 8 + length)
+    end = 8 + length + max(map(int, ends), default=0)
+    if end != size or size > LARGEST:
+        raise ValueError(f"{size:,} bytes where its header says {end:,} ({LARGEST:,} at most)")
+    return start + checked.read_on(number, end - len(start))
 
 
 def _about(content: bytes) -> str:
