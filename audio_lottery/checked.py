@@ -6,12 +6,13 @@
 A shape is made of the functions below: `record({"seed": integer(), ...}, {"block": listed(integer(1), 2, 2)})`.
 """
 
+import contextlib
 import json
 import math
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lottery import LotteryError
@@ -26,35 +27,42 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 # ---------------------------------------------------------------------------- bytes
 
 
-def open_regular(path: Path, what: str):
-    """The file, open for reading bytes. Raises LotteryError, naming it, unless it is a regular file."""
+@contextlib.contextmanager
+def opened(path: Path, what: str) -> Iterator[tuple[int, int]]:
+    """The open file's number and its size. Raises LotteryError, naming it, unless it is a regular file.
+
+    An OSError in here is one that it cannot be read.
+    """
+    if "\0" in str(path):
+        raise LotteryError(f"{str(path)!r}: cannot read the {what} (no name of a file)")
     try:
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer must not block
         try:
-            if not stat.S_ISREG(os.fstat(number).st_mode):
+            status = os.fstat(number)
+            if not stat.S_ISREG(status.st_mode):
                 raise LotteryError(f"{path}: cannot read the {what} (not a regular file)")
-            return os.fdopen(number, "rb")
-        except BaseException:
+            yield number, status.st_size
+        finally:
             os.close(number)
-            raise
     except OSError as error:
         raise LotteryError(f"{path}: cannot read the {what} ({error.strerror})") from None
-    except ValueError as error:
-        if isinstance(error, LotteryError):
-            raise
-        raise LotteryError(f"{str(path)!r}: cannot read the {what} ({error})") from None
+
+
+def read_on(number: int, count: int) -> bytes:
+    """The next `count` bytes of an open file; fewer if it ends."""
+    parts = []
+    while count > 0 and (part := os.read(number, min(count, 2**30))):
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
 
 
 def read_bytes(path: Path, what: str, limit: int = LIMIT) -> bytes:
     """The whole file. Raises LotteryError, naming it, unless it is a regular file of at most `limit` bytes."""
-    with open_regular(path, what) as file:
-        size = os.fstat(file.fileno()).st_size
+    with opened(path, what) as (number, size):
         if size > limit:
             raise LotteryError(f"{path}: cannot read the {what} ({size:,} bytes; at most {limit:,} are read)")
-        try:
-            return file.read(limit)
-        except OSError as error:
-            raise LotteryError(f"{path}: cannot read the {what} ({error.strerror})") from None
+        return read_on(number, limit)
 
 
 # ---------------------------------------------------------------------------- JSON

@@ -1,8 +1,8 @@
 """Files of tensors: masks, checkpoints and tickets, each written whole or not at all.
 
 Every one is a safetensors file with one metadata entry, "about": a SHA-256 of the whole file, its own digits taken as
-zeros, and JSON. The header is checked before the rest is read, and the hash before the rest is parsed, so that damage
-has one outcome: LotteryError.
+zeros, and JSON. The size is checked before the file is read, and the hash before anything is parsed, so that damage has
+one outcome: LotteryError.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Container, Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ TENSOR = checked.record(
     others=False,
 )  # fmt: skip
 METADATA = checked.record({"about": checked.text(most=HEADER)}, others=False)
+CONTENTS = checked.record({"__metadata__": METADATA})
+OFFSETS = re.compile(rb'"data_offsets":\[\d{1,15},(\d{1,15})\]')  # as safetensors writes them
 MASKS = checked.record({"shapes": SHAPES})
 TICKET = checked.record({"shapes": SHAPES, "mask_sha256": checked.keyed(checked.SHA256), "info": checked.OBJECT})
 
@@ -121,46 +124,44 @@ def read_sealed(path: Path, kind: str, shape: checked.Shape = checked.OBJECT) ->
     Raises LotteryError, naming the file, unless it is a regular file, whole, and of this kind. What is no such file, or
     larger or smaller than its header says, is refused before it is read.
     """
-    with checked.open_regular(path, kind) as file:
+    with checked.opened(path, kind) as (number, size):
         try:
-            content = _whole(file)
+            content = _whole(number, size)
             about = checked.parse(_about(content), "its metadata", checked.OBJECT)
             if (about.get("format"), about.get("kind")) != (FORMAT, kind):
                 found = f"a {about.get('kind')} of format {about.get('format')!r}"
                 raise ValueError(f"it is {found}, not a {kind} of {FORMAT!r}")
             shape(about, "its metadata")
             return safetensors.torch.load(content), about
-        except OSError as error:
-            raise LotteryError(f"{path}: cannot read the {kind} ({error.strerror})") from None
+        except OSError:
+            raise
         except Exception as error:  # whatever damage makes the readers above raise
             raise LotteryError(f"{path}: not a whole {kind}: {error}") from None
 
 
-def _whole(file) -> bytes:
-    """The bytes of an open file. Raises ValueError unless its header is one, and its size what the header says."""
-    size = os.fstat(file.fileno()).st_size
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
+def _whole(number: int, size: int) -> bytes:
+    """The bytes of an open file. Raises ValueError, before they are read, if its header tells of more or fewer."""
+    start = checked.read_on(number, min(size, 2**16))
+    length = int.from_bytes(start[:8], "little")
     if len(start) < 8 or not 2 <= length <= min(HEADER, size - 8):
         raise ValueError(f"a header of {length:,} bytes in {size:,} (2 to {HEADER:,} are read)")
-    header = file.read(length)
-    rows = checked.parse(header, "its header", checked.record({"__metadata__": METADATA}))
-    end = 0
-    for name, row in rows.items():
-        if name != "__metadata__":
-            TENSOR(row, f"its header, {name}")
-            end = max(end, *row["data_offsets"])
-    if 8 + length + end != size or size > LARGEST:
-        raise ValueError(f"{size:,} bytes where its header says {8 + length + end:,} ({LARGEST:,} at most)")
-    return start + header + file.read(end)
+    start += checked.read_on(number, 8 + length - len(start))
+    ends = OFFSETS.findall(start, 8, 8 + length)
+    end = 8 + length + max(map(int, ends), default=0)
+    if end != size or size > LARGEST:
+        raise ValueError(f"{size:,} bytes where its header says {end:,} ({LARGEST:,} at most)")
+    return start + checked.read_on(number, end - len(start))
 
 
 def _about(content: bytes) -> str:
-    """The JSON of the metadata. Raises ValueError unless the content has the hash it states."""
+    """The JSON of the metadata. Raises ValueError unless the content has the hash it states, and tensors of a shape."""
     at = content.index(SEAL) + len(SEAL)
     if content[at : at + 64] != digest(content, at).encode():
         raise ValueError("its content does not have the hash it states")
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    header = checked.parse(content[8 : 8 + int.from_bytes(content[:8], "little")], "its header", CONTENTS)
+    for name, row in header.items():
+        if name != "__metadata__":
+            TENSOR(row, f"its header, {name}")
     about = header["__metadata__"]["about"]
     if not about.startswith(f"sha256:{content[at : at + 64].decode()} "):  # another text that looks like the seal
         raise ValueError("its hash does not stand where it belongs")

@@ -453,7 +453,7 @@ def metadata(t: Lying) -> None:
     name = t.rng.choice(list(t.masks))
     what = t.rng.randrange(4)
     if what == 0:
-        about[key] = t.rng.choice(JUNK)
+        about[key] = t.rng.choice([value for value in JUNK if value != {}])  # an empty info is one, of no recogniser
     elif what == 1:
         about["shapes"][name] = t.rng.choice([[10**9, 10**9], [2**62], [-1, -1], [1.5, 2], "x", None, [True], []])
     elif what == 2:

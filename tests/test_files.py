@@ -254,9 +254,15 @@ def test_a_file_that_is_larger_or_smaller_than_its_header_says_is_not_read(ticke
     for length in (0, 1, 2**62, len(whole), 17 * 2**20):
         ticket.write_bytes(length.to_bytes(8, "little") + whole[8:])
         assert f"a header of {length:,} bytes in {len(whole):,}" in refused(ticket)
-    header = b'{"a":' * 50_000 + b"1" + b"}" * 50_000
-    ticket.write_bytes(len(header).to_bytes(8, "little") + header)
-    assert "its header: not JSON that can be read (deeper than 32 levels)" in refused(ticket)
+    for inner, why in (
+        (b'{"a":' * 50_000 + b"1" + b"}" * 50_000, "its header: not JSON that can be read (deeper than 32 levels)"),
+        (b"}", "its header: not JSON that can be read (Expecting"),
+    ):
+        seal = b'{"__metadata__":{"about":"sha256:' + b"0" * 64 + b' {}"},"x":' + inner
+        whole = len(seal).to_bytes(8, "little") + seal
+        at = whole.index(files.SEAL) + len(files.SEAL)
+        ticket.write_bytes(whole[:at] + files.digest(whole, at).encode() + whole[at + 64 :])
+        assert why in refused(ticket)
 
 
 def test_what_is_no_regular_file_is_not_read(ticket, tmp_path):
