@@ -16,6 +16,7 @@ soak: $(VENV)/dev
 	$(BIN)/python tests/soak.py audio 30000
 	$(BIN)/python tests/soak.py tickets 1000000
 	$(BIN)/python tests/soak.py ledgers 10000
+	$(BIN)/python tests/soak.py lies 10000
 	$(BIN)/python tests/soak.py kills 1000
 
 # the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, CPU form

@@ -20,6 +20,11 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+if __name__ == "__main__":
+    from lab import missing
+
+    missing.in_one_line("train.py")
+
 import jiwer
 import torch
 from tqdm import tqdm

@@ -21,6 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+if __name__ == "__main__":
+    from lab import missing
+
+    missing.in_one_line("transcribe.py")
+
 import numpy as np
 import torch
 from torch import Tensor, nn

@@ -150,14 +150,14 @@ def integer(low: int = 0, high: int = WHOLE - 1) -> Shape:
     return check
 
 
-def text(pattern: str = "", most: int = 10_000) -> Shape:
-    """A string that the pattern, if there is one, matches whole."""
+def text(pattern: str = "", most: int = 10_000, rule: str = "") -> Shape:
+    """A string that the pattern, if there is one, matches whole; rule: the pattern in words."""
 
     def check(value: object, where: str) -> None:
         if not isinstance(value, str) or len(value) > most or SURROGATE.search(value):
             _refuse(where, f"a text of at most {most} characters", value)
         if pattern and not re.fullmatch(pattern, value):
-            _refuse(where, f"as {pattern}", value)
+            _refuse(where, rule or f"as {pattern}", value)
 
     return check
 
@@ -232,5 +232,5 @@ def anything(value: object, where: str) -> None:
     """Whatever `parse` lets through."""
 
 
-SHA256 = text("[0-9a-f]{64}")
+SHA256 = text("[0-9a-f]{64}", rule="a SHA-256, 64 hex digits")
 OBJECT = record({})

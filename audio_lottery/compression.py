@@ -3,7 +3,7 @@
     compressed, rows = compress(model, masks, lambda model: model.transcribe(features, input_lengths))
 
 Each layer takes what was measured fastest on this machine, dense included; a row says what and why. Where the whole is
-faster dense, it stays dense. The forms that layers can take are sparse.py's; a layer whose form fails stays dense.
+faster dense, it stays dense. The forms that layers can take are layers.py's; a layer whose form fails stays dense.
 """
 
 import copy
@@ -17,21 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 import lottery
+from audio_lottery.layers import Conv, DenseProduct, Greedy, Layer, Lstm, Product, Recurrent
 from audio_lottery.masked import check_names, masked_copy
-from audio_lottery.sparse import (
-    DTYPES,
-    LAYOUTS,
-    Conv,
-    DenseProduct,
-    Greedy,
-    Layer,
-    Lstm,
-    Matrix,
-    Product,
-    Recurrent,
-    to_matrix,
-    whole,
-)  # fmt: skip
+from audio_lottery.sparse import DTYPES, LAYOUTS, Matrix, to_matrix, whole
 
 FRAMES = 100  # that layers are measured on where `run` is not given
 TURNS = 2  # of the whole model, dense and compressed
@@ -384,12 +372,14 @@ def compress_layers(model: nn.Module, masks: lottery.Masks, maker: Maker) -> tup
     return rows, swaps
 
 
-def attempt(model: nn.Module, swaps: list[Swap], run: Callable[[nn.Module], object]) -> list[tuple[Swap, str]]:
+def attempt(
+    model: nn.Module, dense: nn.Module, swaps: list[Swap], run: Callable[[nn.Module], object]
+) -> list[tuple[Swap, str]]:
     """Put `swaps` in and run the model. Returns those without which it runs, and why; they are dense again."""
     for swap in swaps:
         swap.put(swap.sparse)
     try:
-        use_products(model)
+        use_products(model, dense)
         run(model)
         return []
     except Exception as error:
@@ -398,20 +388,21 @@ def attempt(model: nn.Module, swaps: list[Swap], run: Callable[[nn.Module], obje
         if len(swaps) == 1:
             return [(swaps[0], failing(error))]
         half = len(swaps) // 2
-        return attempt(model, swaps[:half], run) + attempt(model, swaps[half:], run)
+        return attempt(model, dense, swaps[:half], run) + attempt(model, dense, swaps[half:], run)
 
 
-def use_products(model: nn.Module) -> None:
+def use_products(model: nn.Module, dense: nn.Module) -> None:
     """Have the model call its layers where it would read their weights, and give it a compiled greedy loop.
 
     torch's path for an nn.TransformerEncoderLayer in inference reads the weights of its linear layers; it is not taken
-    where the layer's activation is none that it knows. A network that offers its greedy loop gets one of what it has
-    now; sparse.Greedy says how it does.
+    where the layer's activation is none that it knows. dense: the model before anything was replaced. A network that
+    offers its greedy loop gets one of what it has now; layers.Greedy says how it does.
     """
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            if isinstance(module.linear1, Layer) or isinstance(module.linear2, Layer):
-                module.activation_relu_or_gelu = 0
+    for name, layer in dense.named_modules():
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            ours = model.get_submodule(name)
+            replaced = isinstance(ours.linear1, Layer) or isinstance(ours.linear2, Layer)
+            ours.activation_relu_or_gelu = 0 if replaced else layer.activation_relu_or_gelu
     if hasattr(model, "greedy_parts"):
         model.use_greedy(Greedy(**model.greedy_parts()))
 
@@ -434,7 +425,7 @@ def compress(
     layout: one of LAYOUTS to measure against dense; all by default.
     dtype: "float32", "bfloat16", or "int8" with a scale an output; for sparse layers, dense ones stay float32.
     keep_dense: names of layers (with all in them) or of weights that stay dense.
-    A model with the methods `greedy_parts` and `use_greedy` gets a compiled greedy loop too: see sparse.Greedy.
+    A model with the methods `greedy_parts` and `use_greedy` gets a compiled greedy loop too: see layers.Greedy.
     Raises LotteryError for another layout or dtype, for masks and names that are not the model's, and for greedy_parts
     that do not fit. What `run` raises on the dense model passes through.
     """
@@ -446,17 +437,17 @@ def compress(
     compressed, masks = masked_copy(model, masks)
     dense = copy.deepcopy(compressed)
     with torch.no_grad():
-        use_products(dense)  # before anything is measured: it may refuse
+        use_products(dense, dense)  # before anything is measured: it may refuse
         rows, swaps = compress_layers(compressed, masks, maker)
         if not run:
-            use_products(compressed)
+            use_products(compressed, dense)
             return compressed, rows
-        failed = attempt(compressed, swaps, run) if swaps else []
+        failed = attempt(compressed, dense, swaps, run) if swaps else []
         if failed and len(failed) == len(swaps):
             run(compressed)  # all dense again: if this raises, it is not for our layers
         for swap, why in failed:
             rows = [r.as_dense(why) if r.name in swap.rows else r for r in rows]
-        use_products(compressed)
+        use_products(compressed, dense)
         if any(row.layout != "dense" for row in rows):  # layers may gain less than what surrounds them costs
             ways = {"dense": lambda: run(dense), "ours": lambda: run(compressed)}
             times = time_calls(ways, [(1, ())], TURNS)

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import stat
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ BLOCK = 2**22  # numbers at once, all channels: 16 MB, 4 minutes of mono at 16 k
 ROUNDING = 0.1  # seconds that a manifest's duration of a whole file may be short of it
 MP3_PADDING = 2 * 1152  # samples, at most, that an MP3's header counts and no decoder returns
 NAMED = {".sd2", ".gsm", ".vox"}  # libsndfile knows these by their names alone
+PLAIN = {"PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"}  # codings of a WAV
 UNKNOWN = 2**62  # frames, by a header that does not say how many
 
 
@@ -108,7 +110,11 @@ def _opened(path: Path, name: str) -> Iterator[_Forward]:
                 raise DataError(f"{name}: the file is empty (0 bytes)")
             source = os.fsencode(path) if path.suffix.lower() in NAMED else handle.fileno()
             with _Forward(source, closefd=False) as file:
-                yield file
+                if rest := _unclosed(file):
+                    how = dict(samplerate=file.samplerate, channels=file.channels, subtype=file.subtype)
+                    file = _Forward(rest, format="RAW", endian="LITTLE", **how)
+                with file:
+                    yield file
     except DataError:
         raise
     except soundfile.LibsndfileError as error:
@@ -118,6 +124,52 @@ def _opened(path: Path, name: str) -> Iterator[_Forward]:
         raise DataError(f"{name}: cannot decode the audio ({why})") from None
 
 
+def _unclosed(file: _Forward) -> "_Rest | None":
+    """The samples of a WAV whose sizes were never written: its writer died while it was recording. None for any other
+    file, and for codings that are not samples one behind the other."""
+    if file.frames or file.format not in ("WAV", "WAVEX") or file.subtype not in PLAIN:
+        return None
+    end, at = os.fstat(file.name).st_size, 12
+    while at + 8 <= end:
+        chunk, size = struct.unpack("<4sI", os.pread(file.name, 8, at))
+        if chunk == b"data":
+            return None if _is_metadata(file.name, at + 8, end) else _Rest(file.name, at + 8)
+        at += 8 + size + size % 2
+    return None
+
+
+def _is_metadata(descriptor: int, place: int, end: int) -> bool:
+    """Is what a file has from `place` to its end nothing, tags, chunks of RIFF, AIFF or Wave64, or padding?"""
+    head, behind = os.pread(descriptor, 24, place), end - place
+    if behind < 8 or re.match(rb"TAG|ID3|APETAGEX|LYRICS", head):
+        return True
+    sizes = [int.from_bytes(head[4:8], "little"), int.from_bytes(head[4:8], "big"), int.from_bytes(head[16:], "little")]
+    if re.match(rb"[ -~]{4}", head) and any(size <= behind for size in sizes):
+        return True
+    zeros = bytes(2**20)
+    return all(zeros.startswith(os.pread(descriptor, 2**20, start)) for start in range(place, end, 2**20))
+
+
+class _Rest:
+    """A file from a byte on, as soundfile wants one."""
+
+    def __init__(self, descriptor: int, start: int):
+        self.descriptor, self.start, self.at = descriptor, start, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        end = os.fstat(self.descriptor).st_size - self.start
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: end}[whence]
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def read(self, size: int) -> bytes:
+        content = os.pread(self.descriptor, size, self.start + self.at)
+        self.at += len(content)
+        return content
+
+
 def _mono(file: _Forward, name: str, offset: float | None, duration: float | None, seconds: float) -> Iterator[Tensor]:
     """The segment's samples, channels averaged, (N,) at the file's rate, in blocks."""
     rate = file.samplerate
@@ -125,18 +177,19 @@ def _mono(file: _Forward, name: str, offset: float | None, duration: float | Non
     stop = None if duration is None else round(duration * rate)  # samples wanted
     spare = round(ROUNDING * rate) + 1 if offset is None and stop is not None else 0
     limit = math.inf if stop is None else stop + spare  # samples read, at most
+    end = min(limit, file.frames - begin)
     block = min(BLOCK // file.channels, BLOCK * rate // SAMPLE_RATE, round(min(seconds, 1e6) * rate))
     block = max(block, 2 * spare, 1)
     done = 0
-    while done < limit:
-        wanted = block if limit - done >= 2 * block else limit - done  # so that the last one is not below `spare`
+    while done < end:
+        wanted = block if end - done >= 2 * block else end - done  # so that the last one is not below `spare`
         samples = file.read(wanted, dtype="float32", always_2d=True)  # (N, channels)
         if not np.isfinite(samples).all():
             raise DataError(f"{name}: a sample is NaN or infinite")
         ended = len(samples) < wanted
         done += len(samples)
         if spare and done == limit:  # longer than by rounding: the first `duration` seconds
-            done, samples = stop, samples[: len(samples) - spare]
+            ended, done, samples = True, stop, samples[: len(samples) - spare]
         if len(samples):
             yield torch.from_numpy(samples).mean(1)
         if ended:
@@ -153,10 +206,13 @@ def _check_length(
     hence 0.1 s, or 2 %. A segment may end a frame of features behind its recording.
     """
     if not done:
-        raise DataError(f"{name}: no audio in it{'' if offset is None else f' from {offset:g} s on'}")
+        where = "" if offset is None else f" from {offset:g} s on"
+        raise DataError(f"{name}: no audio in it{where} (its header counts {file.frames} samples)")
     cut = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.M)  # libsndfile's log, of a WAV
     if cut and int(cut[2]) < int(cut[1]) < 0x7FFF0000:  # larger sizes stand for "unknown" in WAVs written to a pipe
         raise DataError(f"{name}: truncated audio: {cut[2]} bytes of data where its header says {cut[1]}")
+    if (behind := _left_behind(file, begin + done)) > max(0.1 * file.samplerate / (begin + done), 0.02):
+        raise DataError(f"{name}: its header counts {file.frames} samples, and {behind:.0%} as many bytes follow them")
     seconds, wanted = done / file.samplerate, math.inf if duration is None else duration
     header = min((file.frames - begin) / file.samplerate, wanted) if file.frames < UNKNOWN else 0.0
     if offset:
@@ -168,6 +224,17 @@ def _check_length(
     ):  # fmt: skip
         if seconds < expected - missing:
             raise DataError(f"{name}: truncated audio: {seconds:.2f} s decoded where {source} says {expected:.2f} s")
+
+
+def _left_behind(file: _Forward, at: int) -> float:
+    """How many bytes that are no metadata follow the last sample that a header counts, beside those up to there.
+
+    0 before the last sample, and for MP3 and Ogg, whose decoders go by the bytes and not by the header.
+    """
+    if at < file.frames or file.format in ("MP3", "OGG") or not isinstance(file.name, int):
+        return 0.0
+    end, place = os.fstat(file.name).st_size, os.lseek(file.name, 0, os.SEEK_CUR)
+    return 0.0 if _is_metadata(file.name, place, end) else (end - place) / max(place, 1)
 
 
 def to_sample_rate(blocks: Iterator[Tensor], sample_rate: int) -> Iterator[Tensor]:

@@ -7,6 +7,11 @@ import argparse
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    from lab import missing
+
+    missing.in_one_line("python -m bench")
+
 import models
 from audio_lottery.console import Parser, command, fail
 from bench.infer import bench_infer

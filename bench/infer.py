@@ -25,7 +25,7 @@ import data
 import lottery
 import models
 import train
-from audio_lottery import compression, files, sound, sparse
+from audio_lottery import compression, files, layers, sound, sparse
 from bench.measure import in_turns, must_be_compiled, stop
 from runner.cache import load_examples
 from transcribe import load
@@ -74,7 +74,7 @@ def bench_products(columns: int, repeats: int, sparsity: float = 0.9) -> None:
     weight, x = torch.randn(4096, 1024), torch.randn(columns, 1024)
     dense = {
         "F.linear": lambda: F.linear(x, weight),
-        "prepacked oneDNN": functools.partial(sparse.DenseProduct(weight, None, columns), x),
+        "prepacked oneDNN": functools.partial(layers.DenseProduct(weight, None, columns), x),
     }
     if columns == 1:
         dense["torch.mv"] = lambda: torch.mv(weight, x[0])
@@ -83,7 +83,7 @@ def bench_products(columns: int, repeats: int, sparsity: float = 0.9) -> None:
     for layout in sparse.LAYOUTS:
         mask = random_mask((4096, 1024), sparsity, layout, 0)
         for dtype in sparse.DTYPES:
-            product = sparse.Product(sparse.to_matrix(weight, mask, layout, dtype), None, (4096, 1024))
+            product = layers.Product(sparse.to_matrix(weight, mask, layout, dtype), None, (4096, 1024))
             functions[f"{layout} {dtype}"] = functools.partial(product, x)
     t = in_turns("cpu", repeats, **functions)
     best = min(dense, key=t.get)

@@ -11,6 +11,11 @@ import json
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    from lab import missing
+
+    missing.in_one_line("lab.plan")
+
 import torch
 
 import lottery

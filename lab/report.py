@@ -15,6 +15,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    from lab import missing
+
+    missing.in_one_line("lab.report")
+
 import lottery
 from audio_lottery import checked, files, verdicts
 from audio_lottery.console import Parser, command, fail, markdown_text, printable

@@ -33,9 +33,10 @@ IN_MEMORY = 8e9  # bytes of recordings whose features are kept in memory, at mos
 def code_sha256() -> str:
     """Hash of the sources that decide a result."""
     names = (
-        "lottery", "models", "data", "train", "audio_lottery/files", "audio_lottery/ledger", "audio_lottery/verdicts",
-        "audio_lottery/draws", "runner/flags", "runner/values", "runner/recipes", "runner/settings", "runner/folder",
-        "runner/cache", "runner/processes", "lab/controls", "lab/rivals", "lab/corpora", "lab/decode", "lab/noise",
+        "lottery", "models", "data", "train", "audio_lottery/draws", "audio_lottery/files", "audio_lottery/ledger",
+        "audio_lottery/sound", "audio_lottery/verdicts", "runner/flags", "runner/recipes", "runner/settings",
+        "runner/folder", "runner/cache", "runner/processes", "runner/values", "lab/controls", "lab/rivals",
+        "lab/corpora", "lab/decode", "lab/noise",
     )  # fmt: skip
     sources = [HERE / f"{name}.py" for name in names] + sorted((HERE / "csrc").rglob("*.*"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()

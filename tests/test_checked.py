@@ -76,7 +76,7 @@ def test_a_shape_lets_through_what_it_says():
         ({"n": 0, "l": [1, "x"]}, "here, l[1]: must be a whole number from 0 to 9223372036854775807, got 'x'"),
         ({"n": 0, "w": ["cpu"]}, "here, w: must be one of cpu, cuda, got ['cpu']"),
         ({"n": 0, "m": 0}, "here, m: must be true or false, got 0"),
-        ({"n": 0, "k": {"a": "0"}}, "here, k, a: must be as [0-9a-f]{64}, got '0'"),
+        ({"n": 0, "k": {"a": "0"}}, "here, k, a: must be a SHA-256, 64 hex digits, got '0'"),
         ({"n": 0, "k": []}, "here, k: must be an object of at most 100000 values, got []"),
     ],
 )

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import lottery
-from audio_lottery import compress, compression, sparse
+from audio_lottery import compress, compression, layers, sparse
 
 LAYOUTS = list(sparse.LAYOUTS)
 
@@ -129,7 +129,7 @@ def test_an_lstm_takes_what_torchs_takes(batch_first, measured_on, always):
     inputs = lstm_inputs(batch_first)
     compressed, _ = compress(model, masks, lambda m: m[0](*inputs[measured_on]), layout="4x1")
     ours = compressed[0]
-    assert type(ours) is sparse.Lstm
+    assert type(ours) is layers.Lstm
     for name, arguments in inputs.items():
         (got, got_state), (want, want_state) = ours(*arguments), model[0](*arguments)
         if "packed" in name:
@@ -217,7 +217,7 @@ def test_casts(dtype, tolerance, form, mixed):
     for name in ("hidden", "output", "conv"):
         assert getattr(compressed, name).weight.dtype == dtype
     assert compressed.lstm.weight_hh_l1.dtype == dtype and compressed.hidden.bias.dtype == dtype
-    if sparse.Lstm is type(compressed.lstm):
+    if layers.Lstm is type(compressed.lstm):
         own = compressed.lstm.recurrent[0]
         assert (own.values.dtype, own.offsets.dtype) == (torch.float32, torch.int32)
         out, (h, c) = compressed.lstm(torch.randn(2, 3, 6, dtype=dtype))
@@ -291,7 +291,7 @@ def test_transformer_encoder_in_evaluation(activation, always, monkeypatch):
         "one": lambda m: m[0](x[0]),
     }  # fmt: skip
     called = []  # by products themselves: hooks would keep torch from its own path
-    for kind in (sparse.Product, sparse.DenseProduct):
+    for kind in (layers.Product, layers.DenseProduct):
         monkeypatch.setattr(kind, "product", lambda self, *a, f=kind.product: called.append(1) or f(self, *a))
     for only in (None, "0.layers.0.linear1", "0.layers.1"):
         for run in uses.values():
@@ -300,7 +300,7 @@ def test_transformer_encoder_in_evaluation(activation, always, monkeypatch):
                 kept = [] if only is None else [n for n in ("0.layers.0", "0.layers.1") if not only.startswith(n)]
                 compressed, rows = compress(model, masks, run, keep_dense=kept)
                 assert sum(
-                    type(m) in (sparse.Product, sparse.DenseProduct) for m in compressed.modules()
+                    type(m) in (layers.Product, layers.DenseProduct) for m in compressed.modules()
                 ) == 4 - 2 * len(kept)
                 for use in uses.values():
                     close(use(compressed), use(model))
@@ -340,21 +340,33 @@ def test_a_layer_whose_replacement_fails_stays_dense_and_is_named(always):
         "its replacement fails: AttributeError: 'Product' object has no attribute 'reset_parameters'" in why["b.weight"]
     )
     assert "its replacement fails: ValueError: substring not found" in why["c.weight"]
-    assert [type(m) for m in compressed.children()] == [sparse.Product, nn.Linear, nn.Linear, sparse.Product]
+    assert [type(m) for m in compressed.children()] == [layers.Product, nn.Linear, nn.Linear, layers.Product]
     close(compressed(x)[2], model(x)[2])
+
+
+@torch.no_grad()
+def test_a_transformer_layer_that_stays_dense_keeps_torchs_path(always):
+    model, masks = pruned(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)))
+    x = torch.randn(2, 5, 8)
+    for read, flag in ((["linear1", "linear2"], 1), (["linear1"], 0), ([], 0)):
+        run = lambda m: ([getattr(m[0], name).reset_parameters for name in read], m(x))  # noqa: B023, E731
+        compressed, rows = compress(model, masks, run)
+        assert [r.name.split(".")[1] for r in rows if "reset_parameters" in r.why] == read
+        assert compressed[0].activation_relu_or_gelu == flag
+        close(compressed(x), model(x))
 
 
 @torch.no_grad()
 def test_a_replacement_that_answers_something_else_stays_dense(always, monkeypatch):
     model, masks = pruned(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5)))
     x = torch.randn(2, 6)
-    right = sparse.Product.product
+    right = layers.Product.product
     for wrong, why in (
         (lambda self, *a: right(self, *a) * (1 + (self.outputs == 5)), r"LotteryError: its outputs are up to .* off"),
         (lambda self, *a: right(self, *a)[:1], r"LotteryError: its shapes are \[\[1, 5\]\]"),
     ):
         monkeypatch.setattr(
-            sparse.Product, "product", lambda self, *a, f=wrong: (f if self.outputs == 5 else right)(self, *a)
+            layers.Product, "product", lambda self, *a, f=wrong: (f if self.outputs == 5 else right)(self, *a)
         )
         compressed, rows = compress(model, masks, lambda m: m(x))
         assert (rows[0].layout, rows[1].layout) == ("unstructured", "dense")
@@ -371,7 +383,7 @@ def test_run_is_called_a_handful_of_times_and_its_errors_pass_through(always):
         return model(torch.randn(2, 60))
 
     compress(model, masks, run)
-    assert calls == [nn.Linear, sparse.Product]  # once to record, once to see that it runs; the rest is timing
+    assert calls == [nn.Linear, layers.Product]  # once to record, once to see that it runs; the rest is timing
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         compress(model, masks, lambda m: m(torch.randn(2, 7)))
     turns = iter([None])
@@ -393,7 +405,7 @@ def test_run_is_timed_twice_each_way(monkeypatch):
 
     monkeypatch.setattr(compression, "time_calls", prefer_ours)
     compress(model, masks, lambda m: calls.append(type(m[0])) or m(torch.randn(2, 60)), layout="unstructured")
-    assert 4 <= len(calls) <= 6 and set(calls) == {nn.Linear, sparse.Product}
+    assert 4 <= len(calls) <= 6 and set(calls) == {nn.Linear, layers.Product}
 
 
 # ---------------------------------------------------------------------------- names, wrappers, shared layers
@@ -488,7 +500,7 @@ def test_shared_layers_and_shared_weights(always):
     model, masks = pruned(model)
     compressed, rows = compress(model, masks, lambda m: m(torch.randn(2, 6)))
     assert [row.name for row in rows] == ["0.weight", "3.weight"] and list(masks) == ["0.weight"]
-    assert compressed[0] is compressed[2] and type(compressed[3]) is type(compressed[0]) is sparse.Product
+    assert compressed[0] is compressed[2] and type(compressed[3]) is type(compressed[0]) is layers.Product
     x = torch.randn(3, 6)
     close(compressed(x), model(x))
 
@@ -503,7 +515,7 @@ def test_layers_with_hooks_stay_dense(always):
         compressed, rows = compress(model, masks, lambda m: m(torch.randn(2, 6)))
     why = {row.name: row.why for row in rows}
     assert why["0.weight"].startswith("it has hooks") and type(compressed[0]) is nn.Linear
-    assert type(compressed[1]) is type(model[1]) and type(compressed[2]) is sparse.Product
+    assert type(compressed[1]) is type(model[1]) and type(compressed[2]) is layers.Product
     assert len(seen) == 2  # recorded, and tried
 
 

@@ -192,3 +192,13 @@ def test_every_command_with_streams_that_are_not_there(command):
         done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode in ((0, *codes) if goes_on else codes), (line, done.stderr)
         assert done.stderr.count("\n") <= 1 and "Traceback" not in done.stderr, (line, done.stderr)
+
+
+@pytest.mark.parametrize(
+    "name, package", [("train.py", "jiwer"), ("transcribe.py", "numpy"), ("lab/report.py", "numpy")]
+)
+def test_a_package_that_is_not_there_is_one_line(name, package):
+    code = f"import runpy, sys; sys.modules[{package!r}] = None; runpy.run_path({name!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"error: the package {package} is not there: pip install -r requirements.txt" in done.stderr

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import random
 import subprocess
 from pathlib import Path
 
+import lies
 import pytest
 import soak
 import torch
@@ -215,6 +217,12 @@ def test_ticket_files_and_trained_starts(source, corpus, tmp_path, capsys):
     assert dense[0]["trained_sha256"] == dense[1]["trained_sha256"]  # it starts from the ticket too
     assert all(verified(tmp_path / name) for name in ("init", "trained", "control"))
     train.train_again(tmp_path / "control", 0)
+    forged = lies.Forged(tmp_path / "control", random.Random(0))  # the starts of its rounds, by rewind.safetensors
+    forged.rows[1]["start_sha256"] = lies.SHA
+    forged.save()
+    assert any("does not start at theta_k" in wrong for wrong in verify.failures(tmp_path / "control", networks))
+    (tmp_path / "control" / "rewind.safetensors").unlink()
+    assert "rewind.safetensors is not there" in verify.failures(tmp_path / "control", networks)
     methods = next(iter(compare.merge([compare.load(tmp_path / name) for name in ("init", "control")]).values()))
     assert len(compare.rivals(methods)) == 1
     files.save_ticket(tmp_path / "no.safetensors", there.masks, None, there.trained, there.info)

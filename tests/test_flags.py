@@ -185,6 +185,29 @@ def test_recipes_by_name(backbone, monkeypatch):
 
 # ---------------------------------------------------------------------------- --ticket
 
+WRONG = [
+    ("seed", "3", "must be a whole number"), ("seed", -1, "must be at least 0"), ("seed", True, "must be a whole"),
+    ("size", "huge", "must be one of demo, wide, wider, paper"), ("size", 5, "must be one of"),
+    ("snr", [20.0, 0.0], "must be LO:HI with LO <= HI, got '20.0:0.0'"), ("snr", "0:5", "must be a list"),
+    ("seconds", [5.0, 1.0], "must be LO:HI"), ("seconds", [0.0, 1e9], "must be LO:HI"),
+    ("min_remaining", {}, "must be a number"), ("corpus", "x", "must be one of manifests"), ("lr", None, ""),
+    ("lr", "0.1", "must be a number"), ("epochs", 2**31, "must be at least 1 and at most 10000"),
+    ("block", [0, 1], "must be RxC"), ("amp", "yes", "must be true or false"), ("train_sets", "a", "must be a list"),
+    ("tokens", "--download", "must be a text that does not begin with -"), ("batch_seconds", "x", "must be a number"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key, value, why", WRONG)
+def test_settings_of_a_ticket_go_through_the_flags_types(key, value, why, monkeypatch, capsys):
+    config = of("--noise", "x", "--snr", "0:5") | {key: value}
+    source_of(monkeypatch, config, noise="x")
+    if value is None:  # as if it were not there
+        assert flags.parse(["--ticket", str(RESULTS)]).recipe.lr == recipes.RECIPES["rnnt", "demo"].lr
+        return
+    assert f"--ticket run, {key}: {why}" in refused(capsys, "--ticket", RESULTS)
+    with pytest.raises(lottery.LotteryError, match=rf"config.json, {key}: "):
+        flags.command_line(config)
+
 
 def test_a_ticket_s_run_gives_the_defaults(monkeypatch, capsys):
     config = of("--block", "2x3", "--noise", "x", "--snr", "0:5", "--epochs", 3, "--lr", 0.1, "--seed", 7)

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import train
 import transcribe
@@ -178,11 +177,3 @@ def test_negative_numbers_are_values_of_flags():
     assert p.parse_args(["--snr", "-5:10"]).snr == "-5:10"
     assert p.parse_args(["--snr=-.5"]).snr == "-.5"
     assert p.parse_args(["a", "--snr", "-5"]).words == ["a"]
-
-
-def test_readme_s_program_runs_word_for_word(tmp_path, monkeypatch):
-    (program,) = [part.split("```")[0] for part in (ROOT / "README.md").read_text().split("```python\n")[1:]]
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
-    assert list(tmp_path.iterdir()), "it saves a ticket"

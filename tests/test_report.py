@@ -10,7 +10,7 @@ import torch
 
 import lottery
 import models
-from audio_lottery import ledger, verdicts
+from audio_lottery import console, ledger, verdicts
 from lab import compare, pictures, plan, report
 
 with torch.device("meta"):
@@ -414,6 +414,20 @@ def test_a_second_run_of_one_seed_is_named(tmp_path, capsys):
     assert report.main([str(run) for run in runs]) == 0
     (said,) = capsys.readouterr().err.splitlines()
     assert said == f"python -m lab.report: {runs[1]}: left out where a run before it is global magnitude, seed 0, too"
+
+
+@pytest.mark.parametrize("name", [r"d$\foo$", "$x$", "a\x1b[2Jb", "<img src=x>", "# a | b `c` *d*", "x" * 250])
+def test_foreign_names_are_no_markup(name, tmp_path, capsys):
+    """matplotlib takes what stands between two $ for mathematics, and fails if it is none: that run never ended."""
+    run = write_run(tmp_path / "run", [ROUND_0, [3, 3, 3, 3]], data=f"/corpora/{name}", epochs=1)
+    config, rows = ledger.read_run(run)
+    report.write_report(run, config, rows)
+    assert (run / "report.png").stat().st_size > 1000
+    heading = (run / "report.md").read_text().splitlines()[0]
+    assert heading == f"# cnn-lstm on {console.markdown_text(f'/corpora/{name}')}, seed 0"
+    assert report.main([str(run), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "<img" not in said.replace("\\<", "") and len(list((tmp_path / "out").iterdir())) == 3
 
 
 def edit(path, old, new):

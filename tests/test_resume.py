@@ -17,7 +17,7 @@ import lottery
 import train
 from audio_lottery import files, ledger, verdicts, verify
 from lab import networks
-from runner import folder
+from runner import folder, retrain
 
 ROOT = Path(train.__file__).parent
 
@@ -193,6 +193,21 @@ def test_verify_and_retrain(copy_of_run):
         assert ("mask_sha256" in done.stdout) == (number == "0")  # round 2 is the last: nothing was pruned after it
     done = subprocess.run([*again, "9"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "the ledger has rounds 0, 1, 2" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_training_again_keeps_features_where_this_command_says(copy_of_run, tmp_path):
+    """And not in the folder that a stranger's config.json names."""
+    config = json.loads((copy_of_run / "config.json").read_text())
+    config["machine"]["cache"] = str(tmp_path / "theirs")
+    (copy_of_run / "config.json").write_text(json.dumps(config))
+    assert retrain.read(copy_of_run, 1).args.cache == "memory"
+    there = retrain.read(copy_of_run, 1, tmp_path / "ours")
+    assert there.args.cache == tmp_path / "ours" and retrain.prepare(there)[1].round == 1
+    assert (tmp_path / "ours").is_dir() and not (tmp_path / "theirs").exists()
+    config["machine"]["data"] = "--download"
+    (copy_of_run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(lottery.LotteryError, match="--download: no such folder"):
+        retrain.prepare(retrain.read(copy_of_run, 1))
 
 
 def test_copy_without_rewind(copy_of_run, tmp_path):

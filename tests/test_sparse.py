@@ -11,7 +11,7 @@ from torch import nn
 
 import lottery
 import models
-from audio_lottery import compression, sparse
+from audio_lottery import compression, layers, sparse
 
 LAYOUTS, DTYPES = list(sparse.LAYOUTS), list(sparse.DTYPES)
 built = pytest.mark.skipif(not lottery.ops.compiled, reason=f"the extension is not built: {lottery.ops.path}")
@@ -558,7 +558,7 @@ def test_compressed_models_can_be_copied_and_saved(monkeypatch):
     features, lengths = torch.randn(2, 66, 80), torch.tensor([66, 41])
     model, masks = masked_model("rnnt", "1x4")
     compressed, _ = compression.compress(model, masks, lambda m: m.transcribe(features, lengths))
-    assert {sparse.DenseProduct, sparse.Recurrent, sparse.Greedy} <= {type(module) for module in compressed.modules()}
+    assert {layers.DenseProduct, layers.Recurrent, layers.Greedy} <= {type(module) for module in compressed.modules()}
     torch.save(compressed, file := io.BytesIO())  # pickle alone does not know torch's uint16
     file.seek(0)
     for other in (copy.deepcopy(compressed), torch.load(file, weights_only=False)):
@@ -631,7 +631,7 @@ def test_a_model_that_offers_its_greedy_loop(bias, monkeypatch):
     dense, table = compression.compress(model, masks, lambda m: m(rows), layout="unstructured")
     assert {row.layout for row in table} == {"dense"} and type(dense.memory) is nn.LSTM
     for network in (compressed, dense):
-        assert type(network.loop) is sparse.Greedy and model.loop is None
+        assert type(network.loop) is layers.Greedy and model.loop is None
         assert network(rows) == copy.deepcopy(network)(rows) == want
 
 
@@ -650,7 +650,7 @@ def test_a_model_that_offers_no_loop_is_left_its_own(monkeypatch):
     always_sparse(monkeypatch)
     model, masks, rows = masked_speller(Speller)
     compressed, _ = compression.compress(model, masks, lambda m: m(rows), layout="unstructured")
-    assert type(compressed.memory) is sparse.Lstm and compressed.loop is None
+    assert type(compressed.memory) is layers.Lstm and compressed.loop is None
     assert vars(compressed).keys() == vars(model).keys()
     assert [name for name, _ in compressed.named_children()] == [name for name, _ in model.named_children()]
     assert compressed(rows) == model(rows)
@@ -661,7 +661,7 @@ def test_a_transducers_loop_adds_to_its_state_only_while_it_is_there():
     keys, features, lengths = list(model.state_dict()), torch.randn(2, 66, 80), torch.tensor([66, 41])
     want = model.emissions(features, lengths)
     with torch.no_grad():
-        model.use_greedy(sparse.Greedy(**model.greedy_parts()))
+        model.use_greedy(layers.Greedy(**model.greedy_parts()))
     assert {key for key in model.state_dict() if key not in keys} == {
         f"greedy_loop.{name}" for name, _ in model.greedy_loop.named_buffers()
     }
@@ -687,7 +687,7 @@ def test_any_lstm(batch_first, monkeypatch):
             compressed, rows = compression.compress(
                 model, masks, lambda m: m(torch.randn(4, 6, 11)), layout="unstructured"
             )
-            assert isinstance(compressed[0], sparse.Lstm) and len(rows) == len(masks)
+            assert isinstance(compressed[0], layers.Lstm) and len(rows) == len(masks)
             x = torch.randn(3, 5, 11)
             batch = 3 if batch_first else 5
             state = torch.randn(2, options.get("num_layers", 1) * (1 + ("bidirectional" in options)), batch, 13)
@@ -729,7 +729,7 @@ def test_any_convolution(conv, monkeypatch):
     with torch.inference_mode():
         conv.weight.masked_fill_(~masks["0.weight"], 0)
         compressed, _ = compression.compress(model, masks, lambda m: m(x), layout="unstructured")
-        assert isinstance(compressed[0], sparse.Conv)
+        assert isinstance(compressed[0], layers.Conv)
         torch.testing.assert_close(compressed(x), model(x), rtol=1e-4, atol=1e-5)
 
 
@@ -745,7 +745,7 @@ def test_compress_measures_and_says_why():
     assert rows[1].layout.startswith("dense") and rows[1].remaining == 1  # nothing to leave out
     assert rows[2].why == rows[3].why == "no sparse form of GRU"
     if lottery.ops.compiled:
-        assert isinstance(compressed[0], sparse.Product) and rows[0].bytes < 4 * 2048 * 512 / 8
+        assert isinstance(compressed[0], layers.Product) and rows[0].bytes < 4 * 2048 * 512 / 8
 
 
 def test_compress_keeps_the_whole_dense_where_that_is_faster(monkeypatch):

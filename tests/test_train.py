@@ -47,6 +47,12 @@ def refused(capsys, *argv) -> str:
         (["--size", "paper", "--anneal", "0.9"], "--anneal must be at least 1 and at most 100, got 0.9"),
         (["--anneal", "1.2"], "--anneal goes with the schedule anneal, and this recipe has one-cycle"),
         (["--seed", "-1"], "--seed must be at least 0"),
+        (["--lr", "1e308"], "--lr must be above 0 and at most 100, got 1e+308"),
+        (["--epochs", "2147483647"], "--epochs must be at least 1 and at most 10000, got 2147483647"),
+        (["--batch-size", "2147483647"], "--batch-size must be at least 1 and at most 1000000, got 2147483647"),
+        (["--workers", "5000"], "--workers must be at least 0 and at most 1024, got 5000"),
+        (["--save-every", "1e308"], "--save-every must be at least 0 and at most 1000000, got 1e+308"),
+        (["--seconds", "0:inf"], "must be LO:HI with 0 <= LO < HI <= 1e7, got '0:inf'"),
         (["--rewind-step", "-1"], "--rewind-step must be at least 0"),
         (["--margin", "nan"], "--margin must be at least 0"),
         (["--batch-seconds", "0"], "--batch-seconds must be at least 1"),
@@ -108,6 +114,23 @@ def test_unusable_out(capsys, tmp_path):
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     assert "is not empty and holds no run" in refused(capsys, "--out", tmp_path / "full")
     assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+
+
+def test_an_out_that_cannot_be_made_is_told_before_data_are_read(capsys, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for out, why in (("file", "is a file"), ("file/a/b", "Not a directory"), ("link", "File exists")):
+        said = refused(capsys, "--data", tmp_path / "nowhere", "--out", tmp_path / out)
+        assert f"--out {tmp_path / out}: " in said and why in said
+    assert "no such folder" in refused(capsys, "--data", tmp_path / "nowhere", "--out", tmp_path / "a" / "b" / "c")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}  # none that was tried is left
+
+
+def test_a_rewind_step_past_the_end_leaves_no_folder(capsys, tmp_path):
+    corpus = tiny_corpus(tmp_path)
+    flags = ("--data", corpus, "--out", tmp_path / "a" / "run", "--rewind-step", 5, "--epochs", 2)
+    assert "--rewind-step 5: a round has only 2 steps" in refused(capsys, *flags)
+    assert not (tmp_path / "a").exists()
 
 
 def test_no_cuda(capsys, tmp_path):

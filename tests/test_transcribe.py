@@ -384,6 +384,11 @@ def test_a_ticket_by_its_run_folder(tickets, speech, tmp_path, capsys):
         (["{rnnt}", "x.wav", "--dense", "--values", "int8"], "--values is of sparse weights, and --dense has none"),
         (["{rnnt}", "x.wav", "--overlap", "20"], "--overlap must be at least 0.1 seconds and --piece 0.1 seconds more"),
         (["{rnnt}", "x.wav", "--chunk", "0"], "--chunk must be at least 0.01 seconds and at most 60, got 0"),
+        (["{rnnt}", "x.wav", "--chunk", "1e308"], "--chunk must be at least 0.01 seconds and at most 60, got 1e+308"),
+        (["{rnnt}", "x.wav", "--chunk", "1e6"], "--chunk must be at least 0.01 seconds and at most 60, got 1e+06"),
+        (["{rnnt}", "x.wav", "--piece", "1e308"], "--piece must be at most 3600 seconds, got 1e+308"),
+        (["/nowhere", "--export", "/no/where.onnx"], "/no/where.onnx: no such folder: /no"),  # before the ticket
+        (["/nowhere", "--export", "/dev/full"], "/dev/full: not a regular file: only those, and new names"),
         (["{rnnt}", "x.wav", "--calibrate", "y"], "--calibrate goes with --stream or --normalize running"),
         (["{rnnt}", "x.wav", "--word-score", "1"], "--lm-weight and --word-score need --lm"),
         (["{rnnt}", "x.wav", "--beam", "0"], "--beam must be at least 1"),

@@ -1,0 +1,306 @@
+"""Layers of sparse products, that take the place of torch's in a compressed model, and a transducer's greedy loop.
+
+What takes a layer's place keeps what others read of it: its attributes, its bias, its weight (made when asked for, so
+that writing to it changes nothing), and every kind of input that it takes. The products are sparse.py's.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import lottery
+from audio_lottery.sparse import (
+    Matrix,
+    sparse_conv2d,
+    sparse_linear,
+    sparse_lstm,
+    sparse_transducer,
+    to_dense,
+    whole,
+)  # fmt: skip
+
+FLOAT32 = torch.float32
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The tensor's memory as integers, which no cast of a module touches and which pickle knows."""
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+class Fixed(nn.Module):
+    """Its buffers move with the module, but `.half()` and its like leave them alone; `dtype` is what they asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtype = FLOAT32
+
+    def _apply(self, fn, recurse: bool = True):
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        self._buffers.update({name: bits(buffer) for name, buffer in before.items()})
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            self._buffers[name] = moved.view(buffer.dtype) if moved.dtype == bits(buffer).dtype else buffer
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    def __getstate__(self) -> dict:  # for copy and pickle, which does not know uint16
+        own = self._buffers.items()
+        places = {name: bits(buffer) for name, buffer in own if buffer is not None and buffer.dtype == torch.uint16}
+        return super().__getstate__() | {"_buffers": self._buffers | places, "places": list(places)}
+
+    def __setstate__(self, state: dict) -> None:
+        names = state.pop("places")
+        super().__setstate__(state)
+        self._buffers = dict(self._buffers)
+        self._buffers.update({name: self._buffers[name].view(torch.uint16) for name in names})
+
+    def keep_attributes(self, layer: nn.Module) -> None:
+        """Take over what others may read of the layer: in_features, stride, hidden_size, whatever a user added."""
+        of_all = vars(nn.Module())
+        self.train(layer.training)
+        vars(self).update({n: v for n, v in vars(layer).items() if n not in of_all and not n.startswith("_")})
+
+
+class Layer(Fixed):
+    """In a layer's place: product(x, bias) computes it in float32, whatever the dtype of what comes and goes."""
+
+    def __init__(self, bias: Tensor | None, layer: nn.Module | None):
+        super().__init__()
+        if layer is not None:
+            self.keep_attributes(layer)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype is FLOAT32 is self.dtype and not input.is_nested:
+            return self.product(input, self._parameters["bias"])  # nn.Module looks attributes up so slowly
+        if input.is_nested:  # rows of several lengths, as nn.TransformerEncoder packs them
+            parts = input.unbind()
+            rows = self.forward(torch.cat(parts)).split([len(part) for part in parts])
+            return torch.nested.as_nested_tensor(list(rows))
+        return self.product(input.float(), None if self.bias is None else self.bias.float()).to(input.dtype)
+
+
+class Product(Layer):
+    """x -> x W^T + bias, W in one layout. shape: W's, (outputs, ...). layer: the one whose place it takes, if any."""
+
+    def __init__(self, matrix: Matrix, bias: Tensor | None, shape: tuple[int, ...], layer: nn.Module | None = None):
+        super().__init__(bias, layer)
+        self.outputs, self.shape = shape[0], tuple(shape)
+        for name, tensor in matrix._asdict().items():
+            self.register_buffer(name, tensor)
+
+    def matrix(self) -> Matrix:
+        own = self._buffers  # nn.Module looks attributes up so slowly that a stream would feel it
+        return Matrix(own["values"], own["columns"], own["offsets"], own["scales"])
+
+    @property
+    def weight(self) -> Tensor:
+        """weight * mask, dense, of the shape it had."""
+        return to_dense(*self.matrix(), self.outputs, math.prod(self.shape[1:])).view(self.shape).to(self.dtype)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return sparse_linear(x, *self.matrix(), bias, self.outputs)
+
+
+class Recurrent(Product):
+    """The recurrence of an LSTM, W_hh in one layout. lengths: (B,) int64 or None."""
+
+    def forward(
+        self, projections: Tensor, h: Tensor, c: Tensor, reverse: bool, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return sparse_lstm(projections, *self.matrix(), h, c, lengths, reverse)
+
+
+class DenseProduct(Layer):
+    """x -> x W^T + bias with nothing left out, W as oneDNN likes it for so many columns."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, columns: int, layer: nn.Module | None = None):
+        super().__init__(bias, layer)
+        self.columns, self.packed = columns, torch.ops.mkldnn._reorder_linear_weight(weight, columns)
+
+    def __getstate__(self) -> dict:  # for copy and pickle, which oneDNN's form of a tensor has none of
+        return super().__getstate__() | {"packed": self.packed.to_dense()}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.packed, self.columns)
+
+    @property
+    def weight(self) -> Tensor:
+        """weight * mask, (outputs, inputs)."""
+        return self.packed.to_dense().to(self.dtype)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+
+
+class Conv(Product):
+    """Conv1d or Conv2d with one group and zeros for padding, its weights (outputs, inputs * kernel) in one layout."""
+
+    def __init__(self, conv: nn.Conv1d | nn.Conv2d, matrix: Matrix, bias: Tensor | None):
+        super().__init__(matrix, bias, tuple(conv.weight.shape), conv)
+        self.one_d = isinstance(conv, nn.Conv1d)
+        wide = lambda pair, fill: (fill, *pair) if self.one_d else pair  # noqa: E731
+        self.window = (
+            wide(conv.kernel_size, 1), wide(conv.stride, 1), wide(conv.padding, 0), wide(conv.dilation, 1),
+        )  # fmt: skip
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """([B,] C, [F,] T) -> ([B,] C', [F',] T')."""
+        if self.one_d:
+            x = x.unsqueeze(-2)
+        batched = x.dim() != 3
+        y = sparse_conv2d(x if batched else x[None], *self.matrix(), bias, self.outputs, *self.window)
+        y = y if batched else y[0]
+        return y.squeeze(-2) if self.one_d else y
+
+
+class Lstm(Fixed):
+    """nn.LSTM with sparse products; called as it is, and with its attributes. Dropout is for training, so it has none.
+
+    inputs: for each layer and direction the product with W_ih, both biases in it.  recurrent: as many, of W_hh.
+    """
+
+    def __init__(self, lstm: nn.LSTM, inputs: list[nn.Module], recurrent: list[Recurrent]):
+        super().__init__()
+        self.keep_attributes(lstm)
+        self.directions = 2 if lstm.bidirectional else 1
+        self.inputs, self.recurrent = nn.ModuleList(inputs), nn.ModuleList(recurrent)  # a layer's directions in turn
+
+    def flatten_parameters(self) -> None:
+        """Nothing to do: there are no parameters of cuDNN's."""
+
+    def __getattr__(self, name: str):
+        """weight_ih_l0 and its like, made when asked for; the biases' sum counts as bias_ih."""
+        kind, _, place = name.partition("_l")
+        if kind not in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]:
+            return super().__getattr__(name)
+        ways = ("", "_reverse")[: self.directions]
+        places = [f"{layer}{way}" for layer in range(self.num_layers) for way in ways]
+        if place not in places:
+            return super().__getattr__(name)
+        at = places.index(place)
+        product = self.recurrent[at] if kind == "weight_hh" else self.inputs[at]
+        if kind.startswith("weight"):
+            return product.weight
+        return torch.zeros_like(product.bias) if kind == "bias_hh" else product.bias
+
+    def forward(self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None):
+        """As nn.LSTM: (B, T, inputs), (T, B, inputs) or (T, inputs), or a PackedSequence -> the same, and (h, c)."""
+        if not isinstance(input, Tensor):
+            return self.packed(input, hx)
+        if input.dim() == 2:
+            at = 0 if self.batch_first else 1
+            out, state = self(input.unsqueeze(at), hx if hx is None else tuple(s.unsqueeze(1) for s in hx))
+            return out.squeeze(at), tuple(s.squeeze(1) for s in state)
+        if input.dim() != 3:
+            raise ValueError(f"input must have 2 or 3 dimensions, got {input.dim()}")
+        out, state = self.steps(input if self.batch_first else input.transpose(0, 1), hx)
+        return out if self.batch_first else out.transpose(0, 1), state
+
+    def packed(self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None):
+        """On sequences of several lengths; states come and go in the order from before they were packed."""
+        x, lengths = pad_packed_sequence(PackedSequence(input.data, input.batch_sizes), batch_first=True)
+        if hx is not None and input.sorted_indices is not None:
+            hx = tuple(s.index_select(1, input.sorted_indices) for s in hx)
+        out, state = self.steps(x, hx, lengths)
+        if input.unsorted_indices is not None:
+            state = tuple(s.index_select(1, input.unsorted_indices) for s in state)
+        return input._replace(data=pack_padded_sequence(out, lengths, batch_first=True).data), state
+
+    def steps(self, x: Tensor, state: tuple[Tensor, Tensor] | None, lengths: Tensor | None = None):
+        """(B, T, inputs) -> (B, T, directions * H), (h, c), each (layers * directions, B, H)."""
+        dtype = x.dtype
+        if dtype is not FLOAT32:  # computed in float32, as Layer does
+            out, state = self.steps(x.float(), state and tuple(s.float() for s in state), lengths)
+            return out.to(dtype), tuple(s.to(dtype) for s in state)
+        inputs, recurrents = self._modules["inputs"]._modules.values(), self._modules["recurrent"]._modules.values()
+        size = len(inputs), x.shape[0], self.hidden_size
+        if state is None:
+            zeros = x.new_zeros(size)
+            state = (zeros, zeros)
+        elif state[0].shape != size or state[1].shape != size:
+            raise ValueError(f"h and c must be {list(size)}, got {[list(s.shape) for s in state]}")
+        h_last, c_last, outs = [], [], []
+        for i, (product, recurrent) in enumerate(zip(inputs, recurrents)):
+            reverse = i % self.directions == 1
+            projections = product(x) if self.dtype is FLOAT32 else in_float32(product, x)
+            out, h, c = recurrent(projections, state[0][i], state[1][i], reverse, lengths)
+            h_last.append(h)
+            c_last.append(c)
+            outs.append(out)
+            if len(outs) == self.directions:
+                x, outs = torch.cat(outs, 2) if len(outs) > 1 else outs[0], []
+        return x, (torch.stack(h_last), torch.stack(c_last))
+
+
+def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer that was cast, on x in float32; what is sparse computes in float32 by itself."""
+    if not isinstance(layer, nn.Linear):
+        return layer(x)
+    return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
+
+
+class Greedy(Fixed):
+    """The greedy loop of a transducer over one utterance, without Python for every symbol. Token 0 is the blank.
+
+    A network opts in by two methods; compress, which knows no more of it, calls
+    `network.use_greedy(Greedy(**network.greedy_parts()))`.
+
+    greedy_parts(): the arguments below by name, as the network has them now; compress has replaced some.
+    use_greedy(loop): takes the loop, as a submodule, and decodes by calling it.
+
+    embedding: nn.Embedding (tokens, E).  predictor: nn.LSTM(E, H) of one layer and direction.  projection: nn.Linear(H,
+    joiner) without a bias.  output: nn.Linear(joiner, tokens), of tanh(encoder_out + projection(h)).
+    max_symbols: tokens that a frame may emit.  The loop keeps its own copies of weights that stayed dense.
+    Raises LotteryError for a predictor or projection of another kind.
+    """
+
+    def __init__(
+        self, embedding: nn.Embedding, predictor: nn.LSTM | Lstm, projection: nn.Module, output: nn.Module,
+        max_symbols: int,
+    ):  # fmt: skip
+        super().__init__()
+        if isinstance(predictor, Lstm) and len(predictor.inputs) == 1:
+            inputs, recurrent = predictor.inputs[0](embedding.weight), predictor.recurrent[0].matrix()
+        elif isinstance(predictor, nn.LSTM) and len(predictor.all_weights) == 1 and not predictor.proj_size:
+            bias = predictor.bias_ih_l0 + predictor.bias_hh_l0 if predictor.bias else None
+            inputs = F.linear(embedding.weight, predictor.weight_ih_l0, bias)
+            recurrent = whole(predictor.weight_hh_l0)
+        else:
+            raise lottery.LotteryError(
+                f"greedy_parts: predictor must be an nn.LSTM of one layer and direction, got {predictor}"
+            )
+        if projection.bias is not None:
+            raise lottery.LotteryError("greedy_parts: projection must have no bias (the encoder's side may have one)")
+        self.max_symbols = max_symbols
+        self.register_buffer("inputs", inputs.detach())  # (tokens, 4 H)
+        self.register_buffer("bias", output.bias)
+        matrices = {"recurrent": recurrent, "projection": matrix_of(projection), "output": matrix_of(output)}
+        self.names = {}
+        for name, matrix in matrices.items():
+            tensors = {f"{name}_{part}": t for part, t in matrix._asdict().items() if t is not None}
+            self.names[name] = list(tensors)
+            for part, tensor in tensors.items():
+                self.register_buffer(part, tensor)
+
+    def forward(self, encoder_out: Tensor, state: list[Tensor]) -> tuple[list[tuple], list[Tensor]]:
+        """One utterance, or what follows of it.
+
+        encoder_out: (T, joiner), what the joiner adds to the predictor.
+        state: [predictor_out (joiner,), h (H,), c (H,)] as the frames before left it, [] at the start.
+        Returns (token, frame, probability) of each token emitted, frames counted from 0, and the state.
+        """
+        matrices = [[getattr(self, part) for part in parts] for parts in self.names.values()]
+        dtype, encoder_out, state = encoder_out.dtype, encoder_out.float(), [s.float() for s in state]
+        *found, state = sparse_transducer(encoder_out, self.inputs, *matrices, self.bias, self.max_symbols, state)
+        return list(zip(*(tensor.tolist() for tensor in found))), [s.to(dtype) for s in state]
+
+
+def matrix_of(layer: nn.Module) -> Matrix:
+    """The weight of an nn.Linear, or of the Product or DenseProduct that took its place."""
+    return layer.matrix() if isinstance(layer, Product) else whole(layer.weight)
