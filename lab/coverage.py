@@ -13,6 +13,11 @@ import itertools
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    from lab import missing
+
+    missing.in_one_line("lab.coverage")
+
 import numpy as np
 
 import lottery

@@ -20,7 +20,6 @@ if __name__ == "__main__":
 
     missing.in_one_line("lab.report")
 
-
 import lottery
 from audio_lottery import checked, files, verdicts
 from audio_lottery.console import Parser, command, fail, markdown_text, printable

@@ -19,8 +19,9 @@ from audio_lottery import checked
 from audio_lottery.console import Parser
 from lab import controls, corpora, decode, rivals
 from lab.compare import MARKS
-from runner import processes, values
+from runner import processes
 from runner.recipes import OF_SIZE, RECIPE_NAMES, RECIPES
+from runner.values import low_high, rows_by_columns, shares, snr_list, snr_range
 
 NO_FLAG = checked.text(r"(?!-)[^\0]*", rule="a text that does not begin with -, as flags do")
 HERE = Path(__file__).resolve().parent.parent  # the repository
@@ -134,7 +135,7 @@ TABLE = (
     Flag("lr", TRAIN, "recipe", float, rule="above 0 and at most 100", metavar="RATE", help="highest learning rate"),
     Flag("anneal", TRAIN, "recipe", float, least=1, most=100, otherwise="1.1", metavar="RATE",
          help="what the learning rate is divided by after each epoch, in the paper's recipe of cnn-lstm and rnnt"),
-    Flag("seconds", TRAIN, "recipe", values.low_high, rule="0 <= LO < HI <= 1e7", between=":", metavar="LO:HI",
+    Flag("seconds", TRAIN, "recipe", low_high, rule="0 <= LO < HI <= 1e7", between=":", metavar="LO:HI",
          help="train only on utterances between LO and HI seconds long"),
     Flag("amp", TRAIN, "recipe", bool, otherwise="no",
          help="compute the forward pass in 16-bit floats (bfloat16), on CUDA only"),
@@ -178,7 +179,7 @@ TABLE = (
          help="share of the surviving weights that each round removes"),
     Flag("rewind_step", PRUNE, "always", int, default=0, least=0, metavar="K", masks=True,
          help="optimizer step whose weights every round starts from; 0 is the initial weights"),
-    Flag("block", PRUNE, "changed", values.rows_by_columns, default=(1, 1), rule="both at least 1", between="x",
+    Flag("block", PRUNE, "changed", rows_by_columns, default=(1, 1), rule="both at least 1", between="x",
          metavar="RxC", masks=True, help="prune blocks of R rows and C columns, e.g. 8x1; 1x1 is single weights"),
     Flag("scope", PRUNE, "changed", lottery.SCOPES, otherwise=f"global, with --block {SCOPE_OF_BLOCKS}",
          absent="global", masks=True, help="rank weights over all layers, within each layer, or by their LAMP score"),
@@ -191,7 +192,7 @@ TABLE = (
          help="test each round; without, train and validate and never touch the test, as for tuning a recipe"),
     Flag("margin", TEST, "always", float, default=0.01, least=0, most=100, metavar="WER",
          help="word error rate (WER) that a matching ticket may lose"),
-    Flag("marks", TEST, "changed", values.shares, default=MARKS, rule="between 1 and 0, falling", between=",",
+    Flag("marks", TEST, "changed", shares, default=MARKS, rule="between 1 and 0, falling", between=",",
          metavar="A,B,...", help="remaining weights whose nearest rounds (to a tenth) are judged, dense to sparse, up "
          "to the first that does not match: no round is chosen on the test"),
     Flag("beam", TEST, "always", int, otherwise=f"1, with --lm {decode.BEAM}", least=1, most=MOST_BEAM, metavar="N",
@@ -204,9 +205,9 @@ TABLE = (
          part_of="lm", help="with --lm, what every word of a text adds to its score"),
     Flag("noise", TEST, "machine", Path, otherwise="none", metavar="DIR|none",
          help="recordings of noise: DIR/train is mixed into training, DIR/test into the test"),
-    Flag("snr", TEST, "changed", values.snr_range, otherwise="none", rule="-100 to 100", between=":", metavar="LO:HI",
+    Flag("snr", TEST, "changed", snr_range, otherwise="none", rule="-100 to 100", between=":", metavar="LO:HI",
          part_of="noise", help="with --noise, signal-to-noise ratio in training, drawn between LO and HI dB"),
-    Flag("test_snr", TEST, "changed", values.snr_list, otherwise="none", rule="-100 to 100", between=",",
+    Flag("test_snr", TEST, "changed", snr_list, otherwise="none", rule="-100 to 100", between=",",
          metavar="A,B,...", part_of="noise",
          help="with --noise, signal-to-noise ratios in dB, one more test each, e.g. 20,10,0"),
 

@@ -1,4 +1,4 @@
-"""What reads the values of flags that are more than a number or a word. They raise argparse's ArgumentTypeError."""
+"""What reads the values of flags that are more than a number or a word. Raises argparse's own error, in a line."""
 
 import argparse
 import itertools

@@ -76,8 +76,11 @@ def test_random_masks_by_hand():
         assert not any((few[name] & ~many[name]).any() for name in masks)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
-@pytest.mark.parametrize("size", ["demo", "paper"])
+@pytest.mark.parametrize(
+    "size, share",
+    [("demo", 0.05), pytest.param("demo", 0.5, marks=pytest.mark.slow)]
+    + [pytest.param("paper", share, marks=pytest.mark.slow) for share in (0.05, 0.2)],
+)
 @pytest.mark.parametrize("backbone", list(models.BACKBONES))
 def test_small_networks_are_within_a_hundredth_and_keep_their_heads(backbone, size, share, monkeypatch):
     network = models.BACKBONES[backbone]
@@ -98,7 +101,8 @@ def test_small_networks_are_within_a_hundredth_and_keep_their_heads(backbone, si
         found[key] / whole.get(key, 4 * whole.get("width", 0) or whole.get("channels"))
         for key in controls.WIDTHS[backbone]
     ]
-    assert max(shares) < 2.5 * min(shares)
+    fills = 2 if backbone == "cnn-lstm" else 3  # the last of them, 0.1 % of the weights, takes what is left
+    assert max(shares[:fills]) < 2 * min(shares[:fills])
     with pytest.raises(lottery.LotteryError, match="has 10 parameters or fewer"):
         controls.small_sizes(backbone, size, 29, 10)
 
@@ -369,10 +373,10 @@ def rechained(folder: Path, changes: dict) -> None:
     (folder / "ledger.jsonl").write_bytes(b"".join(map(ledger.ledger_line, rows)))
 
 
-def test_late_rewinding_and_global_blocks_are_checked_and_retrained(corpus, tmp_path):
+def test_late_rewinding_and_global_blocks_are_checked_and_retrained(corpus, tmp_path, capsys):
     search, control, again = (tmp_path / name for name in ("search", "control", "again"))
     flags = ("--data", corpus, "--backbone", "cnn-lstm", "--epochs", 1, "--batch-size", 3, "--sparsity", 0.2)
-    run(*flags, "--block", "3x2", "--scope", "global", "--rewind-step", 2, "--out", search)
+    run(*flags, "--block", "3x2", "--scope", "global", "--rewind-step", 1, "--out", search)
     train.train_again(search, 1)
     run("--ticket", search, "--control", "random-mask", "--out", control)
     train.train_again(control, 0)
@@ -380,7 +384,8 @@ def test_late_rewinding_and_global_blocks_are_checked_and_retrained(corpus, tmp_
     run("--ticket", search, "--dense", control, "--out", again)
     assert json.loads((again / "config.json").read_text())["machine"]["dense"] == str(control)
     assert verified(search) and verified(control) and verified(again)
-    run("--ticket", search, "--batch-size", 6, "--out", tmp_path / "short")  # fewer steps than to the rewind state
+    said = refused(capsys, "--ticket", search, "--batch-size", 6, "--out", tmp_path / "short")
+    assert "--rewind-step 1: a round has only 1 steps, and tickets train on what is left of them" in said
     rows = ledger.read_ledger(search / "ledger.jsonl")
     cer = [row["test_cer"] for row in rows]
     rechained(search, {"test_cer": [0.5, 0.5]})

@@ -308,7 +308,7 @@ def test_a_run_with_noise(folder, tmp_path, capsys, monkeypatch):
     assert train.main(["--retrain", str(tmp_path / "whole"), "1"]) == 0
     assert "other_tests" in capsys.readouterr().out
     write(folder / "train/short.wav", white(3000, 99))
-    assert train.main(["--retrain", str(tmp_path / "whole"), "1"]) == 1
+    assert train.main(["--retrain", str(tmp_path / "whole"), "1"]) == 2
     assert "noise_sha256 is " in capsys.readouterr().err
     message = refused(capsys, *flags, "--out", tmp_path / "whole")
     assert "holds another run (--noise, by its hash" in message

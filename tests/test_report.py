@@ -386,7 +386,7 @@ def test_layers_without_a_weight_are_marked_and_white(tmp_path):
         write_run(tmp_path / "a", [ROUND_0, ROUND_0], row={"kept_per_layer": empty}),
         write_run(tmp_path / "b", [ROUND_0, ROUND_0], row={"kept_per_layer": half}, seed=1),
     ).values()
-    cells = dict(zip(report.MERGED, report.merged_cells(method, method.tickets()[0], "")))
+    cells = dict(zip(report.MERGED, report.merged_cells(method, method.tickets()[0], ""), strict=True))
     assert cells["layers without a weight"] == "convs.1.weight"
     shares = method.layer_shares()
     n = WEIGHTS["convs.0.weight"]  # 1 * 16 * 21 * 11

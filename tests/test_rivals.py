@@ -21,7 +21,7 @@ RECIPE = recipes.RECIPES["rnnt", "demo"]
 def small_models(monkeypatch):
     monkeypatch.setitem(models.CnnLstm.SIZES, "demo", dict(models.CnnLstm.SIZES["demo"]))
     soak.shrink_models()
-    monkeypatch.setattr(train.report, "draw", lambda path, *_: path.write_bytes(b""))
+    monkeypatch.setattr(train.report.pictures, "draw", lambda path, *_: path.write_bytes(b""))
 
 
 @pytest.fixture(scope="module")

@@ -156,7 +156,7 @@ def test_no_seed_s_interval_is_narrower_than_its_utterances_alone():
 
 
 def test_rows_bear_rule_power_and_speakers(monkeypatch):
-    """Four utterances of two speakers, a second test in noise: round 0 numbers speakers, later rounds are judged."""
+    """Four utterances of two speakers, a second test in noise: round 0 numbers the speakers, later ones are judged."""
     texts, names = ["one two"] * 4, ["ann", "bob", "ann", "bob"]
     utterances = [data.Utterance(Path("a"), text, name) for text, name in zip(texts, names)]
     args = SimpleNamespace(margin=0.01, recipe=SimpleNamespace(batch_size=1), device="cpu")
