@@ -63,7 +63,7 @@ def test_a_forger_who_changes_nothing_is_believed(forged):
 @pytest.mark.parametrize("kind", [kind for kind in lies.RUNS if kind != "no_end"])
 def test_every_kind_of_lie_is_found(kind, seed, finished, tmp_path, monkeypatch):
     subprocess.run(["cp", "-r", finished, tmp_path / "run"], check=True)
-    monkeypatch.setattr(verify, "verdict", told)
+    monkeypatch.setattr(verify, "verdict_of", told)
     lies.RUNS[kind](lies.Forged(tmp_path / "run", random.Random(seed)))
     found = words(tmp_path / "run")
     assert "FAILED" in found or (kind == "no_valid_wers_and_a_valid_wer_of_its_own" and "not here" in found)
@@ -73,9 +73,9 @@ VERDICTS = {}
 
 
 def told(errors, dense, counts, margin):
-    """verdicts.verdict, once for the same errors: it is the slow part."""
+    """verdicts.verdict_of, once for the same errors: it is the slow part."""
     key = str((errors, dense, counts, margin))
-    VERDICTS[key] = VERDICTS.get(key) or verdicts.verdict(errors, dense, counts, margin)
+    VERDICTS[key] = VERDICTS.get(key) or verdicts.verdict_of(errors, dense, counts, margin)
     return VERDICTS[key]
 
 
