@@ -365,9 +365,11 @@ class Liars:
         torch.set_num_threads(1)
         shrink_models()
         self.runs = {}
-        exact = functools.lru_cache(1000)(verdicts.verdict)
+        exact = functools.lru_cache(1000)(verdicts.verdict_of)
         # The slow part, once for the same errors. Children begin with what is known here.
-        verify.verdict = lambda errors, dense, words, margin: exact(tuple(errors), tuple(dense), tuple(words), margin)
+        verify.verdict_of = lambda errors, dense, words, margin: exact(
+            tuple(errors), tuple(dense), tuple(words), margin
+        )
         search = ["--data", str(self.corpus), "--backbone", "cnn-lstm", "--epochs", "2", "--sparsity", "0.36"]
         with contextlib.redirect_stdout(io.StringIO()):
             assert train.main([*search, "--out", str(folder / "search")]) == 0
