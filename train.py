@@ -182,13 +182,7 @@ def train_round(
             said = time.monotonic()
             print(f"  {label}, {line}", flush=True)
         if board:
-            scalars = {
-                "loss": at.losses[-1],
-                "valid WER": at.valid_wers[-1],
-                "learning rate": schedule.get_last_lr()[0],
-            }
-            for name, value in scalars.items():
-                board.add_scalar(f"{name}/{label}", value, number + 1)
+            note(board, label, number + 1, at, schedule)
         at.epoch, at.batch, at.loss, at.seconds = number + 1, 0, 0.0, time.monotonic() - started
         if checkpointer:
             checkpointer.after_step(ticket, optimizer, schedule, at)  # a signal during the evaluation
@@ -196,6 +190,13 @@ def train_round(
     if checkpointer:
         checkpointer.save(ticket, optimizer, schedule, at)
     return at
+
+
+def note(board, label: str, epoch: int, at: Progress, schedule) -> None:
+    """The epoch's scalars for TensorBoard."""
+    rate = schedule.get_last_lr()[0]
+    for name, value in (("loss", at.losses[-1]), ("valid WER", at.valid_wers[-1]), ("learning rate", rate)):
+        board.add_scalar(f"{name}/{label}", value, epoch)
 
 
 def trained_on(ticket: lottery.Ticket, corpus: Corpus, setting: Setting, ends: list[int], number: int) -> int:
