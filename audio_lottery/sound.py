@@ -4,6 +4,7 @@ Whatever is wrong with a file is a DataError that names the file, and the segmen
 """
 
 import contextlib
+import io
 import math
 import os
 import re
@@ -25,6 +26,7 @@ ROUNDING = 0.1  # seconds that a manifest's duration of a whole file may be shor
 MP3_PADDING = 2 * 1152  # samples, at most, that an MP3's header counts and no decoder returns
 NAMED = {".sd2", ".gsm", ".vox"}  # libsndfile knows these by their names alone
 PLAIN = {"PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"}  # codings of a WAV
+AHEAD = 2**15  # bytes of a FLAC file that its decoder may have read ahead, more than it does
 UNKNOWN = 2**62  # frames, by a header that does not say how many
 
 
@@ -229,12 +231,26 @@ def _check_length(
 def _left_behind(file: _Forward, at: int) -> float:
     """How many bytes that are no metadata follow the last sample that a header counts, beside those up to there.
 
-    0 before the last sample, and for MP3 and Ogg, whose decoders go by the bytes and not by the header.
+    0 before the last sample, and for Ogg, whose decoder goes by the bytes and not by the header.
     """
-    if at < file.frames or file.format in ("MP3", "OGG") or not isinstance(file.name, int):
+    if at < file.frames or file.format == "OGG" or not isinstance(file.name, int):
         return 0.0
     end, place = os.fstat(file.name).st_size, os.lseek(file.name, 0, os.SEEK_CUR)
+    if file.format == "FLAC" and end <= AHEAD:
+        return _flac_frames(os.pread(file.name, end, 0)) / at - 1
     return 0.0 if _is_metadata(file.name, place, end) else (end - place) / max(place, 1)
+
+
+def _flac_frames(content: bytes) -> int:
+    """Samples of a FLAC file by its frames: with a header that does not say how many."""
+    unsaid, total = bytearray(content), content.index(b"fLaC") + 21  # the low 36 bits from here on
+    unsaid[total] &= 0xF0
+    unsaid[total + 1 : total + 5] = bytes(4)
+    count = 0
+    with _Forward(io.BytesIO(unsaid)) as file:
+        while read := len(file.read(2**16, "float32", always_2d=True)):
+            count += read
+    return count
 
 
 def to_sample_rate(blocks: Iterator[Tensor], sample_rate: int) -> Iterator[Tensor]:

@@ -27,6 +27,7 @@ class Recording(NamedTuple):
     what: str
     path: Path
     seconds: float  # that were written
+    rate: int
     lie: str = ""  # "size": in the header; "cut": the file was; "": none
 
 
@@ -51,7 +52,7 @@ def write(folder: Path, format: str, subtype: str, rate: int, channels: int, rng
         rate_there = soundfile.info(path).samplerate  # some formats have rates of their own
     except (soundfile.SoundFileError, ValueError, TypeError, AssertionError):
         return None
-    return Recording(f"{format} {subtype}, {rate} Hz, {channels} channels", path, frames / rate_there)
+    return Recording(f"{format} {subtype}, {rate} Hz, {channels} channels", path, frames / rate_there, rate_there)
 
 
 def sizes_in(content: bytes, frames: int) -> list[tuple[int, str]]:
@@ -66,11 +67,18 @@ def sizes_in(content: bytes, frames: int) -> list[tuple[int, str]]:
     return found
 
 
+def rate_of(path: Path) -> int | None:
+    try:
+        return soundfile.info(path).samplerate
+    except soundfile.SoundFileError:
+        return None
+
+
 def lies(recording: Recording, rng: random.Random, most: int) -> Iterator[Recording]:
     """The recording with one number of its header changed, its end cut off, or nothing in it."""
     content = recording.path.read_bytes()
     if recording.path.suffix != ".sd2":
-        frames = soundfile.info(recording.path).frames
+        frames, rate = soundfile.info(recording.path).frames, rate_of(recording.path)
         sizes = [(at, code, new) for at, code in sizes_in(content, frames) for new in (0, 1, 2, 3, 4)]
         for at, code, new in rng.sample(sizes, min(most, len(sizes))):
             (value,) = struct.unpack_from(code, content, at)
@@ -79,6 +87,8 @@ def lies(recording: Recording, rng: random.Random, most: int) -> Iterator[Record
             struct.pack_into(code, lie, at, value)
             if lie != content:
                 recording.path.write_bytes(lie)
+                if rate_of(recording.path) not in (None, rate):
+                    continue  # it was another number that is as large
                 yield recording._replace(what=f"{recording.what}: {value} at byte {at}", lie="size")
         if recording.what.startswith("NIST"):  # whose header is text
             count = str(frames).encode()
@@ -166,7 +176,9 @@ def decoded(recording) -> str:
         return "named" if recording.lie else f"silent: refused as written ({error})"
     except BaseException as error:
         return f"exception: {type(error).__name__}: {error}"
-    close = abs(seconds - recording.seconds) <= max(0.1, 0.02 * recording.seconds)
+    more, spare = seconds - recording.seconds, max(0.1, 0.02 * recording.seconds)
+    padding = sound.MP3_PADDING / recording.rate if recording.path.suffix == ".mp3" else 0.0  # told in its header
+    close = -spare <= more <= spare + padding
     return "whole" if close else f"silent: {seconds:.2f} s of {recording.seconds:.2f} s"
 
 

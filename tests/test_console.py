@@ -37,7 +37,8 @@ def test_printable(text):
 
 
 def test_no_character_of_unicode_ends_a_line_or_starts_an_escape():
-    everything = "".join(map(chr, range(sys.maxunicode + 1)))
+    codes = [*range(0x3100), *range(0xD800, 0xE010), *range(0xE0000, 0xE0100), *range(0x3100, sys.maxunicode + 1, 61)]
+    everything = "".join(map(chr, codes))
     shown = printable(everything)
     assert len(shown.splitlines()) == 1 and shown.encode("utf-8").decode("utf-8") == shown
     assert not set(shown) & {chr(c) for c in [*range(32), *range(127, 160)]}

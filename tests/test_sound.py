@@ -176,6 +176,21 @@ def test_sizes_that_are_too_small_are_named(tmp_path):
         load_audio(patched(write(tmp_path / "b.wav", noise(9000), subtype="IMA_ADPCM"), data=0))
 
 
+def test_files_one_behind_the_other_and_a_flac_of_half_its_samples_are_named(tmp_path):
+    path = write(tmp_path / "a.mp3", noise(20_000))
+    path.write_bytes(path.read_bytes() * 2)  # cat a.mp3 a.mp3: libsndfile reads as much as the first header counts
+    with pytest.raises(DataError, match=r"a.mp3: its header counts 20000 samples, and 100% as many bytes follow them"):
+        load_audio(path)
+    for seconds in (0.4, 3):
+        content = bytearray(write(tmp_path / "a.flac", noise(round(16_000 * seconds))).read_bytes())
+        (total,) = struct.unpack_from(">I", content, 22)
+        struct.pack_into(">I", content, 22, total // 2)
+        (tmp_path / "b.flac").write_bytes(content)
+        with pytest.raises(DataError, match=rf"b.flac: its header counts {total // 2} samples, and .* follow them"):
+            load_audio(tmp_path / "b.flac")
+        assert len(load_audio(tmp_path / "a.flac")) == total
+
+
 def test_tags_chunks_and_padding_behind_the_samples_are_no_samples(tmp_path):
     path = write(tmp_path / "a.wav", noise(1000))
     content = path.read_bytes()
