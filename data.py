@@ -31,27 +31,11 @@ from tqdm import tqdm
 
 from audio_lottery import draws
 from audio_lottery.console import printable
-from audio_lottery.sound import SAMPLE_RATE, DataError, load_audio, memory_for, segment_name
+from audio_lottery.sound import SAMPLE_RATE, Broken, DataError, load_audio, memory_for, segment_name
 
 SPLITS = ("train", "valid", "test")
 BLANK = "<blank>"  # token 0, of CTC and of the transducer
 SPACE = "▁"  # sentencepiece's: what a BPE piece at the start of a word starts with
-
-
-class Broken(DataError):
-    """Several recordings are: the first of them by name, and how many there are."""
-
-    SHOWN = 10
-
-    def __init__(self, errors: list[DataError]):
-        super().__init__(errors)
-        self.errors = [one for error in errors for one in (error.errors if isinstance(error, Broken) else [error])]
-
-    def __str__(self) -> str:
-        shown, more = "; ".join(map(str, self.errors[: self.SHOWN])), len(self.errors) - self.SHOWN
-        if len(self.errors) == 1:
-            return shown
-        return f"{len(self.errors)} recordings are broken: {shown}" + (f"; and {more} more" if more > 0 else "")
 
 
 # ---------------------------------------------------------------------------- manifests

@@ -34,6 +34,22 @@ class DataError(ValueError):
     """Something is wrong with a file of the user's; the message names it."""
 
 
+class Broken(DataError):
+    """Several recordings are: the first of them by name, and how many there are."""
+
+    SHOWN = 10
+
+    def __init__(self, errors: list[DataError]):
+        super().__init__(errors)
+        self.errors = [one for error in errors for one in (error.errors if isinstance(error, Broken) else [error])]
+
+    def __str__(self) -> str:
+        shown, more = "; ".join(map(str, self.errors[: self.SHOWN])), len(self.errors) - self.SHOWN
+        if len(self.errors) == 1:
+            return shown
+        return f"{len(self.errors)} recordings are broken: {shown}" + (f"; and {more} more" if more > 0 else "")
+
+
 def load_audio(path: Path, offset: float | None = None, duration: float | None = None) -> Tensor:
     """(N,) float32 in [-1, 1], mono, 16 kHz. Any format soundfile reads: WAV, FLAC, Ogg, Opus, MP3, SPHERE.
 
