@@ -264,7 +264,7 @@ def _flac_frames(content: bytes) -> int:
     unsaid[total + 1 : total + 5] = bytes(4)
     count = 0
     with _Forward(io.BytesIO(unsaid)) as file:
-        while read := len(file.read(2**16, "float32", always_2d=True)):
+        while read := len(file.read(BLOCK // file.channels + 1, "float32", always_2d=True)):
             count += read
     return count
 

@@ -149,7 +149,8 @@ def apart(attempts) -> list[tuple[str, str]]:
     read_end, write_end = os.pipe()
     process = os.fork()
     if process == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders' own chatter
+        for output in (1, 2):  # decoders' own chatter
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
         with os.fdopen(write_end, "w", encoding="utf-8", errors="backslashreplace") as told:
             for word in attempts:
                 signal.alarm(60)
