@@ -64,6 +64,15 @@ class Source:
         return ledger.hash_json([masks, lottery.sha256(self.state(weights)), self.tokens])
 
 
+def round_of_file(masks: lottery.Masks, settings: dict) -> int:
+    """The round of a ticket file, by its counts: the nearest, as layers made new for other tokens are whole."""
+    pruning = lottery.Pruning(tuple(settings.get("block", (1, 1))))
+    units = [pruning.units(mask) for mask in masks.values()]
+    kept, total = sum(int(unit.sum()) for unit in units), sum(unit.numel() for unit in units)
+    counts = lottery.kept_counts(total, settings["sparsity"], settings["prune_rate"])
+    return min(range(1, len(counts)), key=lambda r: abs(counts[r] - kept), default=1)
+
+
 def read_source(path: Path) -> Source:
     """A run folder, with the tickets of all of its rounds, or a ticket file, with one. Raises LotteryError."""
     file = files.load_ticket(path / "ticket.safetensors" if path.is_dir() else path)
@@ -77,13 +86,8 @@ def read_source(path: Path) -> Source:
             raise lottery.LotteryError(f"{path}: {error}") from None
         ledger.check_settings(settings, f"{path}: its info")
         if not path.is_dir():
-            pruning = lottery.Pruning(tuple(settings.get("block", (1, 1))))
-            units = [pruning.units(mask) for mask in file.masks.values()]
-            total, kept = sum(unit.numel() for unit in units), sum(int(unit.sum()) for unit in units)
-            counts = lottery.kept_counts(total, settings["sparsity"], settings["prune_rate"])
-            # The nearest, as layers made new for other tokens are whole.
-            number = min(range(1, len(counts)), key=lambda r: abs(counts[r] - kept), default=1)
-            masks = {number: file.masks} if kept < total else {}
+            whole = all(mask.all() for mask in file.masks.values())
+            masks = {} if whole else {round_of_file(file.masks, settings): file.masks}
             return Source(path, settings, tokens, masks, file.rewind, file.trained, {})
         (config, rows), masks = ledger.read_run(path), {}
         if "rounds" in config or "control" in config:

@@ -199,7 +199,7 @@ class Checkpoint:
         ticket.round, ticket.steps, ticket.threshold = about["round"], about["steps"], about["threshold"]
         ticket.masks = {n: files.unpack_bits(packed[n], list(w.shape)).to(device) for n, w in ticket.weights.items()}
         ticket.start_sha256 = about["start"]
-        own = ticket.model.state_dict()
+        own = lottery.state_of(ticket.model)
         if self.has_rewind_state:
             shapes = {name: value.shape for name, value in self.rewind_state.items()}
             if shapes != {name: value.shape for name, value in own.items()}:
@@ -212,8 +212,9 @@ class Checkpoint:
         """Put optimizer, schedule and generators where they were; the model is there already. epochs: of a round."""
         with self.fitting():
             at = self._restore(model, optimizer, schedule, device)
-            done = len(at.losses) == len(at.valid_wers) == at.epoch <= epochs
-            if not done or at.best.keys() != (model.state_dict().keys() if at.epoch else {}.keys()):
+            counted = max(0, at.epoch - at.before)  # epochs that may be the best
+            done = len(at.losses) == len(at.valid_wers) == counted and at.epoch <= epochs
+            if not done or at.best.keys() != (lottery.state_of(model).keys() if counted else {}.keys()):
                 raise ValueError(f"epoch {at.epoch} of {epochs}, with the valid WER of {len(at.valid_wers)}")
             return at
 

@@ -45,7 +45,8 @@ def test_from_speech_to_a_ticket(backbone, corpus, tmp_path, capsys):
         "ticket.safetensors", "report.md", "report.png",
     }  # fmt: skip
     assert [check.word for check in verify.verify(tmp_path / "run", networks)] == ["ok"] * 10
-    rows = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    *rows, end = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    assert "end" in end
     total = rows[0]["total"]
     assert [row["kept"] for row in rows] == [total, round(0.8 * total), round(0.64 * total), round(0.6 * total)]
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
@@ -90,7 +91,7 @@ def test_two_runs_of_one_seed_give_one_ledger(corpus, tmp_path):
     ledgers = []
     for name, flags in (("a", []), ("b", []), ("cached", ["--cache", str(tmp_path / "cache"), "--workers", "2"])):
         assert run(corpus, tmp_path / name, "--backbone", "rnnt", "--rewind-step", "3", *flags) == 0
-        rows = [json.loads(line) for line in (tmp_path / name / "ledger.jsonl").read_text().splitlines()]
+        *rows, _ = [json.loads(line) for line in (tmp_path / name / "ledger.jsonl").read_text().splitlines()]
         ledgers.append([json.dumps({k: v for k, v in row.items() if k not in ledger.TIMING}) for row in rows])
     assert ledgers[0] == ledgers[1] == ledgers[2]
     tickets = [(tmp_path / name / "ticket.safetensors").read_bytes() for name in ("a", "b", "cached")]

@@ -21,7 +21,6 @@ import lottery
 import models
 import train
 from audio_lottery import files, ledger, verify
-from lab import networks
 from runner import processes
 from runner.folder import Progress
 
@@ -74,7 +73,7 @@ def test_two_processes_come_to_the_masks_of_one_with_the_doubled_batch(backbone,
     rows, expected = (ledger.read_ledger(tmp_path / name / "ledger.jsonl") for name in ("two", "one"))
     assert [row["mask_sha256"] for row in rows] == [row["mask_sha256"] for row in expected]
     assert len({row["mask_sha256"] for row in rows}) == 3
-    assert verify.failures(tmp_path / "two", networks) == []
+    assert verify.failures(tmp_path / "two") == []  # its networks are smaller than those of this process
     trained, other = (files.load_ticket(tmp_path / name / "ticket.safetensors").trained for name in ("two", "one"))
     for name, value in trained.items():
         # Batch norm takes the biases before it out again: their gradient is rounding, and so is what Adam makes of it.
