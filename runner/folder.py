@@ -182,8 +182,10 @@ class Checkpoint:
         """What does not fit in here is a checkpoint of another network: hashes can be right, and the rest a lie."""
         try:
             yield
-        except lottery.LotteryError:
-            raise
+        except lottery.LotteryError as error:
+            if str(self.out) in str(error):
+                raise
+            raise lottery.LotteryError(f"--out {self.out}: the checkpoint does not fit this run ({error})") from None
         except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise lottery.LotteryError(f"--out {self.out}: the checkpoint does not fit this run ({why})") from None

@@ -13,6 +13,7 @@ import pytest
 import soak
 import torch
 
+import data
 import lottery
 import train
 from audio_lottery import files, ledger, verdicts, verify
@@ -184,7 +185,7 @@ def verified(run):
 
 def test_verify_and_retrain(copy_of_run):
     done = verified(copy_of_run)
-    assert done.returncode == 0 and done.stdout.count("ok ") == 8, done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.count("ok ") == 10, done.stdout + done.stderr
     again = [sys.executable, "train.py", "--retrain", str(copy_of_run)]
     for number in ("0", "2"):
         done = subprocess.run([*again, number], capture_output=True, text=True, cwd=ROOT)
@@ -206,7 +207,7 @@ def test_training_again_keeps_features_where_this_command_says(copy_of_run, tmp_
     assert (tmp_path / "ours").is_dir() and not (tmp_path / "theirs").exists()
     config["machine"]["data"] = "--download"
     (copy_of_run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(lottery.LotteryError, match="--download: no such folder"):
+    with pytest.raises(data.DataError, match="--download: no such folder"):
         retrain.prepare(retrain.read(copy_of_run, 1))
 
 
@@ -231,7 +232,7 @@ def rewrite(run, number, **changes):
 def forge(run, number, **changes):
     """Change a row and compute every hash behind it anew, as somebody would who wants to be believed."""
     rows = ledger.read_ledger(run / "ledger.jsonl")
-    rows[number] |= changes
+    rows[number] = {key: value for key, value in (rows[number] | changes).items() if value is not None}
     for row, before in zip(rows[1:], rows):
         row["previous"] = ledger.row_hash(before)
     for row in rows:
@@ -248,14 +249,14 @@ def forge(run, number, **changes):
         (1, {"remaining_all": 0.1}, "round 1: remaining_all is not "),
         (2, {"remaining_all": 0.1}, "remaining_all is not "),
         (1, {"best_epoch": 99}, "round 1: the best valid WER and its epoch are "),
-        (2, {"valid_wer": -0.5}, "round 2: the best valid WER and its epoch are "),
+        (2, {"valid_wer": -0.5}, "line 3, valid_wer: must be a number from 0 to 1e+06, got -0.5"),
         (2, {"losses": [1.0] * 99}, "round 2: not as many epochs as configured"),
         (1, {"seed": 5}, "round 1: seed is not the configuration's"),
         (0, {"data_sha256": "0" * 64}, "round 0: data_sha256 is not the configuration's"),
         (2, {"config_sha256": "0" * 64}, "round 2: config_sha256 is not the configuration's"),
         (2, {"start_sha256": "0" * 64}, "round 2: does not start at theta_k * mask"),
         (2, {"info_sha256": "0" * 64}, "its info (tokens, sizes, features) is not the last round's"),
-        (0, {"total": float("inf")}, "a value is missing or of the wrong kind"),
+        (0, {"total": float("inf")}, "line 1: not a row of a ledger that can be read (the number Infinity)"),
     ],
 )
 def test_verify_finds_forged_rows(number, changes, message, copy_of_run):
@@ -269,8 +270,15 @@ def test_retraining_finds_a_consistent_forgery(copy_of_run):
     rows = ledger.read_ledger(copy_of_run / "ledger.jsonl")
     errors = [0] * len(rows[2]["test_errors"])
     found = verdicts.verdict(errors, rows[0]["test_errors"], rows[2]["test_words"])
-    changes = {"test_errors": errors, "test_wer": 0.0, "verdict": found.word, "interval": [found.low, found.high]}
+    changes = {
+        "test_errors": errors,
+        "test_wer": 0.0,
+        "test_cer": 0.0,
+        "verdict": found.word,
+        "interval": [found.low, found.high],
+    }
     forge(copy_of_run, 2, **changes)
+    (copy_of_run / "test.jsonl").unlink()  # whose texts would tell
     assert not verify.failures(copy_of_run, networks)
     again = [sys.executable, "train.py", "--retrain", str(copy_of_run), "2"]
     done = subprocess.run(again, capture_output=True, text=True, cwd=ROOT)
@@ -281,8 +289,8 @@ def test_a_broken_ledger_is_refused_at_the_start(copy_of_run, corpus, capsys):
     path = copy_of_run / "ledger.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     for content, message in (
-        (b"{}\n", "a value is missing or of the wrong kind"),
-        (b"".join([*lines, lines[-1]]), "line 4 is round 2"),
+        (b"{}\n", "line 1: a value is missing: round, remaining"),
+        (b"".join([*lines, lines[-1]]), "line 5: stands behind the end"),
         (b"".join(lines[1:]), "line 1 is round 1"),
         (lines[0], "no checkpoint to go on from"),
     ):
@@ -363,7 +371,7 @@ def test_the_same_corpus_elsewhere_is_the_same_run(copy_of_run, corpus, tmp_path
 def test_verify_finds_tampering(copy_of_run):
     assert verified(copy_of_run.parent / "nowhere").returncode == 2
     tampered = (
-        (lambda: rewrite(copy_of_run, 1, test_wer=0.01), "FAILED  the ledger is one chain"),
+        (lambda: rewrite(copy_of_run, 1, test_wer=0.01), "FAILED    the ledger is one chain"),
         (lambda: rewrite(copy_of_run, 2, seconds=-1.0), "round 2 does not have the hash it states"),
         (lambda: rewrite(copy_of_run, 1, round=7), "line 2 is round 7"),
         (lambda: (copy_of_run / "masks" / "01.safetensors").unlink(), "01.safetensors: cannot read the masks"),
@@ -513,7 +521,7 @@ def test_buffers_that_a_state_dict_leaves_out_survive_a_checkpoint(tmp_path):
     ticket.model.steps += 5
     optimizer = torch.optim.AdamW(ticket.model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    at = folder.Progress(best=lottery.copy_state(ticket.model))
+    at = folder.Progress(epoch=1, losses=[1.0], valid_wers=[1.0], best=lottery.copy_state(ticket.model))
     folder.Checkpointer(tmp_path, "a run", None, folder.Signals(), None).save(ticket, optimizer, schedule, at)
     again = lottery.Ticket(network())
     checkpoint = folder.Checkpoint(tmp_path, "a run")
