@@ -195,6 +195,8 @@ def _called(program: str, main: Callable[..., int], argv: list[str] | None) -> i
             stdout.flush()
             if stop.code or not stdout.error:
                 raise
+            if stdout.gives_up and not isinstance(stdout.error, BrokenPipeError):
+                return 2  # it is said already
             raise stdout.error from None
         return code
     except BrokenPipeError as error:
