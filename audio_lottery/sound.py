@@ -27,6 +27,7 @@ MP3_PADDING = 2 * 1152  # samples, at most, that an MP3's header counts and no d
 NAMED = {".sd2", ".gsm", ".vox"}  # libsndfile knows these by their names alone
 PLAIN = {"PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"}  # codings of a WAV
 AHEAD = 2**15  # bytes of a FLAC file that its decoder may have read ahead, more than it does
+PACKED = re.compile("FLAC|OGG|MP3|.* (ALAC|DWVW|MPEG)")  # codings that may take less than a bit a sample
 UNKNOWN = 2**62  # frames, by a header that does not say how many
 
 
@@ -229,6 +230,10 @@ def _check_length(
     cut = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.M)  # libsndfile's log, of a WAV
     if cut and int(cut[2]) < int(cut[1]) < 0x7FFF0000:  # larger sizes stand for "unknown" in WAVs written to a pipe
         raise DataError(f"{name}: truncated audio: {cut[2]} bytes of data where its header says {cut[1]}")
+    if isinstance(file.name, int) and not PACKED.match(f"{file.format} {file.subtype}"):
+        size = os.fstat(file.name).st_size
+        if stat.S_ISREG(os.fstat(file.name).st_mode) and (begin + done) * file.channels > 8 * size:
+            raise DataError(f"{name}: its header counts {file.frames} samples, more than its {size} bytes can hold")
     if (behind := _left_behind(file, begin + done)) > max(0.1 * file.samplerate / (begin + done), 0.02):
         raise DataError(f"{name}: its header counts {file.frames} samples, and {behind:.0%} as many bytes follow them")
     seconds, wanted = done / file.samplerate, math.inf if duration is None else duration

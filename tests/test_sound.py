@@ -191,6 +191,14 @@ def test_files_one_behind_the_other_and_a_flac_of_half_its_samples_are_named(tmp
         assert len(load_audio(tmp_path / "a.flac")) == total
 
 
+def test_more_samples_than_a_file_can_hold_are_named(tmp_path):
+    content = bytearray(write(tmp_path / "a.sds", noise(9000)).read_bytes())
+    content[10:14] = bytes([127] * 4)  # of which libsndfile gives 131 s, nearly all of them zeros
+    (tmp_path / "a.sds").write_bytes(content)
+    with pytest.raises(DataError, match=r"a.sds: its header counts 2097151 samples, more than its \d+ bytes can hold"):
+        load_audio(tmp_path / "a.sds")
+
+
 def test_tags_chunks_and_padding_behind_the_samples_are_no_samples(tmp_path):
     path = write(tmp_path / "a.wav", noise(1000))
     content = path.read_bytes()
