@@ -131,8 +131,12 @@ def test_batches_by_seconds_by_hand():
     assert sorted(spans([30, 30, 500], 0.6, 2)) == [[[30], [30]], [[500], []]]
 
 
-def in_processes(count, folder, work) -> list:
-    """work() in each of `count` forked processes that talk over gloo; what each returns, in order."""
+def in_processes(count, folder) -> None:
+    """gradients() in each of `count` forked processes that talk over gloo; what each finds, to folder/RANK.pt.
+
+    Called in an interpreter of its own: where autograd has started a thread (torch.library.opcheck does), no forked
+    process can go backward.
+    """
     import torch._dynamo  # DistributedDataParallel does; slow, so once here rather than in each
 
     children = []
@@ -144,14 +148,13 @@ def in_processes(count, folder, work) -> list:
                 torch.set_num_threads(1)
                 where = f"file://{folder / 'meet'}"
                 torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=count)
-                torch.save(work(), folder / f"{rank}.pt")
+                torch.save(gradients(), folder / f"{rank}.pt")
                 code = 0
             except BaseException:
                 traceback.print_exc()
             finally:
                 os._exit(code)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * count
-    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+    sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 
 
 def gradients_of_chunks(model, examples, recipe, chunks) -> list[dict]:
@@ -166,13 +169,13 @@ def gradients_of_chunks(model, examples, recipe, chunks) -> list[dict]:
         epoch.chunks, epoch.masks = [chunk], [[[] for _ in chunk]]
         loss = train.add_gradients(setting, epoch, range(1), epoch.batches(), Progress())
         about = {"loss": torch.tensor(processes.total(loss), dtype=torch.float32)}
-        buffers = {name: value.clone() for name, value in model.named_buffers()}
+        buffers = {f"buffer {name}": value.clone() for name, value in model.named_buffers()}
         found.append(about | {name: p.grad.clone() for name, p in model.named_parameters()} | buffers)
     return found
 
 
-def test_a_process_without_a_share_changes_no_gradient_and_no_statistics(tmp_path):
-    """Three processes with batches of 1, 2 and 4 utterances: the gradients of one process."""
+def gradients() -> list[dict]:
+    """What this process finds for batches of 1, 2 and 4 utterances, of two networks with batch norm."""
     torch.manual_seed(0)
     sizes = {
         "cnn-lstm": dict(
@@ -185,17 +188,22 @@ def test_a_process_without_a_share_changes_no_gradient_and_no_statistics(tmp_pat
     lengths = (40, 90, 60, 30)
     examples = [data.Example(3 * i + torch.randn(n, 80) * (i + 1), "", [1, 2, 3]) for i, n in enumerate(lengths)]
     recipe, chunks = SimpleNamespace(amp=False), [[0], [1, 0], [0, 1, 2, 3]]
+    return [
+        step for model in networks.values()
+        for step in gradients_of_chunks(copy.deepcopy(model), examples, recipe, chunks)
+    ]  # fmt: skip
 
-    def work() -> list[dict]:
-        return [
-            step for model in networks.values()
-            for step in gradients_of_chunks(copy.deepcopy(model), examples, recipe, chunks)
-        ]  # fmt: skip
 
-    expected, parameters = work(), {name for model in networks.values() for name, _ in model.named_parameters()}
-    for share in in_processes(3, tmp_path, work):
+def test_a_process_without_a_share_changes_no_gradient_and_no_statistics(tmp_path):
+    """Three processes with batches of 1, 2 and 4 utterances: the gradients of one process."""
+    expected = gradients()
+    paths = f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]"
+    work = f"import pathlib, test_parallel; test_parallel.in_processes(3, pathlib.Path({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", f"import sys; {paths}; {work}"], check=True)
+    for share in (torch.load(tmp_path / f"{rank}.pt") for rank in range(3)):
         for got, want in zip(share, expected, strict=True):
-            size = max(float(v.abs().max()) for name, v in want.items() if name in parameters)
+            others = ("loss", "buffer")
+            size = max(float(v.abs().max()) for name, v in want.items() if not name.startswith(others))
             assert size > 0.1
             for name, value in want.items():
                 torch.testing.assert_close(got[name], value, atol=1e-5 * size, rtol=1e-5, msg=name)
