@@ -333,11 +333,12 @@ class Fresh:
     utterance: Utterance
     kind: str
     shape: tuple[int, int]  # (T, F)
-    waveform: Tensor | None = None  # (N,), if it is kept in memory
+    waveform: Tensor | None = None  # (N,) at that speed, if it is kept in memory
     mix: Callable[[Tensor], Tensor] | None = None  # what becomes of the waveform before
+    speed: float = 1.0
 
     def read(self) -> Tensor:
-        return features_of(self.utterance, self.kind, self.mix, self.waveform)[0]
+        return features_of(self.utterance, self.kind, self.mix, self.waveform, self.speed)[0]
 
 
 @dataclass
@@ -346,6 +347,7 @@ class Example:
     text: str
     targets: list[int]  # token ids; characters without a token left out
     seconds: float = 0.0
+    at_speeds: tuple["Example", ...] = ()  # the utterance at each speed that an epoch draws from; (): at its own alone
 
     @property
     def features(self) -> Tensor:
@@ -357,14 +359,15 @@ class Example:
 
 
 def features_of(
-    utterance: Utterance, kind: str, mix: Callable[[Tensor], Tensor] | None = None, waveform: Tensor | None = None
-) -> tuple[Tensor, float]:
+    utterance: Utterance, kind: str, mix: Callable[[Tensor], Tensor] | None = None, waveform: Tensor | None = None,
+    speed: float = 1.0,
+) -> tuple[Tensor, float]:  # fmt: skip
     """Decode and compute: normalised features (T, F) and seconds. Raises DataError naming the file.
 
-    mix: what becomes of the waveform (N,) before, e.g. noise added. waveform: where it is decoded already.
+    mix: what becomes of the waveform (N,) before, e.g. noise added. waveform: where it is there at that speed already.
     """
     if waveform is None:
-        waveform = waveform_of(utterance)
+        waveform = waveform_of(utterance, speed)
     with told_of(utterance), memory_for(utterance.audio):
         features = normalize(FEATURES[kind](mix(waveform) if mix else waveform), kind in ONE_MEAN)
         if not features.isfinite().all():
@@ -373,10 +376,15 @@ def features_of(
     return features, len(waveform) / SAMPLE_RATE
 
 
-def waveform_of(utterance: Utterance) -> Tensor:
-    """(N,) at 16 kHz. Raises DataError as load_audio does, naming the line that names the recording as well."""
+def waveform_of(utterance: Utterance, speed: float = 1.0) -> Tensor:
+    """(N,) at 16 kHz; `speed` times as fast and as high (by resampling: Ko et al. 2015).
+
+    Raises DataError as load_audio does, naming the line that names the recording as well.
+    """
     with told_of(utterance):
-        return load_audio(utterance.audio, utterance.offset, utterance.duration)
+        waveform = load_audio(utterance.audio, utterance.offset, utterance.duration)
+        with memory_for(utterance.audio):
+            return waveform if speed == 1 else torchaudio.functional.speed(waveform, SAMPLE_RATE, speed)[0]
 
 
 @contextlib.contextmanager
@@ -509,6 +517,7 @@ class Epoch(torch.utils.data.Dataset):
     batch_size: utterances a process; with batch_seconds, instead, seconds a process at most, padding counted; an
     utterance that is longer has its process for itself.
     mix(waveform, seed=, epoch=, index=), index into examples: what becomes of each waveform (N,) before its features.
+    An example with at_speeds stands in the epoch as one of them, drawn for itself.
     """
 
     def __init__(
@@ -516,7 +525,8 @@ class Epoch(torch.utils.data.Dataset):
         batch_seconds: float | None = None, process: int = 0, processes: int = 1,
         mix: Callable[..., Tensor] | None = None,
     ):  # fmt: skip
-        self.examples, self.process, self.processes = examples, process, processes
+        self.examples, self.process, self.processes = at_one_speed(examples, seed, epoch), process, processes
+        examples = self.examples
         self.mix = mix and functools.partial(mix, seed=seed, epoch=epoch)
         rng = draws.generator(seed, epoch, draws.ORDER)
         # Jittered by up to 10 % before sorting: similar lengths meet, the same utterances do not always.
@@ -563,6 +573,12 @@ class Epoch(torch.utils.data.Dataset):
         """From batch `first` on, prepared ahead by worker processes if there are any."""
         left = torch.utils.data.Subset(self, range(first, len(self)))
         yield from in_parallel(left, workers=workers, first_error=True)
+
+
+def at_one_speed(examples: list[Example], seed: int, epoch: int) -> list[Example]:
+    """The examples as they stand in an epoch: of those with at_speeds, the one that is drawn."""
+    rng = draws.generator(seed, epoch, draws.SPEED)
+    return [e.at_speeds[rng.integers(len(e.at_speeds))] if e.at_speeds else e for e in examples]
 
 
 def _chunks_of_frames(order: np.ndarray, lengths: np.ndarray, frames: float, processes: int) -> list[np.ndarray]:

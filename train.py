@@ -7,6 +7,7 @@ lottery.py has the algorithm, docs/runs.md the files of a run folder, runner/set
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -129,13 +130,20 @@ class Corpus:
                 broken.append(error)
         if broken:
             raise data.DataError(f"{data.Broken(broken)} (--skip-broken leaves those of train and valid out)")
+        speeds = self.setting.args.recipe.speeds
+        if speeds != (1.0,):
+            own = {1.0: found["train"]}  # the others, beside it
+            sets = [own.get(s) or self.examples("train", f"train, {s:g}", fresh=noisy, speed=s) for s in speeds]
+            for example, *at_speeds in zip(found["train"], *sets):
+                example.at_speeds = tuple(map(dataclasses.replace, at_speeds))  # copies, without at_speeds
         return found
 
     def trainable(self, train: list[data.Example]) -> list[data.Example]:
         """Those of the recipe's lengths that CTC can align, in order."""
         low, high = self.setting.args.recipe.seconds
         long_enough = [e for e in train if low <= e.seconds <= high]
-        frames = self.setting.model.output_lengths(torch.tensor([e.frames for e in long_enough])).tolist()
+        shortest = [min((one.frames for one in e.at_speeds), default=e.frames) for e in long_enough]
+        frames = self.setting.model.output_lengths(torch.tensor(shortest)).tolist()
         fits = [e for n, e in zip(frames, long_enough) if n >= max(2, data.frames_needed(e.targets))]  # 2: batch norm
         for gone, why in (
             (len(train) - len(long_enough), f"not between {low:g} and {high:g} s long"),

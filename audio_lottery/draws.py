@@ -2,7 +2,7 @@
 
 import numpy as np
 
-ORDER, DROPOUT, NOISE, TEST_NOISE, INITIAL_WEIGHTS, MASKS = range(6)
+ORDER, DROPOUT, NOISE, TEST_NOISE, INITIAL_WEIGHTS, MASKS, SPEED = range(7)
 
 
 def generator(seed: int, number: int, stream: int, *more: int) -> np.random.Generator:

@@ -1,4 +1,4 @@
-"""The paper's corpora as they are unpacked: LibriSpeech, TED-LIUM releases 1 to 3, Common Voice.
+"""The paper's corpora as they are unpacked: LibriSpeech, TED-LIUM releases 1 to 3, Common Voice. And AN4.
 
 Layouts, and what the sets are called (SET stands for a name that read() takes):
 
@@ -7,6 +7,7 @@ Layouts, and what the sets are called (SET stands for a name that read() takes):
     TEDLIUM_release-3/{data,legacy/dev,legacy/test}/{sph,stm}               train, dev, test
     cv-corpus-VERSION/LANGUAGE/SET.tsv and clips/*.mp3                      train, dev, test, validated, other ...
     cv_corpus_v1/cv-valid-SET.csv, audio in folders beside it               train, dev, test
+    an4/etc/an4_{train,test}.{fileids,transcription}, wav/FILEID.wav        train, valid, test
 
 torchaudio's dataset classes download; they do not read here. LIBRISPEECH.get_metadata opens a chapter's transcripts
 again for every utterance of it, TEDLIUM gives text and times only with the decoded audio, and COMMONVOICE takes the
@@ -15,6 +16,7 @@ quotation marks in sentences for CSV quotes, so that one utterance swallows the 
 
 import csv
 import functools
+import hashlib
 import os
 import re
 import shutil
@@ -23,10 +25,11 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 import torchaudio
 
 from audio_lottery.console import printable
-from data import MARK, DataError, Utterance, check_apart, foreign
+from data import MARK, DataError, Utterance, check_apart, foreign, in_parallel, waveform_of
 
 LIBRISPEECH_960 = ["train-clean-100", "train-clean-360", "train-other-500"]  # what "train-960" stands for
 TEDLIUM_RELEASES = {"TEDLIUM_release1": "release1", "TEDLIUM_release2": "release2", "TEDLIUM_release-3": "release3"}
@@ -41,10 +44,10 @@ def read(
 ) -> dict[str, list[Utterance]]:  # fmt: skip
     """{"train": [...], "valid": [...]} and one key a test set: its name, "test-" put before it unless it starts so.
 
-    corpus: "librispeech", "tedlium" or "commonvoice". Without sets: the corpus's own (DEFAULT_SETS). Several sets of
-    train or valid follow one another in the order given. Utterances stand in the order of file names and lines.
+    corpus: a key of CORPORA. Without sets: the corpus's own (DEFAULT_SETS). Several sets of train or valid follow one
+    another in the order given. Utterances stand in the order of file names and lines.
 
-    Texts are normalised by normalise_librispeech, _tedlium or _commonvoice. Where nothing is left of a text, a train
+    Texts are normalised by normalise_librispeech, of AN4 too, _tedlium or _commonvoice. Where nothing is left, a train
     utterance is left out; one of valid or test is kept, and every word recognised in it is an error. Both are counted
     aloud. A segment that TED-LIUM marks as not to be scored is no utterance.
 
@@ -95,6 +98,8 @@ def download(
         if root.name not in TEDLIUM_RELEASES:
             raise DataError(f"{root}: to download, let --data end in the release: {', '.join(TEDLIUM_RELEASES)}")
         fetch(root, Path(root.name), torchaudio.datasets.TEDLIUM, release=TEDLIUM_RELEASES[root.name])
+    elif corpus == "an4":
+        raise DataError("AN4 is fetched by git: git clone https://github.com/cmusphinx/an4")
     else:
         raise DataError("Common Voice cannot be downloaded by a program: get it at https://commonvoice.mozilla.org")
 
@@ -298,13 +303,95 @@ def as_kept(character: str) -> str:
     return "" if category == "Cf" else " "
 
 
+# ---------------------------------------------------------------------------- AN4
+
+AN4_VALID = 8  # speakers of the official train part, by SHA-1 of their names
+# data_sha256 of the AN4 behind results/an4 (cmusphinx/an4 at b567d132), with its test and without (--no-test).
+AN4_SHA256 = {
+    "2e746afe52e144caf8930339f8afa746286fade19484120bba6004ed378f1772": "train, valid and test",
+    "bb4591ad7783eca94f23db5043bf69cfc12658216f0fdabb7c219f90820e7608": "train and valid",
+}
+
+
+def an4_sets(root: Path) -> dict[str, tuple[Path, str]]:
+    return {name: (root, name) for name in ("train", "valid", "test")} if (root / "etc").is_dir() else {}
+
+
+def read_an4(where: tuple[Path, str]) -> list[Utterance]:
+    """A set of a clone of cmusphinx/an4, in the order of ids. valid: of the 8 speakers of the official train part whose
+    SHA-1 of "an4-valid/SPEAKER" is smallest; train: of the others."""
+    root, name = where
+    official = "test" if name == "test" else "train"
+    listed_in, texts_in = (root / "etc" / f"an4_{official}.{what}" for what in ("fileids", "transcription"))
+    texts, source, found = {}, str(texts_in), []
+    for number, line in numbered_lines(texts_in):
+        match = re.fullmatch(r"(?:<s>)?(.*?)(?:</s>)?\s*\(([^()\s]+)\)\s*", line)
+        if not match:
+            raise DataError(f"{source}, line {number}: not of the form 'TEXT (ID)': {line[:60]!r}")
+        if match[2] in texts:
+            raise DataError(f"{source}, line {number}: a second text for {match[2]}")
+        texts[match[2]] = normalise_librispeech(match[1]), number
+    for number, line in numbered_lines(listed_in):
+        audio = root / "wav" / f"{line.strip()}.wav"
+        if audio.stem not in texts:
+            raise DataError(f"{listed_in}, line {number}: no text for {audio.stem}, or it is listed twice")
+        if not audio.is_file():
+            raise DataError(f"{listed_in}, line {number}: no such audio file: {audio}")
+        text, line_of_text = texts.pop(audio.stem)
+        found.append(Utterance(audio, text, audio.parent.name, source=source, line=line_of_text))
+    if texts:
+        raise DataError(f"{source}: {min(texts)} is not in {listed_in}")
+    found.sort(key=lambda utterance: utterance.audio.stem)
+    if official == "test":
+        return found
+    speakers = {utterance.speaker for utterance in found}
+    if len(speakers) <= AN4_VALID:
+        raise DataError(f"{listed_in}: {len(speakers)} speakers, of whom {AN4_VALID} would be for valid")
+    valid = sorted(speakers, key=lambda name: hashlib.sha1(f"an4-valid/{name}".encode()).digest())[:AN4_VALID]
+    return [utterance for utterance in found if (utterance.speaker in valid) == (name == "valid")]
+
+
+class _Samples(torch.utils.data.Dataset):
+    """SHA-256 of each utterance's samples, or the DataError met."""
+
+    def __init__(self, utterances: list[Utterance]):
+        self.utterances = utterances
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def __getitem__(self, index: int) -> str | DataError:
+        try:
+            return hashlib.sha256(waveform_of(self.utterances[index]).numpy().tobytes()).hexdigest()
+        except DataError as error:
+            return error
+
+
+def hash_samples(utterances: list[Utterance], workers: int = 0) -> dict[Path, str]:
+    """SHA-256 of each recording's samples (float32 at 16 kHz), so that a WAV and a FLAC of one recording have one."""
+    hashes = in_parallel(_Samples(utterances), "decoding", workers)
+    return dict(zip([utterance.audio for utterance in utterances], hashes))
+
+
+BY_SAMPLES = ("an4",)  # corpora whose recordings are known by their samples, not by the bytes of their files
+
+
+def an4_said(data_sha256: str) -> str:
+    """Whether an AN4 is the one of our tables, in a line."""
+    if data_sha256 in AN4_SHA256:
+        return f"data: AN4, {AN4_SHA256[data_sha256]} as in results/an4, sample for sample"
+    return f"data: not the AN4 of results/an4: its ids, texts and samples have another hash ({data_sha256})"
+
+
 CORPORA: dict[str, tuple[Callable, Callable]] = {  # the sets there are, by name; the utterances of one
     "librispeech": (librispeech_sets, read_librispeech),
     "tedlium": (tedlium_sets, read_tedlium),
     "commonvoice": (commonvoice_sets, read_commonvoice),
+    "an4": (an4_sets, read_an4),
 }
 DEFAULT_SETS = {  # train, valid, test
     "librispeech": (["train-960"], ["dev-clean"], ["test-clean", "test-other"]),
     "tedlium": (["train"], ["dev"], ["test"]),
     "commonvoice": (["train"], ["dev"], ["test"]),
+    "an4": (["train"], ["valid"], ["test"]),
 }

@@ -35,6 +35,7 @@ def load_examples(
     utterances: list[Utterance], tokens: list[str], kind: str, progress: str = "",
     cache: "str | Cache" = "memory", workers: int = 0,
     fresh: bool = False, mixes: list[Callable[[Tensor], Tensor]] | None = None, clean: list[Example] | None = None,
+    speed: float = 1.0,
 ) -> list[Example]:  # fmt: skip
     """One Example an utterance, in order. Every recording is decoded, or was when the cache was filled.
 
@@ -43,22 +44,24 @@ def load_examples(
     fresh: every source is Fresh, as Epoch's mix asks for; "memory" keeps the waveforms.
     mixes: for each utterance, what becomes of its waveform first. A Cache does not keep such features.
     clean: the examples of these utterances without mixes, where they are there: their lengths are the same.
+    speed: of every waveform, before anything else becomes of it.
     """
     bins = FEATURES[kind](torch.zeros(1)).shape[1]
     if cache == "memory":
-        found = in_parallel(_Compute(utterances, kind, mixes, fresh), progress, workers)
+        found = in_parallel(_Compute(utterances, kind, speed, mixes, fresh), progress, workers)
         found = ((torch.from_numpy(array), seconds) for array, seconds in found)
         if fresh:
-            found = ((Fresh(u, kind, (1 + len(w) // 160, bins), w), s) for u, (w, s) in zip(utterances, found))
+            shapes = ((w, (1 + len(w) // 160, bins), s) for w, s in found)
+            found = ((Fresh(u, kind, shape, w, speed=speed), s) for u, (w, shape, s) in zip(utterances, shapes))
     elif cache == "none" or mixes:
         counted = [(example.frames, example.seconds) for example in clean or ()]
-        counted = counted or in_parallel(_Count(utterances, kind), progress, workers)
+        counted = counted or in_parallel(_Count(utterances, kind, speed), progress, workers)
         each = zip(utterances, mixes or [None] * len(utterances), counted)
-        found = ((Fresh(u, kind, (frames, bins), mix=mix), seconds) for u, mix, (frames, seconds) in each)
+        found = ((Fresh(u, kind, (frames, bins), None, mix, speed), s) for u, mix, (frames, s) in each)
     else:
-        found = cache.features(utterances, kind, progress, workers)
+        found = cache.features(utterances, kind, progress, workers, speed)
         if fresh:
-            found = ((Fresh(u, kind, stored.shape), seconds) for u, (stored, seconds) in zip(utterances, found))
+            found = ((Fresh(u, kind, stored.shape, speed=speed), s) for u, (stored, s) in zip(utterances, found))
     known = data.spelled_by(tokens)
     return [
         Example(source, u.text, data.encode("".join(c for c in u.text if c in known), tokens), seconds)
@@ -66,25 +69,25 @@ def load_examples(
     ]
 
 
-def length(utterance: Utterance, kind: str = "log-mel") -> tuple[int, float]:
+def length(utterance: Utterance, kind: str = "log-mel", speed: float = 1.0) -> tuple[int, float]:
     """Feature frames and seconds, by decoding it (a header may count two MP3 frames too many). What cannot be trained
     on is refused now, as where features are kept."""
-    features, seconds = features_of(utterance, kind)
+    features, seconds = features_of(utterance, kind, speed=speed)
     return len(features), seconds
 
 
 class _Count(torch.utils.data.Dataset):
     """The length of each utterance, or the DataError met (a worker must not raise it)."""
 
-    def __init__(self, utterances: list[Utterance], kind: str):
-        self.utterances, self.kind = utterances, kind
+    def __init__(self, utterances: list[Utterance], kind: str, speed: float):
+        self.utterances, self.kind, self.speed = utterances, kind, speed
 
     def __len__(self) -> int:
         return len(self.utterances)
 
     def __getitem__(self, index: int) -> tuple[int, float] | DataError:
         try:
-            return length(self.utterances[index], self.kind)
+            return length(self.utterances[index], self.kind, self.speed)
         except DataError as error:
             return error
 
@@ -95,8 +98,8 @@ class _Compute(torch.utils.data.Dataset):
     As arrays: a tensor from a worker keeps a file open for as long as it lives, and there are as many as utterances.
     """
 
-    def __init__(self, utterances: list[Utterance], kind: str, mixes: list | None = None, waveforms: bool = False):
-        self.utterances, self.kind, self.mixes, self.waveforms = utterances, kind, mixes, waveforms
+    def __init__(self, utterances: list[Utterance], kind: str, speed: float, mixes: list | None, waveforms: bool):
+        self.utterances, self.kind, self.speed, self.mixes, self.waveforms = utterances, kind, speed, mixes, waveforms
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -104,7 +107,7 @@ class _Compute(torch.utils.data.Dataset):
     def __getitem__(self, index: int):
         u = self.utterances[index]
         try:
-            waveform = data.waveform_of(u)
+            waveform = data.waveform_of(u, self.speed)
             features, seconds = features_of(u, self.kind, self.mixes and self.mixes[index], waveform)
         except DataError as error:
             return error
@@ -214,21 +217,23 @@ class Cache:
             return {path: (size, time, sha256) for path, (size, time, sha256) in rows}
         return {}
 
-    def shards(self, utterances: list[Utterance], kind: str) -> list[tuple[Path, list[Utterance]]]:
+    def shards(self, utterances: list[Utterance], kind: str, speed: float = 1.0) -> list[tuple[Path, list[Utterance]]]:
         hashes = self.hash_files([u.audio for u in utterances])
         code = [*map(inspect.getsource, (sound, data)), torchaudio.__version__, soundfile.__libsndfile_version__]
         found = []
         for start in range(0, len(utterances), self.SHARD):
             part = utterances[start : start + self.SHARD]
-            key = json.dumps([FORMAT, kind, code, [[hashes[u.audio], u.offset, u.duration] for u in part]])
+            key = json.dumps([FORMAT, kind, speed, code, [[hashes[u.audio], u.offset, u.duration] for u in part]])
             found.append((self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors", part))
         return found
 
-    def features(self, utterances: list[Utterance], kind: str, progress: str = "", workers: int = 0):
+    def features(
+        self, utterances: list[Utterance], kind: str, progress: str = "", workers: int = 0, speed: float = 1.0
+    ) -> Iterator[tuple[Stored, float]]:
         """(Stored, seconds) an utterance, in order. Computes what is not there yet."""
-        bins, shards = FEATURES[kind](torch.zeros(1)).shape[1], self.shards(utterances, kind)
+        bins, shards = FEATURES[kind](torch.zeros(1)).shape[1], self.shards(utterances, kind, speed)
         missing = {path: part for path, part in shards if not path.exists()}
-        for unwritten in in_parallel(_Shards(list(missing.items()), kind), progress, workers, "file"):
+        for unwritten in in_parallel(_Shards(list(missing.items()), kind, speed), progress, workers, "file"):
             if unwritten:
                 raise DataError(unwritten)
         for path, part in shards:
@@ -280,8 +285,8 @@ def read_shard(path: Path, utterances: int, bins: int) -> Iterator[tuple[Stored,
 class _Shards(torch.utils.data.Dataset):
     """Writing each missing file of a cache: an item is "", why it cannot be written, or all DataErrors met."""
 
-    def __init__(self, shards: list[tuple[Path, list[Utterance]]], kind: str):
-        self.shards, self.kind = shards, kind
+    def __init__(self, shards: list[tuple[Path, list[Utterance]]], kind: str, speed: float):
+        self.shards, self.kind, self.speed = shards, kind, speed
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -291,7 +296,7 @@ class _Shards(torch.utils.data.Dataset):
         found, errors = [], []
         for utterance in utterances:
             try:
-                found.append(features_of(utterance, self.kind))
+                found.append(features_of(utterance, self.kind, speed=self.speed))
             except DataError as error:
                 errors.append(error)
         if errors:

@@ -21,7 +21,7 @@ from lab import controls, corpora, decode, rivals
 from lab.compare import MARKS
 from runner import processes
 from runner.recipes import OF_SIZE, RECIPE_NAMES, RECIPES
-from runner.values import low_high, rows_by_columns, shares, snr_list, snr_range
+from runner.values import low_high, rows_by_columns, shares, snr_list, snr_range, speeds
 
 NO_FLAG = checked.text(r"(?!-)[^\0]*", rule="a text that does not begin with -, as flags do")
 HERE = Path(__file__).resolve().parent.parent  # the repository
@@ -137,6 +137,8 @@ TABLE = (
          help="what the learning rate is divided by after each epoch, in the paper's recipe of cnn-lstm and rnnt"),
     Flag("seconds", TRAIN, "recipe", low_high, rule="0 <= LO < HI <= 1e7", between=":", metavar="LO:HI",
          help="train only on utterances between LO and HI seconds long"),
+    Flag("speeds", TRAIN, "recipe", speeds, otherwise="1", between=",", metavar="A,B,...",
+         rule="0.5 to 2, rising", help="train on each utterance at one of these speeds, drawn anew in each epoch"),
     Flag("amp", TRAIN, "recipe", bool, otherwise="no",
          help="compute the forward pass in 16-bit floats (bfloat16), on CUDA only"),
     Flag("seed", TRAIN, "always", int, default=0, least=0, metavar="N",

@@ -33,10 +33,11 @@ class Recipe:
     eps: float = 1e-8  # of the optimizer
     tokens: str = "chars"  # if --tokens does not say
     stretch: float = 1  # how many times as long its schedule takes (lab/rivals.py)
+    speeds: tuple[float, ...] = (1.0,)  # one is drawn for each utterance and epoch (Ko et al. 2015)
 
     def told(self) -> dict:
         """The fields for a configuration; tokens have an entry of their own there, and a stretch is of a round."""
-        later = ("anneal", "warmup", "optimizer", "eps", "tokens", "stretch")
+        later = ("anneal", "warmup", "optimizer", "eps", "tokens", "stretch", "speeds")
         plain = {field.name: field.default for field in dataclasses.fields(self) if field.name in later}
         told = {key: v for key, v in dataclasses.asdict(self).items() if key not in plain or v != plain[key]}
         return {key: value for key, value in told.items() if key not in ("tokens", "stretch")}

@@ -109,7 +109,10 @@ def prepare(args: argparse.Namespace) -> Setting:
         what = {"control": args.control, "weights": args.ticket_weights, "backbone": args.backbone, "size": args.size}
         what |= {"exclude": args.keep_dense}
         controls.check_source(args.source, args.rounds, model, tokens, **what)
-    config = flags.configuration(args) | {"data_sha256": data.corpus_sha256(utterances, hashes_of(utterances, cache))}
+    hashes = hashes_of(utterances, cache, args)
+    config = flags.configuration(args) | {"data_sha256": data.corpus_sha256(utterances, hashes)}
+    if args.corpus == "an4":
+        print(corpora.an4_said(config["data_sha256"]))
     config |= {"ticket_sha256": args.source.identity(args.rounds, args.ticket_weights)} if args.source else {}
     config |= {"init_sha256": lottery.sha256(lottery.state_of(model))} if args.init else {}
     noise = Noise(args.noise, args.snr, args.test_snr or ()) if args.noise else None
@@ -171,8 +174,12 @@ def leave_out_broken(utterances: dict[str, list[data.Utterance]], workers: int) 
             print(printable(f"data: {what}: {data.Broken(errors)}"))
 
 
-def hashes_of(utterances: dict[str, list[data.Utterance]], cache: str | Cache) -> dict[Path, str]:
+def hashes_of(
+    utterances: dict[str, list[data.Utterance]], cache: str | Cache, args: argparse.Namespace
+) -> dict[Path, str]:
     """SHA-256 of every recording. Raises DataError if they are too many for --cache memory."""
+    if args.corpus in corpora.BY_SAMPLES:
+        return corpora.hash_samples([utterance for part in utterances.values() for utterance in part], args.workers)
     recordings = data.audio_files(utterances)
     if isinstance(cache, Cache):
         return processes.first_then_others(lambda: cache.hash_files(recordings))

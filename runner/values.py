@@ -54,6 +54,20 @@ def snr_list(text: str) -> tuple[float, ...]:
     return values
 
 
+def speeds(text: str) -> tuple[float, ...]:
+    """A,B,..., from slow to fast, each in [0.5, 2] and of two decimals at most, so that resampling is by small whole
+    numbers."""
+    try:
+        values = tuple(map(float, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be A,B,..., speeds, got {text!r}") from None
+    rising = all(a < b for a, b in itertools.pairwise(values)) and values == tuple(round(value, 2) for value in values)
+    if not rising or not 0.5 <= values[0] <= values[-1] <= 2:
+        rule = "from 0.5 to 2, each above the one before and of two decimals at most"
+        raise argparse.ArgumentTypeError(f"must be A,B,... {rule}, got {text!r}")
+    return values
+
+
 def shares(text: str) -> tuple[float, ...]:
     """A,B,..., shares of the weights, from dense to sparse."""
     try:
