@@ -137,7 +137,7 @@ TABLE = (
          help="what the learning rate is divided by after each epoch, in the paper's recipe of cnn-lstm and rnnt"),
     Flag("seconds", TRAIN, "recipe", low_high, rule="0 <= LO < HI <= 1e7", between=":", metavar="LO:HI",
          help="train only on utterances between LO and HI seconds long"),
-    Flag("speeds", TRAIN, "recipe", speeds, otherwise="1", between=",", metavar="A,B,...",
+    Flag("speeds", TRAIN, "recipe", speeds, otherwise="1", absent=(1.0,), between=",", metavar="A,B,...",
          rule="0.5 to 2, rising", help="train on each utterance at one of these speeds, drawn anew in each epoch"),
     Flag("amp", TRAIN, "recipe", bool, otherwise="no",
          help="compute the forward pass in 16-bit floats (bfloat16), on CUDA only"),

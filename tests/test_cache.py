@@ -74,6 +74,17 @@ def test_an_epoch_is_the_same_from_memory_from_files_and_from_nowhere(recordings
     assert expected[0] == (56, 0.55)
 
 
+def test_utterances_at_other_speeds_are_the_same_from_memory_from_files_and_from_nowhere(recordings, tmp_path):
+    kept = {"memory": "memory", "none": "none", "folder": cache.Cache(tmp_path / "cache")}
+    for speed, frames in ((0.9, 1 + 9778 // 160), (1.0, 56), (1.1, 1 + 8000 // 160)):
+        found = [examples_of(recordings, place, speed=speed) for place in kept.values()]
+        found += [examples_of(recordings, place, speed=speed, fresh=True) for place in kept.values()]
+        for examples in found:
+            assert examples[0].frames == len(examples[0].features) == frames
+            assert [e.seconds for e in examples] == [e.seconds for e in found[0]]
+            assert all(torch.equal(a.features, b.features) for a, b in zip(examples, found[0]))
+
+
 @pytest.mark.parametrize("kept", ["none", "folder"])
 def test_noise_in_the_test_takes_the_lengths_that_are_known(recordings, tmp_path, kept, monkeypatch):
     place = cache.Cache(tmp_path / "cache") if kept == "folder" else kept

@@ -1,5 +1,7 @@
 """The paper's corpora: small trees of each, layout-true, out of the demo's recordings, and every way they can break."""
 
+import dataclasses
+import hashlib
 import math
 import signal
 import tarfile
@@ -99,6 +101,28 @@ def commonvoice_tree(folder: Path, recordings: dict[str, list[data.Utterance]]) 
     return home
 
 
+def an4_tree(folder: Path, recordings: dict[str, list[data.Utterance]], ending: str = "wav") -> Path:
+    """Ten speakers in train, of whom the eight of valid; one in test."""
+    speakers = [f"m{letter}x{letter}" for letter in "abcdefghij"]
+    (folder / "etc").mkdir(parents=True)
+    clips = [*recordings["train"], *recordings["valid"]]
+    parts = {"train": [(speakers[i % 10], clips[i % len(clips)]) for i in range(20)]}
+    parts["test"] = [("fzzz", utterance) for utterance in recordings["test"]]
+    for part, rows in parts.items():
+        names, lines = [], []
+        for i, (speaker, utterance) in enumerate(rows):
+            key, text = f"an{100 + i}-{speaker}-b", utterance.text.upper()
+            names.append(f"an4_{part}/{speaker}/{key}")
+            lines.append(f"<s> {text} </s> ({key})" if part == "train" else f"{text} ({key})")
+            audio = folder / "wav" / f"{names[-1]}.{ending}"
+            audio.parent.mkdir(parents=True, exist_ok=True)
+            samples = (sound.load_audio(utterance.audio).numpy() * 2**15).round().clip(-(2**15), 2**15 - 1)
+            soundfile.write(audio, samples.astype("int16"), 16_000)
+        (folder / "etc" / f"an4_{part}.fileids").write_text("\n".join(reversed(names)))  # in whatever order
+        (folder / "etc" / f"an4_{part}.transcription").write_text("\n".join(lines) + "\n")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def recordings():
     return few(6, 2, 4)
@@ -107,7 +131,8 @@ def recordings():
 def tree(corpus: str, folder: Path, recordings, release: int = 2) -> Path:
     if corpus == "tedlium":
         return tedlium_tree(folder, recordings, release)
-    return {"librispeech": librispeech_tree, "commonvoice": commonvoice_tree}[corpus](folder, recordings)
+    trees = {"librispeech": librispeech_tree, "commonvoice": commonvoice_tree, "an4": an4_tree}
+    return trees[corpus](folder, recordings)
 
 
 def texts(utterances) -> list[str]:
@@ -176,6 +201,54 @@ def test_commonvoice_of_2017(tmp_path):
     (tmp_path / "cv-valid-dev.csv").write_text(f"filename,text\n{'x' * 200_000},hi\n")
     with pytest.raises(data.DataError, match=r"cv-valid-dev.csv, line 2: not CSV \(field larger than"):
         corpora.read("commonvoice", tmp_path)
+
+
+def test_an4(tmp_path, recordings):
+    found = corpora.read("an4", an4_tree(tmp_path / "an4", recordings))
+    assert {part: len(rows) for part, rows in found.items()} == {"train": 4, "valid": 16, "test": 4}
+    speakers = {part: sorted({u.speaker for u in rows}) for part, rows in found.items()}
+    digests = {hashlib.sha1(f"an4-valid/m{c}x{c}".encode()).hexdigest(): f"m{c}x{c}" for c in "abcdefghij"}
+    ordered = [digests[digest] for digest in sorted(digests)]
+    assert speakers == {"train": sorted(ordered[8:]), "valid": sorted(ordered[:8]), "test": ["fzzz"]}
+    assert [u.audio.stem for u in found["test"]] == [f"an{100 + i}-fzzz-b" for i in range(4)]  # not as they are listed
+    assert [u.text for u in found["test"]] == [u.text for u in recordings["test"]]
+    first = min(found["valid"] + found["train"], key=lambda u: u.audio.stem)
+    assert first.text == recordings["train"][0].text and first.line == 1
+
+
+def test_an4_is_known_by_its_samples(tmp_path, recordings):
+    def sha256(root):
+        found = corpora.read("an4", root)
+        return data.corpus_sha256(found, corpora.hash_samples([u for part in found.values() for u in part]))
+
+    wav, flac = (an4_tree(tmp_path / ending, recordings, ending) for ending in ("wav", "flac"))
+    for path in flac.rglob("*.flac"):  # named as a clone names them, other bytes of the same samples
+        path.rename(path.with_suffix(".wav"))
+    known = sha256(wav)
+    assert known == sha256(flac) and identity(corpora.read("an4", wav)) != identity(corpora.read("an4", flac))
+    assert "not the AN4 of results/an4" in corpora.an4_said(known) and known in corpora.an4_said(known)
+    assert all("as in results/an4" in corpora.an4_said(there) for there in corpora.AN4_SHA256)
+    changed = next((wav / "wav" / "an4_test").rglob("*.wav"))
+    samples, rate = soundfile.read(changed, dtype="int16")
+    samples[7] += 1
+    soundfile.write(changed, samples, rate)
+    assert sha256(wav) != known
+
+
+def test_the_manifests_of_an4_are_its_clone():
+    manifests = Path(data.__file__).parent.parent / "shared" / "corpora" / "an4"
+    if not manifests.is_dir():
+        pytest.skip("needs ../shared/corpora/an4, which is not part of the project")
+    found = data.read_corpus(manifests)
+    assert {part: len(rows) for part, rows in found.items()} == {"train": 846, "valid": 102, "test": 130}
+    hashes = corpora.hash_samples([u for part in found.values() for u in part])
+    hashes = {path.with_suffix(".wav"): sha256 for path, sha256 in hashes.items()}
+    for part, rows in found.items():
+        clone = [dataclasses.replace(u, audio=u.audio.with_suffix(".wav"), duration=None) for u in rows]
+        found[part] = sorted(clone, key=lambda u: u.audio.stem)
+    assert corpora.AN4_SHA256[data.corpus_sha256(found, hashes)] == "train, valid and test"
+    del found["test"]
+    assert corpora.AN4_SHA256[data.corpus_sha256(found, hashes)] == "train and valid"
 
 
 def test_choice_of_sets(tmp_path, recordings):
@@ -317,6 +390,12 @@ BREAKS = {
     "a short row": ("commonvoice", TSV, "\t2\t\n", "\t2\n", "dev.tsv, line 2: 5 columns where the header has 6"),
     "no clip": ("commonvoice", TSV, "valid_0.mp3", "x.mp3", "line 2: no such audio file: .*clips/common.*_x.mp3"),
     "no row": ("commonvoice", TSV, None, "client_id\tpath\tsentence\n", "no utterance with a text in dev"),
+    "a text of no form": ("an4", "etc/an4_train.transcription", None, "<s> HI </s> an1-a-b", "line 1: not of the form"),
+    "a text too many": ("an4", "etc/an4_test.transcription", None, "HI (a)\nHO (a)", "line 2: a second text for a"),
+    "listed without a text": ("an4", "etc/an4_test.fileids", None, "x/y/z", "fileids, line 1: no text for z, or it is"),
+    "a text not listed": ("an4", "etc/an4_test.fileids", "an4_test/fzzz/an101-fzzz-b", "", "an101-fzzz-b is not in"),
+    "no recording": ("an4", "wav/an4_train/maxa/an100-maxa-b.wav", None, None, "no such audio file: .*an100-maxa"),
+    "no fileids": ("an4", "etc/an4_train.fileids", None, None, "an4_train.fileids: cannot read it .No such file"),
     "an empty tsv": ("commonvoice", TSV, None, "", "no utterance with a text in dev"),
 }  # fmt: skip
 
@@ -534,6 +613,8 @@ def test_flags_of_a_corpus(tmp_path, capsys):
     for flags, message in (
         (["--corpus", "tedlium"], "--corpus tedlium wants --data DIR"),
         (["--train-sets", "train-960"], "--train-sets, --valid-sets, --test-sets go with --corpus"),
+        (["--corpus", "an4", "--data", str(tmp_path)], "no an4 set 'train' (there: none)"),
+        (["--corpus", "an4", "--data", str(tmp_path), "--download"], "git clone https://github.com/cmusphinx/an4"),
         (["--corpus", "librispeech", "--data", str(tmp_path)], "no librispeech set 'train-clean-100' (there: none)"),
     ):
         try:

@@ -368,6 +368,18 @@ def test_log_mel_of_a_tone_peaks_in_its_bin():
     assert abs(int(high) - 52.5) <= 1
 
 
+def test_a_tone_at_another_speed_is_as_much_shorter_and_higher(tmp_path):
+    t = np.arange(16_000) / 16_000
+    utterance = data.Utterance(write_wav(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 400 * t)), "a")
+    for speed, samples, hertz in ((0.9, 17_778, 360), (1.0, 16_000, 400), (1.25, 12_800, 500)):
+        waveform = data.waveform_of(utterance, speed)
+        assert len(waveform) == samples
+        peak = torch.fft.rfft(waveform * torch.hann_window(samples)).abs().argmax()
+        assert abs(peak * 16_000 / samples - hertz) < 1
+        features, seconds = data.features_of(utterance, "log-mel", speed=speed)
+        assert len(features) == 1 + samples // 160 and seconds == samples / 16_000
+
+
 # ---------------------------------------------------------------------------- tokens
 
 
@@ -404,6 +416,34 @@ def test_batches_lose_nobody_and_depend_on_seed_and_epoch_alone():
     assert sorted(t for texts, _ in first for t in texts) == sorted(e.text for e in some)
     assert [t for t, _ in first] != [t for t, _ in epoch(0, 1)] or [t for t, _ in first] != [t for t, _ in epoch(0, 2)]
     assert [t for t, _ in first] != [t for t, _ in epoch(1, 0)] or [t for t, _ in first] != [t for t, _ in epoch(2, 0)]
+
+
+def test_each_utterance_is_drawn_at_one_of_its_speeds_in_each_epoch():
+    some = examples(range(100, 140))
+    for example in some:
+        n = example.frames
+        example.at_speeds = tuple(
+            data.Example(torch.full((m, 4), m / n), example.text, [1]) for m in (n + 10, n, n - 9)
+        )
+
+    def drawn(seed, number):
+        epoch = data.Epoch(some, 4, seed, number, data.SpecAugment(0, 0, 1, 200))
+        lengths = np.array([e.frames for e in epoch.examples])
+        order = [i for chunk in epoch.chunks for i in chunk]
+        assert sorted(order) == list(range(40))  # each once
+        for chunk, masks in zip(epoch.chunks, epoch.masks):  # masks are within the length that was drawn
+            assert all(place[0].stop <= lengths[i] for i, places in zip(chunk, masks) for place in places)
+        for batch in epoch.batches():  # and these are its features
+            for features, length, text in zip(batch.features, batch.input_lengths.tolist(), batch.texts):
+                whole = 100 + int(text[1:])
+                assert float(features[:length].max()) in (0, torch.tensor(length / whole).item())
+        return (lengths - np.arange(100, 140)).tolist()
+
+    epochs = [drawn(0, number) for number in range(60)]
+    assert epochs[0] == drawn(0, 0) != drawn(1, 0) and epochs[0] != epochs[1]
+    counts = [sum(epoch.count(change) for epoch in epochs) for change in (10, 0, -9)]
+    assert sum(counts) == 2400 and all(abs(count - 800) < 4 * (2400 * 2 / 9) ** 0.5 for count in counts)
+    assert all(len({epoch[i] for epoch in epochs}) == 3 for i in range(40))
 
 
 def test_batches_are_of_similar_length():

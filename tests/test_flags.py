@@ -64,7 +64,7 @@ def again(config: dict, monkeypatch) -> dict:
 
 def test_each_flag_stands_once():
     names = [flag.name for flag in flags.TABLE]
-    assert len(names) == len(set(names)) == 52
+    assert len(names) == len(set(names)) == 53
     groups = list(dict.fromkeys(flag.group for flag in flags.TABLE))
     assert groups == [flags.TRAIN, flags.DATA, flags.PRUNE, flags.TEST, flags.MACHINE]
     fields = {field.name for field in dataclasses.fields(recipes.Recipe)}
@@ -75,7 +75,9 @@ def test_what_makes_the_identity():
     by = {
         kind: [flag.name for flag in flags.TABLE if flag.identity == kind] for kind in ("recipe", "changed", "machine")
     }
-    assert by["recipe"] == ["epochs", "batch_size", "batch_seconds", "accumulate", "lr", "anneal", "seconds", "amp"]
+    assert by["recipe"] == [
+        "epochs", "batch_size", "batch_seconds", "accumulate", "lr", "anneal", "seconds", "speeds", "amp",
+    ]  # fmt: skip
     changed = ["recipe_name", "rounds", "ticket_weights", "control", "skip_broken", "block", "scope", "min_remaining"]
     changed += ["keep_dense", "test", "marks", "snr", "test_snr"]
     assert by["changed"] == changed
@@ -120,6 +122,8 @@ def test_the_configuration_without_flags():
         (["--seconds", "0.5:7", "--lr", "1e-3"], {"seconds": [0.5, 7.0], "lr": 0.001}),
         (["--block", "1x1", "--scope", "global", "--min-remaining", "0", "--lm", "none"], {}),
         (["--no-test"], {"test": False}),
+        (["--speeds", "0.9,1,1.1"], {"speeds": [0.9, 1.0, 1.1]}),
+        (["--speeds", "1"], {}),
         (["--threads", "1", "--workers", "2", "--cache", "none", "--out", "x", "--save-every", "1"], {}),
     ],
 )
@@ -160,7 +164,7 @@ def test_a_command_line():
     line = flags.command_line(config | {"rounds": [0, 2], "train_sets": ["a", "b"], "amp": True})
     assert line == [
         "--backbone=rnnt", "--size=demo", "--epochs=3", "--batch-seconds=9.0", "--accumulate=1", "--lr=0.004",
-        "--seconds=1.0:2.0", "--amp", "--seed=0", "--rounds", "0", "2", "--ticket-weights=rewind",
+        "--seconds=1.0:2.0", "--speeds=1.0", "--amp", "--seed=0", "--rounds", "0", "2", "--ticket-weights=rewind",
         "--corpus=manifests", "--train-sets", "a", "b", "--tokens=chars", "--sparsity=0.9", "--prune-rate=0.2",
         "--rewind-step=0", "--block=1x4", "--scope=lamp", "--min-remaining=0.0", "--test", "--margin=0.01",
         "--marks=0.41,0.168,0.107,0.044", "--beam=1",
@@ -226,6 +230,8 @@ def test_a_ticket_s_run_gives_the_defaults(monkeypatch, capsys):
 
 # ---------------------------------------------------------------------------- what cannot be
 
+SPEEDS = "from 0.5 to 2, each above the one before and of two decimals at most"
+
 
 @pytest.mark.parametrize(
     "argv, message",
@@ -240,6 +246,9 @@ def test_a_ticket_s_run_gives_the_defaults(monkeypatch, capsys):
         (["--retrain", "run", "1.5"], "--retrain RUN ROUND: ROUND must be a whole number of at least 0, got '1.5'"),
         (["--retrain", "run"], "argument --retrain: expected 2 arguments"),
         (["--rounds", "1"], "--control, --rounds, --dense and --ticket-weights go with --ticket"),
+        (["--speeds", "1,0.9"], f"argument --speeds: must be A,B,... {SPEEDS}, got '1,0.9'"),
+        (["--speeds", "1.234"], f"argument --speeds: must be A,B,... {SPEEDS}, got '1.234'"),
+        (["--speeds", "fast"], "argument --speeds: must be A,B,..., speeds, got 'fast'"),
         (["--beam", "0"], "--beam must be at least 1 and at most 100000, got 0"),
     ],
 )
