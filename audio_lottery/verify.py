@@ -339,7 +339,8 @@ def check_ticket(run: Run) -> str | None:
     expect(zero, "a pruned weight is not 0")
     check_rewind(run)
     expect(
-        ledger.hash_json(file.info) == row.get("info_sha256"), "its info (tokens, sizes, features) is not the last round's"
+        ledger.hash_json(file.info) == row.get("info_sha256"),
+        "its info (tokens, sizes, features) is not the last round's",
     )
     check_unpruned(run)
     return None
