@@ -10,7 +10,7 @@ __version__ = "0.2.0"
 from audio_lottery import fakes as fakes
 from audio_lottery.compression import Taken, compress
 from audio_lottery.counting import multiply_adds, weight_uses
-from audio_lottery.files import TicketFile, go_on, load_ticket, save_ticket
+from audio_lottery.files import TicketFile, load_ticket, restore_ticket, save_ticket
 from audio_lottery.verdicts import Verdict, verdict
 from lottery import (
     Found,
@@ -26,7 +26,7 @@ from lottery import (
 )  # fmt: skip
 
 __all__ = [
-    "Found", "LotteryError", "Pruning", "Scoped", "Taken", "Ticket", "TicketFile", "Verdict", "compress",
-    "find_ticket", "go_on", "kept_counts", "load_ticket", "multiply_adds", "prunable", "prune", "save_ticket", "scope",
+    "Found", "LotteryError", "Pruning", "Scoped", "Taken", "Ticket", "TicketFile", "Verdict", "compress", "find_ticket",
+    "kept_counts", "load_ticket", "multiply_adds", "prunable", "prune", "restore_ticket", "save_ticket", "scope",
     "verdict", "weight_uses",
 ]  # fmt: skip

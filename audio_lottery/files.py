@@ -269,7 +269,7 @@ def check_fit(path: Path, file: TicketFile, model: nn.Module) -> None:
             raise LotteryError(f"{path}: the ticket's parameters are not this model's")
 
 
-def go_on(ticket: Ticket, file: TicketFile, round: int = 1) -> None:
+def restore_ticket(ticket: Ticket, file: TicketFile, round: int = 1) -> None:
     """Give a ticket of the same model the masks and the rewind state of a file: ready to be trained as in `round`.
 
     Raises LotteryError, naming the weight, for masks of other weights, and for a file without a rewind state.

@@ -256,7 +256,7 @@ def tables(methods: list[Method]) -> list[str]:
     lines += plan.markdown(MERGED, rows)
     rows = [
         [markdown_text(f"{a.name} less {b.name}"), f"{p.mean('remaining'):.1%}", str(len(p.seeds)),
-         word_of(p, "", ("winning",)), interval(p)]
+         word_of(p, "", ("winning",)), interval(p, "", ("winning",))]
         for a, b in rivals(methods) for p in compared(a, b)
     ]  # fmt: skip
     if rows:
@@ -284,12 +284,12 @@ def word_of(point: Point, test: str = "", true: tuple[str, ...] = MATCHES) -> st
     return "does not hold" if told.low > 0 else "undecided"
 
 
-def interval(point: Point, test: str = "") -> str:
-    """The interval, and the power of an undecided verdict."""
+def interval(point: Point, test: str = "", true: tuple[str, ...] = MATCHES) -> str:
+    """The interval; the power of an undecided verdict; that it matches, where no more than that is shown."""
     told = point.verdict(test)
-    return f"[{told.low:+.3f}, {told.high:+.3f}]" + (
-        f", power {coverage.power(point, test):.0%}" if told.word == "undecided" else ""
-    )
+    known = f", power {coverage.power(point, test):.0%}" if told.word == "undecided" else ""
+    known += ", matching" if told.word == "matching" and told.word not in true else ""
+    return f"[{told.low:+.3f}, {told.high:+.3f}]{known}"
 
 
 def claims(methods: list[Method]) -> list[Claim]:
@@ -320,7 +320,8 @@ def said(title: str, claim: Claim) -> str:
     _, _, p, test, true = claim
     return (
         f"- {markdown_text(f'{title}: {claim.what}' + (f' on {test}' if test else ''))}: "
-        f"**{word_of(p, test, true)}**, {interval(p, test)}, {seeds_of(p)} ({', '.join(map(str, sorted(p.seeds)))}), "
+        f"**{word_of(p, test, true)}**, {interval(p, test, true)}, "
+        f"{seeds_of(p)} ({', '.join(map(str, sorted(p.seeds)))}), "
         f"{len(of_test(p.rows[0], test)['test_words'])} test utterances."
     )
 
@@ -342,7 +343,7 @@ def merged_report(groups: dict[str, list[Method]], pictured: bool) -> str:
     explained = (
         "Each about a mark: rounds that were named before any result (comparisons of methods without one: the "
         "sparsest). Intervals are of a difference of test WER. A ticket matches if it is winning or matching, and does "
-        "not if it is worse; one method is better if it is winning."
+        "not if it is worse; one method is better if it is winning, undecided if no more is shown than that it matches."
     )
     found = found or ["None yet: no round is near a mark."]
     forest = ["", "![every claim's interval against 0 and the margin](forest.png)"] * (pictured and "- " in found[0])

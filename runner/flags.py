@@ -538,7 +538,7 @@ def command_line(config: dict) -> list[str]:
     argv = []
     for flag in TABLE:
         value = config.get(flag.name, flag.when_absent)
-        if flag.name not in NAMES or value in (None, ()) or (flag.name == "batch_size" and config["batch_seconds"]):
+        if flag.name not in NAMES or value in (None, ()) or (flag.name == "batch_size" and config.get("batch_seconds")):
             continue
         value = flag.read_back(value, "config.json")
         if isinstance(value, bool):

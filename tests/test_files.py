@@ -129,7 +129,7 @@ def test_a_program_goes_on_with_a_ticket(tmp_path):
     torch.manual_seed(2)
     other = nn.Sequential(nn.Linear(7, 3), nn.BatchNorm1d(3))
     again = lottery.Ticket(other)
-    files.go_on(again, files.load_ticket(path, other), round=4)
+    files.restore_ticket(again, files.load_ticket(path, other), round=4)
     assert again.round == 4 and again.kept == 5 and again.start_sha256 == ticket.start_sha256
     for name, value in lottery.state_of(model).items():
         assert torch.equal(lottery.state_of(other)[name], value)
@@ -154,7 +154,7 @@ def test_a_search_goes_on_from_a_file(tmp_path):
 
     def resume(ticket):
         file = files.load_ticket(path, ticket.model)
-        files.go_on(ticket, file, file.info["round"])
+        files.restore_ticket(ticket, file, file.info["round"])
         ticket.threshold = file.info["threshold"]
         return file.info["parent_sha256"]
 
@@ -174,13 +174,13 @@ def test_going_on_with_another_ticket_is_refused_by_name(tmp_path):
         (lottery.Ticket(nn.Linear(7, 3)), r"0.weight: the file has a mask of \[3, 7\] for pruned weights of none"),
     ):
         with pytest.raises(lottery.LotteryError, match=message):
-            files.go_on(ticket, file)
+            files.restore_ticket(ticket, file)
     with pytest.raises(lottery.LotteryError, match="the file has no rewind state to go on from"):
-        files.go_on(lottery.Ticket(model), file._replace(rewind=None))
+        files.restore_ticket(lottery.Ticket(model), file._replace(rewind=None))
     with pytest.raises(
         lottery.LotteryError, match="round 0 starts before step 2, which is all that the file has of it"
     ):
-        files.go_on(lottery.Ticket(model, rewind_step=2), file, round=0)
+        files.restore_ticket(lottery.Ticket(model, rewind_step=2), file, round=0)
 
 
 def test_a_ticket_of_a_model_with_excluded_weights_and_hidden_buffers(tmp_path):
@@ -202,9 +202,9 @@ def test_a_ticket_of_a_model_with_excluded_weights_and_hidden_buffers(tmp_path):
     with pytest.raises(lottery.LotteryError, match="mask has a NaN or infinite value"):
         files.load_ticket(path)  # without the model nothing says that it is a buffer
     with pytest.raises(lottery.LotteryError, match=r"1.weight: the file has a mask of none"):
-        files.go_on(lottery.Ticket(model), file)
+        files.restore_ticket(lottery.Ticket(model), file)
     again = lottery.Ticket(model, exclude="1")
-    files.go_on(again, file)
+    files.restore_ticket(again, file)
     assert model.mask.tolist() == [0, float("-inf")] and again.start_sha256 == ticket.start_sha256
     model.mask[0] = float("nan")
     files.save_ticket(path, ticket.masks, lottery.copy_state(model), model.state_dict(), {})

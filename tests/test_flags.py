@@ -156,7 +156,10 @@ def test_every_old_configuration_is_understood(monkeypatch):
     configs = [json.loads(path.read_text()) for path in sorted(RESULTS.rglob("config.json"))]
     assert len(configs) > 150
     for config in configs:
-        assert identity(again(config, monkeypatch)) == identity(config)
+        found, said = identity(again(config, monkeypatch)), identity(config)
+        if said.pop("data", None):  # the first ones, which do not name what came later
+            found = {key: value for key, value in found.items() if key in said}
+        assert found == said
 
 
 def test_a_command_line():

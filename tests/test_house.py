@@ -100,6 +100,15 @@ def test_pages_are_short():
     assert len((ROOT / "RESULTS.md").read_bytes()) <= 10 * 1024
 
 
+@pytest.mark.parametrize(
+    "page", ["RESULTS.md", *sorted(f"results/{path.name}" for path in (ROOT / "results").glob("*.md"))]
+)
+def test_an_undecided_verdict_has_its_power(page):
+    """As `undecided, 5% [low, high]`, or as the program prints it: `undecided [low, high], power 5%`; or it matches."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert re.findall(r"undecided\**(?: \|)?\s\[[^]]*\](?!, power \d|, matching)", text) == []
+
+
 @pytest.mark.parametrize("page", ["README.md", "RESULTS.md", "CONTRIBUTING.md", "docs", "results"])
 def test_links_lead_somewhere(page):
     pages = [ROOT / page] if page.endswith(".md") else sorted((ROOT / page).rglob("*.md"))

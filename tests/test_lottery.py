@@ -305,6 +305,23 @@ def test_lamp_by_hand():
     assert scores.tolist() == [1.0, 0.5, 0.0, 0.0, 0.0]  # ties: the lower index first; a pruned 9 counts for nothing
 
 
+def test_lamp_equals_its_definition():
+    """Lee et al. 2021: a weight's square by the sum of those of its layer that are not smaller. Each largest has 1."""
+    torch.manual_seed(0)
+    weights = {"a": torch.randn(5, 7), "b": torch.randn(3, 4, 2) * 9, "c": torch.randn(11, 3) / 9}
+    masks = {name: torch.rand(weight.shape) < 0.8 for name, weight in weights.items()}
+    scores = []
+    for name, weight in weights.items():
+        left = {i: w for i, w in enumerate(weight.flatten().tolist()) if masks[name].flatten()[i]}
+        for i, w in left.items():
+            scores.append((-w * w / sum(v * v for v in left.values() if abs(v) >= abs(w)), name, i))
+    scores.sort()  # ties: the earlier layer
+    for keep in (0, 1, 3, 20, 50, len(scores)):
+        got = lottery.prune(weights, masks, keep, lottery.Pruning(scope="lamp"))
+        kept = {(name, i) for name, mask in got.items() for i in mask.flatten().nonzero().flatten().tolist()}
+        assert kept == {(name, i) for _, name, i in scores[:keep]}
+
+
 @pytest.mark.parametrize("scope", lottery.SCOPES)
 @pytest.mark.parametrize("block", [(1, 1), (1, 4), (8, 1), (3, 5)])
 def test_rounds_of_any_ranking_are_nested_and_exact(scope, block):

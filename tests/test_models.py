@@ -1,4 +1,6 @@
-"""Padding, neighbours, published sizes, and the transducer against a slow oracle."""
+"""Padding, neighbours, published sizes, and the losses against slow oracles: a recursion, and all paths one by one."""
+
+import itertools
 
 import pytest
 import torch
@@ -159,6 +161,52 @@ def test_transducer_loss_equals_a_slow_oracle():
                     if ways:
                         alpha[t, u] = torch.stack(ways).logsumexp(0)
             total -= alpha[t_end - 1, u_end] + log_probs[b, t_end - 1, u_end, 0]
+        loss = model.loss(features, lengths, targets, target_lengths)
+    torch.testing.assert_close(loss.double(), total / 2, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("backbone", ["cnn-lstm", "conformer"])
+def test_ctc_loss_equals_all_paths(backbone):
+    """A path is a token a frame; it says a text if that is what is left without repeats and without blanks (0)."""
+    model = small(backbone, tokens=3)
+    features, lengths = torch.randn(2, 20, 80), torch.tensor([20, 13])
+    targets, target_lengths = torch.tensor([[1, 1, 2], [2, 0, 0]]), torch.tensor([3, 1])
+    with torch.no_grad():
+        log_probs, out_lengths = model(features, lengths)
+        total = 0.0
+        for b, said in enumerate([[1, 1, 2], [2]]):
+            table = log_probs[b, : int(out_lengths[b])].double().tolist()
+            ways = [
+                sum(frame[token] for frame, token in zip(table, path))
+                for path in itertools.product(range(3), repeat=len(table))
+                if [token for token, _ in itertools.groupby(path) if token] == said
+            ]
+            assert len(ways) > 1
+            total -= torch.tensor(ways, dtype=torch.double).logsumexp(0)
+        loss = model.loss(features, lengths, targets, target_lengths)
+    torch.testing.assert_close(loss.double(), total / 2, rtol=1e-5, atol=1e-5)
+
+
+def test_transducer_loss_equals_all_alignments():
+    """An alignment is an order of a blank a frame and the tokens, the last of them a blank."""
+    model = small("rnnt", tokens=4)
+    model.ctc_weight = 0.0
+    features, lengths = torch.randn(2, 40, 80), torch.tensor([40, 23])
+    targets, target_lengths = torch.tensor([[1, 3, 3], [2, 0, 0]]), torch.tensor([3, 1])
+    with torch.no_grad():
+        logits, out_lengths = model(features, lengths, targets)
+        total = 0.0
+        for b, said in enumerate([[1, 3, 3], [2]]):
+            frames, table, ways = int(out_lengths[b]), logits[b].double().log_softmax(-1).tolist(), []
+            for places in itertools.combinations(range(frames + len(said) - 1), len(said)):
+                t = u = way = 0
+                for step in range(frames + len(said)):
+                    token = said[u] if step in places else 0
+                    way += table[t][u][token]
+                    t, u = (t, u + 1) if token else (t + 1, u)
+                assert (t, u) == (frames, len(said))
+                ways.append(way)
+            total -= torch.tensor(ways, dtype=torch.double).logsumexp(0)
         loss = model.loss(features, lengths, targets, target_lengths)
     torch.testing.assert_close(loss.double(), total / 2, rtol=1e-5, atol=1e-4)
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -254,6 +255,29 @@ def test_speakers_are_resampled_too(tmp_path):
     assert told == verdicts.verdict(errors, others, words)
     ((method,),) = merged(write_run(tmp_path / "old", [ROUND_0, [2, 2, 6, 6]])).values()
     assert method.tickets()[0].by_speaker() is None
+
+
+def test_a_claim_of_better_that_is_undecided_says_that_it_matches(tmp_path):
+    ((method,),) = merged(write_run(tmp_path / "a", [ROUND_0, ROUND_0])).values()
+    (point,) = method.tickets()
+    assert report.word_of(point) == "holds" and report.interval(point) == "[+0.000, +0.000]"
+    better = ("winning",)
+    assert report.word_of(point, "", better) == "undecided"
+    assert report.interval(point, "", better) == "[+0.000, +0.000], matching"
+
+
+def test_the_demo_s_ledgers_are_read_though_the_first_ones_counted_no_waiting(tmp_path):
+    results = Path(report.__file__).parent.parent / "results"
+    first = compare.load(results / "demo-cnn-lstm-0")
+    assert len(first.rows) == 12 and "waited" not in first.rows[0] and first.data == "demo"
+    ((method,),) = compare.merge([first]).values()
+    assert [f"{p.mean('remaining'):.1%}" for p in method.marked()] == ["41.0%", "16.8%", "10.7%"]
+    for name in ("config.json", "ledger.jsonl"):
+        (tmp_path / name).write_bytes((results / "demo-cnn-lstm-0" / name).read_bytes())
+    lines = (tmp_path / "ledger.jsonl").read_text()
+    (tmp_path / "ledger.jsonl").write_text(lines.replace('"seconds": 54.6', '"seconds": 54.7', 1))
+    with pytest.raises(lottery.LotteryError, match="round 1 does not have the hash it states"):
+        compare.load(tmp_path)
 
 
 def test_other_test_sets_have_their_rows_and_claims(tmp_path):

@@ -1,8 +1,10 @@
 """The command line: flags, messages, scores, run folders."""
 
 import argparse
+import functools
 import json
 import math
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ import lottery
 import models
 import train
 from audio_lottery import files, ledger
+from audio_lottery.texts import KINDS, edits
 from runner import flags, recipes, settings
 
 ROOT = Path(train.__file__).parent
@@ -181,6 +184,30 @@ def test_score_counts_by_hand():
     kinds = [(count["substitutions"], count["deletions"], count["insertions"]) for count in scored["counts"]]
     assert kinds == [(1, 0, 1), (0, 2, 0)]
     assert scored["cer"] == pytest.approx((3 + 3) / 8)  # b -> x and " d" inserted; "d e" deleted
+
+
+def distance(one, other):
+    """Levenshtein's, by its definition."""
+
+    @functools.cache
+    def rest(i, j):
+        if i == len(one) or j == len(other):
+            return len(one) - i + len(other) - j
+        return min(rest(i + 1, j) + 1, rest(i, j + 1) + 1, rest(i + 1, j + 1) + (one[i] != other[j]))
+
+    return rest(0, 0)
+
+
+def test_scores_are_levenshtein_s():
+    draw = random.Random(0)
+    said, heard = ([" ".join(draw.choices("a b ab ba".split(), k=draw.randint(1, 9))) for _ in range(60)] for _ in "12")
+    heard[7] = ""
+    scored = train.score(said, heard)
+    assert scored["errors"] == [distance(a.split(), b.split()) for a, b in zip(said, heard)]
+    assert scored["errors"] == [sum(count[kind] for kind in KINDS) for count in scored["counts"]]
+    assert scored["errors"] == [edits(a.split(), b.split()) for a, b in zip(said, heard)]
+    assert scored["wer"] == pytest.approx(sum(scored["errors"]) / sum(len(a.split()) for a in said))
+    assert scored["cer"] == pytest.approx(sum(map(distance, said, heard)) / sum(map(len, said)))
 
 
 class Counter(torch.nn.Module):

@@ -228,7 +228,10 @@ def test_the_words_of_settings_are_those_of_the_code():
     assert ledger.BACKBONES == tuple(models.BACKBONES) and set(ledger.SIZES) == set(models.CnnLstm.SIZES)
 
 
-@pytest.mark.parametrize("run", ["imp-cnn-lstm-0", "lamp-rnnt-2", "queen4-conf-1", "dense-small-conf48-lamp-0"])
+@pytest.mark.parametrize(
+    "run",
+    ["imp-cnn-lstm-0", "lamp-rnnt-2", "queen4-conf-1", "dense-small-conf48-lamp-0", "demo-rnnt-0", "demo-cnn-lstm-0"],
+)
 def test_old_ledgers_are_not_found_wrong(run):
     folder = train.Path(train.__file__).parent / "results" / run
     found = verify.verify(folder, networks)
