@@ -319,8 +319,8 @@ def validate(model: torch.nn.Module, corpus: Corpus, setting: Setting, at: Progr
 def evaluate_on_tests(setting: Setting, corpus: Corpus, dense: dict | None) -> tuple[dict, list[dict]]:
     """What a ledger row says of the first test set, and under "other_tests" of each other one; and what was recognised.
 
-    dense: round 0's row. Round 0 itself also says who speaks each utterance, in numbers from 0 on, where the corpus
-    names more than one speaker.  The texts: a line of test.jsonl an utterance, but for its round. With --no-test,
+    dense: round 0's row. Round 0 itself also says who speaks each utterance and whether its text is one of train's
+    (verdicts.about_utterances).  The texts: a line of test.jsonl an utterance, but for its round. With --no-test,
     neither.
     """
     args, rows, texts = setting.args, {}, []
@@ -337,8 +337,8 @@ def evaluate_on_tests(setting: Setting, corpus: Corpus, dense: dict | None) -> t
         if dense is not None:
             against = dense["other_tests"][name] if len(rows) > 1 else dense
             row |= verdicts.verdict_of(row["test_errors"], against["test_errors"], row["test_words"], args.margin)
-        elif speakers := verdicts.numbered([heard.speaker for heard in corpus.heard[name]]):
-            row["test_speakers"] = speakers
+        else:
+            row |= verdicts.about_utterances(corpus.heard[name], setting.utterances["train"])
     if not rows:
         return {}, texts
     first, *others = rows

@@ -62,6 +62,7 @@ TEST = {
     "test_wer": RATE, "test_cer": RATE, "test_errors": listed(COUNT, 1), "test_words": listed(COUNT, 1),
     "verdict": one_of("winning", "matching", "worse", "undecided", "no verdict"),
     "interval": listed(number(-1e6, 1e6), 2, 2), "power": number(0, 1), "test_speakers": listed(COUNT, 1),
+    "test_seen": listed(integer(0, 1), 1),
 }  # fmt: skip
 TESTED = ("test_wer", "test_cer", "test_errors", "test_words")
 ROW_NEEDED = {

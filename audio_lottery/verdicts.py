@@ -121,7 +121,18 @@ def numbered(speakers: list[str]) -> list[int]:
     return [names[name] for name in speakers] if len(names) > 1 and "" not in names else []
 
 
-OF_VERDICTS = ("verdict", "interval", "power", "verdict_rule", "test_speakers")  # by an older rule other, or not there
+def about_utterances(heard, train) -> dict:
+    """What round 0 says of each test utterance besides its words, where they differ in it.
+
+    test_speakers: who speaks it (numbered). test_seen: 1 if its text is one that was trained on, else 0.
+    """
+    texts, speakers = {utterance.text for utterance in train}, numbered([utterance.speaker for utterance in heard])
+    seen = [int(utterance.text in texts) for utterance in heard]
+    return ({"test_speakers": speakers} if speakers else {}) | ({"test_seen": seen} if len(set(seen)) > 1 else {})
+
+
+# By an older rule other, or not there.
+OF_VERDICTS = ("verdict", "interval", "power", "verdict_rule", "test_speakers", "test_seen")
 
 
 def verdict_of(errors, dense_errors, words, margin: float) -> dict:

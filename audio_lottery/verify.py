@@ -190,7 +190,8 @@ def check_test(test: dict, dense_test: dict, where: str) -> None:
     expect(words == dense_test["test_words"] and min(words) > 0, where + "other test utterances than round 0's")
     expect(test["test_wer"] == sum(errors) / sum(words), where + "test_wer is not test_errors / test_words")
     expect((test["test_cer"] == 0) == (sum(errors) == 0), where + "test_cer and test_errors: only one of them is 0")
-    expect(len(test.get("test_speakers", words)) == len(words), where + "not a speaker for each test utterance")
+    for about in ("test_speakers", "test_seen"):
+        expect(len(test.get(about, words)) == len(words), where + f"{about} is not of each test utterance")
 
 
 def check_verdicts(run: Run) -> str | None:

@@ -65,17 +65,18 @@ class Point:
     seeds: list[int] = field(default_factory=list)
     rows: list[dict] = field(default_factory=list)
     others: list[dict] = field(default_factory=list)  # the dense round of the same run, or another method's round
-    speakers: dict[str, list[int]] = field(default_factory=dict)  # of a test set's utterances, where they are known
+    heard: dict[str, dict] = field(default_factory=dict)  # what round 0 says of a test set's utterances
     rival: bool = False  # are the others another method's?
 
     def add(self, seed: int, row: dict, other: dict, dense: dict) -> None:
-        """dense: round 0 of the row's run, which knows the speakers."""
+        """dense: round 0 of the row's run, which knows the speakers and the texts that were trained on."""
         self.seeds.append(seed)
         self.rows.append(row)
         self.others.append(other)
         for test in self.tests():
-            if speakers := of_test(dense, test).get("test_speakers"):
-                self.speakers[test] = speakers
+            about = dense and of_test(dense, test)
+            if there := {key: about[key] for key in ("test_speakers", "test_seen") if key in about}:
+                self.heard[test] = there
 
     @property
     def round(self) -> int:
@@ -123,12 +124,21 @@ class Point:
 
     def by_speaker(self, test: str = "") -> tuple[verdicts.Verdict, int] | None:
         """The verdict with speakers resampled in place of utterances, and how many; None where they are not known."""
-        if test not in self.speakers:
+        if "test_speakers" not in self.heard.get(test, {}):
             return None
-        numbers = np.array(self.speakers[test])
+        numbers = np.array(self.heard[test]["test_speakers"])
         sums = np.eye(numbers.max() + 1, dtype=int)[numbers]  # (utterances, speakers)
         errors, others, words = self.counts(test)
         return self.judge(errors @ sums, others @ sums, words @ sums), sums.shape[1]
+
+    def of_new_texts(self, test: str = "") -> tuple[verdicts.Verdict, float, int] | None:
+        """Over the utterances whose texts are not in train: the verdict, the WER, and how many; None if that is all."""
+        if "test_seen" not in self.heard.get(test, {}):
+            return None
+        new = np.array(self.heard[test]["test_seen"]) == 0
+        errors, others, words = self.counts(test)
+        wer = errors[:, new].sum() / (len(errors) * words[new].sum())
+        return self.judge(errors[:, new], others[:, new], words[new]), float(wer), int(new.sum())
 
     def empty_layers(self) -> list[str]:
         """Layers without a weight, in any seed."""
@@ -324,7 +334,7 @@ def compared(a: Method, b: Method) -> list[Point]:
     found = []
     for at, ours in list(a.points.items())[1:]:
         theirs = b.points.get(at, Point(0.0))
-        point = Point(ours.margin, speakers=ours.speakers, rival=True)
+        point = Point(ours.margin, heard=ours.heard, rival=True)
         for seed, row in zip(ours.seeds, ours.rows):
             if seed in theirs.seeds:
                 other = theirs.rows[theirs.seeds.index(seed)]

@@ -56,12 +56,21 @@ def markdown_table(ledger: list[dict]) -> list[str]:
 
 
 def judged(point: Point, test: str = "") -> str:
-    """The verdict and its interval; the power of an undecided one; by speakers too, where they are known."""
+    """The verdict and its interval; the power of an undecided one; by speakers too, where they are known, and of the
+    utterances whose texts train has not, where it has some."""
     told = point.verdict(test)
     words = str(told) + (f", power {coverage.power(point, test):.0%}" if told.word == "undecided" else "")
     if found := point.by_speaker(test):
         words += f"; by {found[1]} speakers {found[0]}"
+    if found := point.of_new_texts(test):
+        words += f"; {new_texts(point, test)}, {found[0]}"
     return words
+
+
+def new_texts(point: Point, test: str = "") -> str:
+    """The WER over the utterances whose texts train has not; "" where it has none of them, or all."""
+    found = point.of_new_texts(test)
+    return f"WER {found[1]:.3f} on the {found[2]} texts that train has not" if found else ""
 
 
 def in_words(marks: list[float]) -> str:
@@ -83,7 +92,8 @@ def summary(config: dict, ledger: list[dict]) -> list[str]:
             f"weights remain, test WER {row['test_wer']:.3f}, {judged(point)}"
         )
 
-    lines = [f"dense: test WER {dense['test_wer']:.3f}, CER {dense['test_cer']:.3f}"]
+    new = new_texts(method.dense())
+    lines = [f"dense: test WER {dense['test_wer']:.3f}, CER {dense['test_cer']:.3f}{new and f'; {new}'}"]
     sparsest, stopped = method.walk()
     marks, best = in_words(method.get("marks")), method.best()
     if not method.marked():
@@ -205,7 +215,8 @@ def merged_cells(method: Method, point: Point, test: str) -> list[str]:
         *(f"{point.mean(key):.1%}" for key in ("remaining", "remaining_all")),
         str(len(point.seeds)), spread(point.values("valid_wer")),
         *(spread(point.values(key, test)) for key in ("test_wer", "test_cer")),
-        *([spread(point.differences("test_wer", test), "+"), judged(point, test)] if point.round else ["-", "-"]),
+        *([spread(point.differences("test_wer", test), "+"), judged(point, test)] if point.round
+          else ["-", new_texts(point, test) or "-"]),
         f"{whole / 1e6:.1f} M, {skipped / 1e6:.1f} M ({skipped / whole:.1%})",
         markdown_text(", ".join(point.empty_layers())),
         narrower(point), f"{point.rows[0]['steps_in_all']:,}" if "steps_in_all" in point.rows[0] else "",

@@ -280,6 +280,21 @@ def test_the_demo_s_ledgers_are_read_though_the_first_ones_counted_no_waiting(tm
         compare.load(tmp_path)
 
 
+def test_utterances_whose_texts_were_not_trained_on_are_reported_too(tmp_path):
+    """By hand: of four utterances of ten words the last two are new; there dense has 2 * 8 errors, the ticket 6 + 2."""
+    errors, dense = [2, 2, 6, 2], [2, 2, 8, 8]
+    run = write_run(tmp_path / "run", [dense, errors], of_round_0={"test_seen": [1, 1, 0, 0]})
+    ((method,),) = merged(run).values()
+    told, wer, count = method.tickets()[0].of_new_texts()
+    assert (count, wer) == (2, 0.4) and told == verdicts.verdict([6, 2], [8, 8], [10, 10])
+    assert method.dense().of_new_texts()[1:] == (0.8, 2)
+    assert f"; WER 0.400 on the 2 texts that train has not, {told}" in report.judged(method.tickets()[0])
+    lines = report.summary(*ledger.read_run(run))
+    assert lines[0].endswith("; WER 0.800 on the 2 texts that train has not")
+    ((method,),) = merged(write_run(tmp_path / "old", [dense, errors])).values()
+    assert method.tickets()[0].of_new_texts() is None and report.new_texts(method.dense()) == ""
+
+
 def test_other_test_sets_have_their_rows_and_claims(tmp_path):
     """Four utterances in the clean, two in noise, where the ticket has 3 + 3 errors of 20 words and dense 8 + 8."""
     run = write_run(tmp_path / "run", [ROUND_0, [3, 3, 3, 3]], sparsity=0.2)

@@ -160,7 +160,8 @@ def test_rows_bear_rule_power_and_speakers(monkeypatch):
     texts, names = ["one two"] * 4, ["ann", "bob", "ann", "bob"]
     utterances = [data.Utterance(Path("a"), text, name) for text, name in zip(texts, names)]
     args = SimpleNamespace(margin=0.01, recipe=SimpleNamespace(batch_size=1), device="cpu")
-    setting = SimpleNamespace(args=args, model=None, transcribe=None)
+    train_set = [data.Utterance(Path("b"), "one three")]
+    setting = SimpleNamespace(args=args, model=None, transcribe=None, utterances={"train": train_set})
     examples = [SimpleNamespace(text=text) for text in texts]
     names = ("test", "test at 10 dB")
     corpus = SimpleNamespace(tests=dict.fromkeys(names, examples), heard=dict.fromkeys(names, utterances), tokens=None)
@@ -169,7 +170,7 @@ def test_rows_bear_rule_power_and_speakers(monkeypatch):
     assert [line["hypothesis"] for line in lines[:4]] == ["one two", "one", "one", "one two"] and len(lines) == 8
     assert dense["verdict_rule"] == verdicts.VERDICT_RULE == 2 and dense["test_errors"] == [0, 1, 1, 0]
     assert dense["test_speakers"] == dense["other_tests"]["test at 10 dB"]["test_speakers"] == [0, 1, 0, 1]
-    assert not {"verdict", "interval", "power"} & dense.keys()
+    assert not {"verdict", "interval", "power", "test_seen"} & dense.keys()  # no text is one that was trained on
     monkeypatch.setattr(train, "recognise", lambda *_: ["one", "one two", "one", "one two"])
     row, _ = train.evaluate_on_tests(setting, corpus, dense)
     told = verdicts.verdict([1, 0, 1, 0], [0, 1, 1, 0], [2] * 4)
@@ -178,6 +179,12 @@ def test_rows_bear_rule_power_and_speakers(monkeypatch):
     nameless = [data.Utterance(Path("a"), text) for text in texts]
     corpus.heard = dict.fromkeys(names, nameless)
     assert "test_speakers" not in train.evaluate_on_tests(setting, corpus, None)[0]
+
+
+def test_utterances_of_texts_that_were_trained_on():
+    heard = [data.Utterance(Path("a"), text) for text in ("yes", "go home", "no")]
+    assert verdicts.about_utterances(heard, heard[::2]) == {"test_seen": [1, 0, 1]}
+    assert verdicts.about_utterances(heard, heard) == verdicts.about_utterances(heard, []) == {}
 
 
 def test_speakers_are_numbered():
