@@ -246,27 +246,6 @@ def unseen_characters(utterances: list[Utterance], tokens: list[str]) -> dict[st
 # ---------------------------------------------------------------------------- audio and features
 
 
-AUDIO = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".sph", ".w64", ".caf"}
-
-
-# What a NAS, a desktop or an unpacker leaves beside the files it keeps.
-FOREIGN = {"@eaDir", "@Recycle", "#recycle", "#snapshot", "__MACOSX", "lost+found", "$RECYCLE.BIN"}
-
-
-def foreign(name: str) -> bool:
-    """Is a file or folder of this name no part of a corpus? Hidden ones (._x, .ipynb_checkpoints), and FOREIGN."""
-    return name.startswith(".") or name in FOREIGN
-
-
-def recordings(folder: Path) -> list[Path]:
-    """The recordings in a folder and in those below it, by their names' endings; foreign ones left out."""
-    found = [
-        path for path in folder.rglob("*")
-        if path.suffix.lower() in AUDIO and not any(map(foreign, path.relative_to(folder).parts)) and path.is_file()
-    ]  # fmt: skip
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
-
-
 def _checked(waveform: Tensor) -> Tensor:
     if waveform.dim() != 1 or not len(waveform):
         raise ValueError(f"waveform must be (N,) with N >= 1, got shape {tuple(waveform.shape)}")

@@ -7,7 +7,6 @@ lottery.py has the algorithm, docs/runs.md the files of a run folder, runner/set
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
@@ -38,7 +37,7 @@ from audio_lottery.console import command, fail, printable
 from audio_lottery.texts import TEXTS, save_texts
 from lab import plan, report, rivals
 from runner import flags, processes, recipes, retrain, settings
-from runner.cache import Cache, load_examples
+from runner.cache import Cache, load_examples, put_beside
 from runner.folder import (
     Checkpoint,
     Checkpointer,
@@ -120,8 +119,7 @@ class Corpus:
         return load_examples(utterances, self.tokens, kind, progress, setting.cache, workers, **how)
 
     def load(self) -> dict[str, list[data.Example]]:
-        noise = self.setting.noise
-        noisy = noise is not None and noise.snr is not None
+        noisy = self.setting.noise is not None and self.setting.noise.snr is not None
         found, broken = {}, []
         for split in self.setting.utterances:
             try:
@@ -130,12 +128,8 @@ class Corpus:
                 broken.append(error)
         if broken:
             raise data.DataError(f"{data.Broken(broken)} (--skip-broken leaves those of train and valid out)")
-        speeds = self.setting.args.recipe.speeds
-        if speeds != (1.0,):
-            own = {1.0: found["train"]}  # the others, beside it
-            sets = [own.get(s) or self.examples("train", f"train, {s:g}", fresh=noisy, speed=s) for s in speeds]
-            for example, *at_speeds in zip(found["train"], *sets):
-                example.at_speeds = tuple(map(dataclasses.replace, at_speeds))  # copies, without at_speeds
+        load = functools.partial(self.examples, "train", "train at another speed", fresh=noisy)
+        put_beside(found["train"], self.setting.args.recipe.speeds, load)
         return found
 
     def trainable(self, train: list[data.Example]) -> list[data.Example]:

@@ -153,9 +153,9 @@ def sources(audio: list[str]) -> Iterator[data.Utterance]:
         if name == "-":
             yield from of_manifest(sys.stdin.buffer, "stdin", Path())
         elif path.is_dir():
-            found = data.recordings(path)
+            found = sound.recordings(path)
             if not found:
-                raise data.DataError(f"{name}: no recording in it (by their endings: {' '.join(sorted(data.AUDIO))})")
+                raise data.DataError(f"{name}: no recording in it (by their endings: {' '.join(sorted(sound.AUDIO))})")
             yield from (data.Utterance(path, "") for path in found)
         elif path.suffix.lower() in MANIFESTS:
             try:

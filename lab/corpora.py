@@ -29,7 +29,8 @@ import torch
 import torchaudio
 
 from audio_lottery.console import printable
-from data import MARK, DataError, Utterance, check_apart, foreign, in_parallel, waveform_of
+from audio_lottery.sound import foreign
+from data import MARK, DataError, Utterance, check_apart, in_parallel, waveform_of
 
 LIBRISPEECH_960 = ["train-clean-100", "train-clean-360", "train-other-500"]  # what "train-960" stands for
 TEDLIUM_RELEASES = {"TEDLIUM_release1": "release1", "TEDLIUM_release2": "release2", "TEDLIUM_release-3": "release3"}
@@ -149,7 +150,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def listed(folder: Path, pattern: str) -> list[Path]:
-    """What fits the pattern in a folder, sorted, without what a system put there (data.foreign)."""
+    """What fits the pattern in a folder, sorted, without what a system put there (sound.foreign)."""
     return sorted(path for path in folder.glob(pattern) if not any(map(foreign, path.relative_to(folder).parts)))
 
 

@@ -124,9 +124,9 @@ class Noise:
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise data.DataError(f"{folder}: no such folder (--noise DIR: DIR/train for --snr, DIR/test for --test-snr)")
-    found = data.recordings(folder)
+    found = sound.recordings(folder)
     if not found:
-        raise data.DataError(f"{folder}: no recording in it (--noise looks for {' '.join(sorted(data.AUDIO))})")
+        raise data.DataError(f"{folder}: no recording in it (--noise looks for {' '.join(sorted(sound.AUDIO))})")
     return found
 
 

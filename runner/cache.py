@@ -5,6 +5,7 @@ utterance has as many frames and seconds as were decoded, so that an epoch has o
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -67,6 +68,14 @@ def load_examples(
         Example(source, u.text, data.encode("".join(c for c in u.text if c in known), tokens), seconds)
         for u, (source, seconds) in zip(utterances, found)
     ]
+
+
+def put_beside(examples: list[Example], speeds: tuple[float, ...], load: Callable[..., list[Example]]) -> None:
+    """Put the same utterances at each speed beside them, as Example.at_speeds. load(speed=): the examples at one."""
+    if speeds != (1.0,):
+        sets = [[dataclasses.replace(e) for e in examples] if speed == 1 else load(speed=speed) for speed in speeds]
+        for example, *at_speeds in zip(examples, *sets):
+            example.at_speeds = tuple(at_speeds)
 
 
 def length(utterance: Utterance, kind: str = "log-mel", speed: float = 1.0) -> tuple[int, float]:
