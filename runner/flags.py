@@ -27,7 +27,7 @@ NO_FLAG = checked.text(r"(?!-)[^\0]*", rule="a text that does not begin with -, 
 HERE = Path(__file__).resolve().parent.parent  # the repository
 NONE = Path("none")  # as --lm, --noise and --init: without, where --ticket's run has it
 MOST_BEAM = 100_000
-SCOPE_OF_BLOCKS = "lamp"  # measured: results/blocks.md
+SCOPE_OF_BLOCKS = "lamp"  # measured: results/prompts/blocks.md
 
 
 # ---------------------------------------------------------------------------- the table

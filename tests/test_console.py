@@ -179,8 +179,8 @@ def test_half_a_surrogate_pair_can_be_printed(monkeypatch, capsys):
 
 ROOT = Path(console.__file__).resolve().parents[1]
 COMMANDS = [
-    "train.py --help", "transcribe.py --help", "-m audio_lottery verify results/imp-cnn-lstm-0",
-    "-m lab.report results/imp-cnn-lstm-0", "-m lab.plan --help", "-m bench --help", "train.py --plan",
+    "train.py --help", "transcribe.py --help", "-m audio_lottery verify results/prompts/imp-cnn-lstm-0",
+    "-m lab.report results/prompts/imp-cnn-lstm-0", "-m lab.plan --help", "-m bench --help", "train.py --plan",
 ]  # fmt: skip
 
 

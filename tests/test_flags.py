@@ -147,7 +147,7 @@ def test_what_a_flag_adds(argv, more):
     ],
 )
 def test_old_configurations_give_their_command_line(run, of_ticket, monkeypatch):
-    config = json.loads((RESULTS / run / "config.json").read_text())
+    config = json.loads((RESULTS / "prompts" / run / "config.json").read_text())
     assert of_ticket.items() <= config.items()
     assert identity(again(config, monkeypatch)) == identity(config)
 

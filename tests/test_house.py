@@ -101,7 +101,7 @@ def test_pages_are_short():
 
 
 @pytest.mark.parametrize(
-    "page", ["RESULTS.md", *sorted(f"results/{path.name}" for path in (ROOT / "results").glob("*.md"))]
+    "page", ["RESULTS.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "results").rglob("*.md"))]
 )
 def test_an_undecided_verdict_has_its_power(page):
     """As `undecided, 5% [low, high]`, or as the program prints it: `undecided [low, high], power 5%`; or it matches."""

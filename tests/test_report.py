@@ -267,7 +267,7 @@ def test_a_claim_of_better_that_is_undecided_says_that_it_matches(tmp_path):
 
 
 def test_the_demo_s_ledgers_are_read_though_the_first_ones_counted_no_waiting(tmp_path):
-    results = Path(report.__file__).parent.parent / "results"
+    results = Path(report.__file__).parent.parent / "results" / "prompts"
     first = compare.load(results / "demo-cnn-lstm-0")
     assert len(first.rows) == 12 and "waited" not in first.rows[0] and first.data == "demo"
     ((method,),) = compare.merge([first]).values()

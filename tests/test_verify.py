@@ -233,7 +233,7 @@ def test_the_words_of_settings_are_those_of_the_code():
     ["imp-cnn-lstm-0", "lamp-rnnt-2", "queen4-conf-1", "dense-small-conf48-lamp-0", "demo-rnnt-0", "demo-cnn-lstm-0"],
 )
 def test_old_ledgers_are_not_found_wrong(run):
-    folder = train.Path(train.__file__).parent / "results" / run
+    folder = train.Path(train.__file__).parent / "results" / "prompts" / run
     found = verify.verify(folder, networks)
     assert not [check for check in found if check.wrong]
     verdict = "ok" if run == "queen4-conf-1" else "not here"  # of one round; or of an older rule
