@@ -29,9 +29,10 @@ import torchaudio
 from torch import Tensor
 from tqdm import tqdm
 
-from audio_lottery import draws
+from audio_lottery import checked, draws
 from audio_lottery.console import printable
 from audio_lottery.sound import SAMPLE_RATE, Broken, DataError, load_audio, memory_for, segment_name
+from lottery import LotteryError
 
 SPLITS = ("train", "valid", "test")
 BLANK = "<blank>"  # token 0, of CTC and of the transducer
@@ -62,7 +63,7 @@ def read_manifest(path: Path) -> list[Utterance]:
     source, folder, utterances = str(path), str(path.parent), []
     recordings: dict[str, Path] = {}  # one Path, looked for once, for all segments of a recording
     try:
-        with open(path, "rb") as file:
+        with checked.opened(path, "manifest") as (number, _), open(number, "rb", closefd=False) as file:
             for line, row in manifest_rows(file, source):
                 text, name = row.get("text"), row["audio_filepath"]
                 text = " ".join(text.split()) if isinstance(text, str) else text
@@ -74,8 +75,8 @@ def read_manifest(path: Path) -> list[Utterance]:
                         raise DataError(f"{source}, line {line}: no such audio file: {audio}")
                 speaker = sys.intern(str(row.get("speaker", "")))
                 utterances.append(Utterance(audio, text, speaker, row["offset"], row["duration"], source, line))
-    except OSError as error:
-        raise DataError(f"{path}: cannot read the manifest ({error.strerror})") from None
+    except LotteryError as error:
+        raise DataError(str(error)) from None
     return utterances
 
 
@@ -117,9 +118,9 @@ def _manifest_row(line: bytes, whole: bool) -> dict:
     if not whole:
         raise DataError(f"longer than {LONGEST} bytes: no line of a manifest")
     try:
-        row = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"not a JSON object in UTF-8 ({error})") from None
+        row = checked.parse(line, "", what="a JSON object in UTF-8", halves=True)  # of a name; a text's is refused
+    except LotteryError as error:
+        raise DataError(str(error).removeprefix(": ")) from None
     if not isinstance(row, dict):
         raise DataError("not a JSON object")
     name = row.get("audio_filepath")

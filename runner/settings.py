@@ -31,7 +31,7 @@ IN_MEMORY = 8e9  # bytes of recordings whose features are kept in memory, at mos
 
 
 def code_sha256() -> str:
-    """Hash of the sources that decide a result."""
+    """Hash of the sources that decide a result, as they stand on the disk."""
     names = (
         "lottery", "models", "data", "train", "audio_lottery/files", "audio_lottery/ledger", "audio_lottery/sound",
         "audio_lottery/verdicts", "audio_lottery/draws", "runner/flags", "runner/values", "runner/recipes",
@@ -40,6 +40,9 @@ def code_sha256() -> str:
     )  # fmt: skip
     sources = [HERE / f"{name}.py" for name in names] + sorted((HERE / "csrc").rglob("*.*"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+CODE_SHA256 = code_sha256()  # of what this process has imported: an edit while it works is not what it runs
 
 
 @dataclasses.dataclass
@@ -81,7 +84,7 @@ class Setting:
             "seed": self.args.seed,
             "config_sha256": ledger.hash_json(settings),
             "data_sha256": settings["data_sha256"],
-            "code_sha256": code_sha256(),
+            "code_sha256": CODE_SHA256,
             "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
             "device": self.args.device,
             "threads": torch.get_num_threads(),
