@@ -21,7 +21,7 @@ import lottery
 import models
 from audio_lottery import files, ledger
 from audio_lottery.console import printable
-from lab import controls, corpora, decode, rivals
+from lab import controls, corpora, decode, networks, rivals
 from lab.noise import Noise
 from runner import flags, processes
 from runner.cache import Cache, what_is_broken
@@ -100,6 +100,7 @@ class Setting:
 def prepare(args: argparse.Namespace) -> Setting:
     """Read the corpus, build the network, make the configuration. What cannot be trained is refused here, by name."""
     utterances = read_corpus(args)
+    check_rewind_step(args, most_steps(args.recipe, len(utterances["train"])), "at most")
     if args.skip_broken:
         leave_out_broken(utterances, args.workers)
     cache = Cache(args.cache) if isinstance(args.cache, Path) else args.cache
@@ -129,6 +130,19 @@ def prepare(args: argparse.Namespace) -> Setting:
     transcriber_of = functools.partial(decode.transcriber, tokens=tokens, lm=args.lm, words=words, **options)
     rounds = args.rounds or list(range(len(counts)))
     return Setting(args, config, utterances, tokens, model, transcriber_of, rounds, cache, dense, noise)
+
+
+def most_steps(recipe, utterances: int) -> int:
+    """Steps of a round that trains on all utterances: known before a recording is read, and some is left out."""
+    batches = utterances if recipe.batch_seconds else math.ceil(utterances / (recipe.batch_size * processes.count()))
+    return recipe.epochs * math.ceil(batches / recipe.accumulate)
+
+
+def check_rewind_step(args: argparse.Namespace, steps: int, word: str) -> None:
+    """Raise LotteryError unless steps are left behind --rewind-step; word: only, or at most, so many."""
+    if args.rewind_step >= steps:
+        rule = f"a round has {word} {steps} steps, and tickets train on what is left of them"
+        raise lottery.LotteryError(f"--rewind-step {args.rewind_step}: {rule}")
 
 
 def ways(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, str]:
@@ -191,6 +205,8 @@ def hashes_of(utterances: dict[str, list[data.Utterance]], cache: str | Cache) -
 def start_from(path: Path, model: torch.nn.Module, tokens: list[str]) -> None:
     """Put a ticket's trained weights into the model, as theta_0."""
     file = files.load_ticket(path)
+    if "tokens" in file.info:
+        networks.check_tokens(file.info["tokens"], f"--init {path}: its info, tokens")
     state, renewed = controls.adopt(model, file.trained, file.info.get("tokens") == tokens, path)
     lottery.load_state(model, state)
     said = f"; made new, for other tokens: {', '.join(renewed)}" if renewed else ""

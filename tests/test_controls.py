@@ -238,6 +238,9 @@ def test_a_ticket_that_does_not_fit_is_refused_before_training(source, corpus, t
     files.save_ticket(bad, there.masks, nan, nan, there.info)
     for flag in ("--ticket", "--init"):
         assert f"bad.safetensors: {name} has a NaN or infinite value" in refused(capsys, flag, bad, *flags)
+    files.save_ticket(bad, there.masks, there.rewind, there.trained, there.info | {"tokens": [1, 2]})
+    said = refused(capsys, "--init", bad, *flags)
+    assert "bad.safetensors: its info, tokens[0]: must be a text of at most 1000 characters, got 1" in said
     subprocess.run(["cp", "-r", source, tmp_path / "there"], check=True)
     files.write_sealed(tmp_path / "there" / "rewind.safetensors", "rewind state", nan, {})
     said = refused(capsys, "--ticket", tmp_path / "there", *flags)
@@ -383,7 +386,7 @@ def test_late_rewinding_and_global_blocks_are_checked_and_retrained(corpus, tmp_
     assert json.loads((again / "config.json").read_text())["machine"]["dense"] == str(control)
     assert verified(search) and verified(control) and verified(again)
     said = refused(capsys, "--ticket", search, "--batch-size", 6, "--out", tmp_path / "short")
-    assert "--rewind-step 1: a round has only 1 steps, and tickets train on what is left of them" in said
+    assert "--rewind-step 1: a round has at most 1 steps, and tickets train on what is left of them" in said
     rows = ledger.read_ledger(search / "ledger.jsonl")
     cer = [row["test_cer"] for row in rows]
     rechained(search, {"test_cer": [0.5, 0.5]})
