@@ -62,22 +62,29 @@ def read_manifest(path: Path) -> list[Utterance]:
     """The utterances of one manifest, in its order. Raises DataError naming file and line."""
     source, folder, utterances = str(path), str(path.parent), []
     recordings: dict[str, Path] = {}  # one Path, looked for once, for all segments of a recording
+    with manifest_file(path) as file:
+        for line, row in manifest_rows(file, source):
+            text, name = row.get("text"), row["audio_filepath"]
+            text = " ".join(text.split()) if isinstance(text, str) else text
+            if not text or not isinstance(text, str) or not text.isascii():
+                _check_text(text, f"{source}, line {line}")
+            if (audio := recordings.get(name)) is None:
+                audio = recordings[name] = Path(folder, name)
+                if not os.path.isfile(audio):
+                    raise DataError(f"{source}, line {line}: no such audio file: {audio}")
+            speaker = sys.intern(str(row.get("speaker", "")))
+            utterances.append(Utterance(audio, text, speaker, row["offset"], row["duration"], source, line))
+    return utterances
+
+
+@contextlib.contextmanager
+def manifest_file(path: Path) -> Iterator[BinaryIO]:
+    """The open file. Raises DataError, naming it, if it is no regular file or cannot be read."""
     try:
         with checked.opened(path, "manifest") as (number, _), open(number, "rb", closefd=False) as file:
-            for line, row in manifest_rows(file, source):
-                text, name = row.get("text"), row["audio_filepath"]
-                text = " ".join(text.split()) if isinstance(text, str) else text
-                if not text or not isinstance(text, str) or not text.isascii():
-                    _check_text(text, f"{source}, line {line}")
-                if (audio := recordings.get(name)) is None:
-                    audio = recordings[name] = Path(folder, name)
-                    if not os.path.isfile(audio):
-                        raise DataError(f"{source}, line {line}: no such audio file: {audio}")
-                speaker = sys.intern(str(row.get("speaker", "")))
-                utterances.append(Utterance(audio, text, speaker, row["offset"], row["duration"], source, line))
+            yield file
     except LotteryError as error:
         raise DataError(str(error)) from None
-    return utterances
 
 
 def _check_text(text: object, where: str) -> None:

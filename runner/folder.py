@@ -280,8 +280,9 @@ def locked(out: Path):
 
     lockf, not flock: worker processes do not inherit it, so that none of them outlives this one with it.
     """
-    with files.naming(out / "lock"):
-        file = open(out / "lock", "a+")
+    with files.naming(out / "lock"):  # never through a link, which a stranger may have put there
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+        file = open(os.open(out / "lock", flags, 0o666), "a+")
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

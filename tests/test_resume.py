@@ -140,6 +140,15 @@ with open({str(copy_of_run / "lock")!r}, "w") as held:
     assert train.main(command(corpus, copy_of_run)[2:]) == 0  # the lock died with its owner
 
 
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    """A stranger's run folder must not empty a file elsewhere."""
+    (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "lock").symlink_to("thesis.txt")
+    with pytest.raises(OSError, match="lock"), folder.locked(tmp_path):
+        pass
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
 def test_a_broken_checkpoint_is_named_and_nothing_is_lost(corpus, tmp_path, capsys, monkeypatch):
     out, steps = tmp_path / "run", []
 
