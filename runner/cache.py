@@ -141,6 +141,8 @@ def what_is_broken(utterances: list[Utterance], progress: str = "", workers: int
 # header that states, sealed by its own SHA-256, frames, samples at 16 kHz and SHA-256 of the features of each. So the
 # seal is of every byte, and a start reads the headers alone.
 FORMAT = "features 1"
+# What features are computed by: as it was imported, and not as an edit has it by the time they are computed.
+CODE = [*map(inspect.getsource, (sound, data)), torchaudio.__version__, soundfile.__libsndfile_version__]
 TABLE = checked.record(
     {"format": checked.text(most=100), "rows": checked.listed(checked.tupled(integer(1), integer(1), SHA256), 1)}
 )
@@ -224,11 +226,10 @@ class Cache:
 
     def shards(self, utterances: list[Utterance], kind: str) -> list[tuple[Path, list[Utterance]]]:
         hashes = self.hash_files([u.audio for u in utterances])
-        code = [*map(inspect.getsource, (sound, data)), torchaudio.__version__, soundfile.__libsndfile_version__]
         found = []
         for start in range(0, len(utterances), self.SHARD):
             part = utterances[start : start + self.SHARD]
-            key = json.dumps([FORMAT, kind, code, [[hashes[u.audio], u.offset, u.duration] for u in part]])
+            key = json.dumps([FORMAT, kind, CODE, [[hashes[u.audio], u.offset, u.duration] for u in part]])
             found.append((self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors", part))
         return found
 
