@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import random
 import signal
 import traceback
 from pathlib import Path
@@ -175,6 +176,30 @@ def test_a_file_of_other_utterances_under_a_seal_that_holds_is_damaged_too(chang
     cache._opened.cache_clear()
     with pytest.raises(data.DataError, match=r"safetensors: damaged \(.*: delete it"):
         everything(recordings, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", list(lies.STORED))
+def test_lying_caches_and_manifests_are_refused_by_name_or_do_no_harm(kind, tmp_path):
+    rows = [{"audio_filepath": str(u.audio), "text": u.text} for u in recordings_in(tmp_path / "audio", FORMS[8:])]
+    manifest, home = tmp_path / "train.jsonl", tmp_path / "cache"
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+
+    def read():
+        cache._opened.cache_clear()
+        return everything(data.read_manifest(manifest), home)
+
+    expected = read()
+    whole = {path: path.read_bytes() for path in [manifest, *home.iterdir()]}
+    for seed in range(12):
+        if lies.STORED[kind](home, manifest, random.Random(seed)):
+            with pytest.raises(data.DataError, match=rf"^{tmp_path}.*(jsonl|safetensors)"):
+                read()
+        else:
+            assert all(map(torch.equal, read(), expected))
+        for path in [manifest, *home.iterdir()]:
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        for path, content in whole.items():
+            path.write_bytes(content)
 
 
 def test_permuted_utterances_of_a_file_are_named_when_they_are_read(recordings, tmp_path):
