@@ -24,9 +24,11 @@ EVERY_ROW += ("start_sha256", "threshold", "best_epoch", "info_sha256", "waited"
 HASHES = dict.fromkeys(("mask_sha256", "last_sha256", "trained_sha256"), SHA256)
 ROW = checked.record(
     ledger.ROW_NEEDED | {key: ledger.ROW_MAY[key] for key in EVERY_ROW} | HASHES,
-    {key: shape for key, shape in ledger.ROW_MAY.items() if key not in EVERY_ROW},
+    {key: shape for key, shape in ledger.ROW_MAY.items() if key not in EVERY_ROW} | {"source_mask_sha256": SHA256},
     others=False,
 )
+SETTINGS_HASHES = ("data_sha256", "dense", "ticket_sha256", "init_sha256", "noise_sha256", "lm_sha256")
+SETTINGS = checked.record({}, dict.fromkeys(SETTINGS_HASHES, checked.maybe(SHA256)))
 
 
 class Check(NamedTuple):
@@ -115,6 +117,7 @@ def check_chain(run: Run) -> str | None:
 
 def check_rows(run: Run) -> None:
     dense = run.rows[0]
+    SETTINGS(run.settings, "config.json")
     for row in run.rows:
         where = f"round {row['round']}: "
         ROW(row, f"round {row['round']}")

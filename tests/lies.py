@@ -86,7 +86,10 @@ def a_value_of_another_kind(f: Forged) -> None:
 
 @run_lie
 def a_setting_of_another_kind(f: Forged) -> None:
-    key = f.rng.choice(["seed", "sparsity", "prune_rate", "rewind_step", "epochs", "margin", "backbone", "size"])
+    hashes = [key for key in f.config if key == "dense" or key.endswith("_sha256")]
+    key = f.rng.choice(
+        ["seed", "sparsity", "prune_rate", "rewind_step", "epochs", "margin", "backbone", "size", *hashes]
+    )
     f.config[key] = f.rng.choice(JUNK)
     f.save()
 
