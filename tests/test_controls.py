@@ -221,14 +221,20 @@ def test_ticket_files_and_trained_starts(source, corpus, tmp_path, capsys):
     forged.rows[1]["start_sha256"] = lies.SHA
     forged.save()
     assert any("does not start at theta_k" in wrong for wrong in verify.failures(tmp_path / "control", networks))
-    for changed in ({"source_mask_sha256": "x"}, {"source_mask_sha256": None}):
-        forged.rows[1] |= changed
+    right = forged.rows[1]["source_mask_sha256"]
+    for other in ("x", None):
+        forged.rows[1]["source_mask_sha256"] = other
         forged.save()
         assert any("source_mask_sha256: must be " in wrong for wrong in verify.failures(tmp_path / "control", networks))
+    forged.rows[1]["source_mask_sha256"] = right
+    forged.save()
     forged = lies.Forged(tmp_path / "init", random.Random(0))
+    whole = dict(forged.config)
     forged.config["init_sha256"] = "x"
     forged.save()
     assert any("config.json, init_sha256: must be a SHA-256" in w for w in verify.failures(tmp_path / "init", networks))
+    forged.config = whole
+    forged.save()
     (tmp_path / "control" / "rewind.safetensors").unlink()
     assert "rewind.safetensors is not there" in verify.failures(tmp_path / "control", networks)
     methods = next(iter(compare.merge([compare.load(tmp_path / name) for name in ("init", "control")]).values()))
