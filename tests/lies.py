@@ -90,7 +90,7 @@ def a_setting_of_another_kind(f: Forged) -> None:
     key = f.rng.choice(
         ["seed", "sparsity", "prune_rate", "rewind_step", "epochs", "margin", "backbone", "size", *hashes]
     )
-    f.config[key] = f.rng.choice(JUNK)
+    f.config[key] = f.rng.choice([value for value in JUNK if value is not f.config[key]])  # lm_sha256 is None
     f.save()
 
 
