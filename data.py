@@ -29,9 +29,10 @@ import torchaudio
 from torch import Tensor
 from tqdm import tqdm
 
-from audio_lottery import draws
+from audio_lottery import checked, draws
 from audio_lottery.console import printable
 from audio_lottery.sound import SAMPLE_RATE, Broken, DataError, load_audio, memory_for, segment_name
+from lottery import LotteryError
 
 SPLITS = ("train", "valid", "test")
 BLANK = "<blank>"  # token 0, of CTC and of the transducer
@@ -61,22 +62,29 @@ def read_manifest(path: Path) -> list[Utterance]:
     """The utterances of one manifest, in its order. Raises DataError naming file and line."""
     source, folder, utterances = str(path), str(path.parent), []
     recordings: dict[str, Path] = {}  # one Path, looked for once, for all segments of a recording
-    try:
-        with open(path, "rb") as file:
-            for line, row in manifest_rows(file, source):
-                text, name = row.get("text"), row["audio_filepath"]
-                text = " ".join(text.split()) if isinstance(text, str) else text
-                if not text or not isinstance(text, str) or not text.isascii():
-                    _check_text(text, f"{source}, line {line}")
-                if (audio := recordings.get(name)) is None:
-                    audio = recordings[name] = Path(folder, name)
-                    if not os.path.isfile(audio):
-                        raise DataError(f"{source}, line {line}: no such audio file: {audio}")
-                speaker = sys.intern(str(row.get("speaker", "")))
-                utterances.append(Utterance(audio, text, speaker, row["offset"], row["duration"], source, line))
-    except OSError as error:
-        raise DataError(f"{path}: cannot read the manifest ({error.strerror})") from None
+    with manifest_file(path) as file:
+        for line, row in manifest_rows(file, source):
+            text, name = row.get("text"), row["audio_filepath"]
+            text = " ".join(text.split()) if isinstance(text, str) else text
+            if not text or not isinstance(text, str) or not text.isascii():
+                _check_text(text, f"{source}, line {line}")
+            if (audio := recordings.get(name)) is None:
+                audio = recordings[name] = Path(folder, name)
+                if not os.path.isfile(audio):
+                    raise DataError(f"{source}, line {line}: no such audio file: {audio}")
+            speaker = sys.intern(str(row.get("speaker", "")))
+            utterances.append(Utterance(audio, text, speaker, row["offset"], row["duration"], source, line))
     return utterances
+
+
+@contextlib.contextmanager
+def manifest_file(path: Path) -> Iterator[BinaryIO]:
+    """The open file. Raises DataError, naming it, if it is no regular file or cannot be read."""
+    try:
+        with checked.opened(path, "manifest") as (number, _), open(number, "rb", closefd=False) as file:
+            yield file
+    except LotteryError as error:
+        raise DataError(str(error)) from None
 
 
 def _check_text(text: object, where: str) -> None:
@@ -117,9 +125,9 @@ def _manifest_row(line: bytes, whole: bool) -> dict:
     if not whole:
         raise DataError(f"longer than {LONGEST} bytes: no line of a manifest")
     try:
-        row = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"not a JSON object in UTF-8 ({error})") from None
+        row = checked.parse(line, "", what="a JSON object in UTF-8", halves=True)  # of a name; a text's is refused
+    except LotteryError as error:
+        raise DataError(str(error).removeprefix(": ")) from None
     if not isinstance(row, dict):
         raise DataError("not a JSON object")
     name = row.get("audio_filepath")

@@ -53,6 +53,11 @@ def without_padding(features: Tensor, input_lengths: Tensor) -> Tensor:
     return torch.where(valid_frames(input_lengths, features.shape[1])[:, :, None], features, 0.0)
 
 
+def images(x: Tensor, training: bool) -> Tensor:
+    """x (B, C, F, T) as a convolution trains on it fastest: on a CPU with channels last, in half the time."""
+    return x.contiguous(memory_format=torch.channels_last) if training and x.device.type == "cpu" else x
+
+
 def on_rows(layer, x: Tensor, rows: Tensor) -> Tensor:
     """Apply `layer` to the valid rows of x (B, T, ...) alone; zeros elsewhere.
 
@@ -212,7 +217,7 @@ class CnnLstm(nn.Module):
         x = without_padding(features, input_lengths).transpose(1, 2)[:, None]  # (B, 1, F, T)
         lengths = input_lengths
         for conv, norm, stride in zip(self.convs, self.conv_norms, self.time_strides):
-            x = conv(x).permute(0, 3, 1, 2)  # (B, T', C, F')
+            x = conv(images(x, self.training)).permute(0, 3, 1, 2)  # (B, T', C, F')
             lengths = (lengths - 1) // stride + 1
             rows = valid_rows(lengths, x.shape[1])
             x = on_rows(lambda frames: F.hardtanh(norm(frames), 0.0, 20.0), x, rows)  # noqa: B023
@@ -529,7 +534,7 @@ class ConformerCtc(nn.Module):
     def forward(self, features: Tensor, input_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, 80), (B,) -> log_probs (B, T', V), lengths (B,), T' = ceil(T / 4)."""
         x = without_padding(features, input_lengths).transpose(1, 2)[:, None]
-        x = self.conv1(x).relu()  # (B, C, 40, ceil(T / 2))
+        x = self.conv1(images(x, self.training)).relu()  # (B, C, 40, ceil(T / 2))
         x = x * valid_frames((input_lengths - 1) // 2 + 1, x.shape[3])[:, None, None]
         x = self.conv2(x).relu()  # (B, C, 20, T')
         lengths = self.output_lengths(input_lengths)

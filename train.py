@@ -454,10 +454,7 @@ def run(args: argparse.Namespace, signals: Signals) -> None:
     if len(rows) < rounds:
         say_start(setting)
         corpus = Corpus(setting)
-        steps = setting.epoch_ends(corpus.train)[-1]
-        if args.rewind_step >= steps:
-            rule = f"a round has only {steps} steps, and tickets train on what is left of them"
-            raise lottery.LotteryError(f"--rewind-step {args.rewind_step}: {rule}")
+        settings.check_rewind_step(args, setting.epoch_ends(corpus.train)[-1], "only")
     processes.gather(None)  # all have looked into the folder before the first process writes there
     if not processes.index():
         args.out.mkdir(parents=True, exist_ok=True)
@@ -589,6 +586,7 @@ def main(argv: list[str] | None = None) -> int:
             code = fail("train.py", error)
             return 1 if isinstance(error, retrain.Differs) else code
         except Stopped as stopped:
+            signals.over = True  # another one must not end what is said here
             line = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
             name = signal.Signals(stopped.number).name
             print(printable(f"train.py: stopped by {name}; go on with: {line}"), file=sys.stderr)

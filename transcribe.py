@@ -34,7 +34,7 @@ from tqdm import tqdm
 import data
 import lottery
 import models
-from audio_lottery import compress, files, sound
+from audio_lottery import checked, compress, files, sound
 from audio_lottery.console import Parser, command, fail, printable
 from lab import decode, networks, streaming
 from lab.pieces import Word, join, pieces_of, words_of
@@ -126,8 +126,8 @@ def check_order(args: argparse.Namespace) -> None:
 def sealed(path: Path) -> bool:
     """Does it begin as a ticket does? (A recording may be too long to be read whole.)"""
     try:
-        with open(files.ticket_path(path), "rb") as file:
-            return files.SEAL in file.read(1024)
+        with checked.opened(files.ticket_path(path), "ticket") as (number, _):
+            return files.SEAL in checked.read_on(number, 1024)
     except (OSError, ValueError):
         return False
 
@@ -158,11 +158,8 @@ def sources(audio: list[str]) -> Iterator[data.Utterance]:
                 raise data.DataError(f"{name}: no recording in it (by their endings: {' '.join(sorted(sound.AUDIO))})")
             yield from (data.Utterance(path, "") for path in found)
         elif path.suffix.lower() in MANIFESTS:
-            try:
-                with open(path, "rb") as file:
-                    yield from of_manifest(file, name, path.parent)
-            except OSError as error:
-                raise data.DataError(f"{name}: cannot read the manifest ({error.strerror})") from None
+            with data.manifest_file(path) as file:
+                yield from of_manifest(file, name, path.parent)
         else:
             yield data.Utterance(path, "")
 

@@ -88,13 +88,18 @@ def _pairs(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
-def _depth(value: object) -> None:
-    """Raise ValueError if lists and objects go deeper than DEPTH, or for half a surrogate pair."""
+_DECODER = json.JSONDecoder(
+    parse_int=_integer, parse_float=_number, parse_constant=_number, object_pairs_hook=_pairs
+)  # made once: a manifest has a million lines
+
+
+def _depth(value: object, halves: bool) -> None:
+    """Raise ValueError if lists and objects go deeper than DEPTH, or, unless `halves`, for half a surrogate pair."""
     level = [value]
     for depth in range(DEPTH + 1):
         texts = [v for v in level if isinstance(v, str)]
         texts += [key for v in level if isinstance(v, dict) for key in v]
-        if any(map(SURROGATE.search, texts)):
+        if not halves and any(map(SURROGATE.search, texts)):
             raise ValueError("half a surrogate pair, which no UTF-8 text can hold")
         level = [v for v in level if isinstance(v, (list, dict))]
         if level and depth == DEPTH:
@@ -102,17 +107,20 @@ def _depth(value: object) -> None:
         level = [item for v in level for item in (v.values() if isinstance(v, dict) else v)]
 
 
-def parse(content: bytes | str, where: str, shape: Shape | None = None, what: str = "JSON"):
+def parse(
+    content: bytes | str, where: str, shape: Shape | None = None, what: str = "JSON", halves: bool = False
+):  # fmt: skip
     """The value that JSON in UTF-8 stands for: numbers finite, integers below 2^63, names once, DEPTH levels at most.
 
+    halves: let half a surrogate pair through, as which Python holds a byte of a file name that is no UTF-8.
     Raises LotteryError, which begins with `where`, for anything else, and as `shape` does.
     """
     try:
         text = content.decode("utf-8") if isinstance(content, bytes) else content
-        value = json.loads(
-            text, parse_int=_integer, parse_float=_number, parse_constant=_number, object_pairs_hook=_pairs
-        )
-        _depth(value)
+        value = _DECODER.decode(text)
+        utf8 = isinstance(content, bytes) and "\\u" not in text  # without half a surrogate pair, then
+        if not (halves or utf8) or text.count("[") + text.count("{") > DEPTH:
+            _depth(value, halves)
     except (ValueError, RecursionError) as error:
         why = f"deeper than {DEPTH} levels" if isinstance(error, RecursionError) else error
         raise LotteryError(f"{where}: not {what} that can be read ({why})") from None
@@ -201,6 +209,18 @@ def listed(shape: Shape, least: int = 0, most: int = 10_000_000) -> Shape:
         if not isinstance(value, (list, tuple)) or not least <= len(value) <= most:
             _refuse(where, f"a list of {least if least == most else f'{least} to {most}'} values", value)
         for i, item in enumerate(value):
+            shape(item, f"{where}[{i}]")
+
+    return check
+
+
+def tupled(*shapes: Shape) -> Shape:
+    """A list of as many values as there are shapes, each of its own."""
+    as_many = listed(anything, len(shapes), len(shapes))
+
+    def check(value: object, where: str) -> None:
+        as_many(value, where)
+        for i, (item, shape) in enumerate(zip(value, shapes)):
             shape(item, f"{where}[{i}]")
 
     return check

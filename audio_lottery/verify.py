@@ -27,11 +27,14 @@ NOT_FIRST = ("device", "threads", "info_sha256", "waited")  # not in the first l
 
 def row_shape(needed: tuple[str, ...]):
     must = ledger.ROW_NEEDED | {key: ledger.ROW_MAY[key] for key in needed} | HASHES
-    return checked.record(must, {k: shape for k, shape in ledger.ROW_MAY.items() if k not in must}, others=False)
+    may = {key: shape for key, shape in ledger.ROW_MAY.items() if key not in must} | {"source_mask_sha256": SHA256}
+    return checked.record(must, may, others=False)
 
 
 ROW = row_shape(EVERY_ROW)
 FIRST_ROW = row_shape(tuple(key for key in EVERY_ROW if key not in NOT_FIRST))
+SETTINGS_HASHES = ("data_sha256", "dense", "ticket_sha256", "init_sha256", "noise_sha256", "lm_sha256")
+SETTINGS = checked.record({}, dict.fromkeys(SETTINGS_HASHES, checked.maybe(SHA256)))
 
 
 class Check(NamedTuple):
@@ -120,6 +123,7 @@ def check_chain(run: Run) -> str | None:
 
 def check_rows(run: Run) -> None:
     dense = run.rows[0]
+    SETTINGS(run.settings, "config.json")
     for row in run.rows:
         where = f"round {row['round']}: "
         (FIRST_ROW if "data" in run.settings else ROW)(row, f"round {row['round']}")

@@ -25,9 +25,11 @@ import torchaudio
 from torch import Tensor
 
 import data
-from audio_lottery import sound
+from audio_lottery import checked, sound
+from audio_lottery.checked import SHA256, integer
 from audio_lottery.files import SEAL, digest, write_atomically
 from data import FEATURES, SAMPLE_RATE, Broken, DataError, Example, Fresh, Utterance, features_of, in_parallel
+from lottery import LotteryError
 
 # ---------------------------------------------------------------------------- in memory, or computed anew
 
@@ -151,6 +153,14 @@ def what_is_broken(utterances: list[Utterance], progress: str = "", workers: int
 # header that states, sealed by its own SHA-256, frames, samples at 16 kHz and SHA-256 of the features of each. So the
 # seal is of every byte, and a start reads the headers alone.
 FORMAT = "features 1"
+# What features are computed by: as it was imported, and not as an edit has it by the time they are computed.
+CODE = [*map(inspect.getsource, (sound, data)), torchaudio.__version__, soundfile.__libsndfile_version__]
+TABLE = checked.record(
+    {"format": checked.text(most=100), "rows": checked.listed(checked.tupled(integer(1), integer(1), SHA256), 1)}
+)
+HEADER = checked.record({"__metadata__": checked.record({"about": checked.text(most=2**24)})})
+INDEX = checked.keyed(checked.tupled(integer(), integer(1 - checked.WHOLE), SHA256), 10**7)  # size, time, SHA-256
+INDEX_LIMIT = 2**30  # bytes: of some five million recordings
 
 
 @dataclass(frozen=True)
@@ -221,18 +231,17 @@ class Cache:
 
     def _index(self) -> dict[str, tuple[int, int, str]]:
         """Size, time and SHA-256 of recordings at their last hashing, by path; {} if damaged or not there."""
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-            rows = json.loads((self.folder / "hashes.json").read_text(encoding="utf-8")).items()
-            return {path: (size, time, sha256) for path, (size, time, sha256) in rows}
+        with contextlib.suppress(LotteryError):
+            rows = checked.read_json(self.folder / "hashes.json", "index of hashes", INDEX, INDEX_LIMIT)
+            return {path: tuple(row) for path, row in rows.items()}
         return {}
 
     def shards(self, utterances: list[Utterance], kind: str, speed: float = 1.0) -> list[tuple[Path, list[Utterance]]]:
         hashes = self.hash_files([u.audio for u in utterances])
-        code = [*map(inspect.getsource, (sound, data)), torchaudio.__version__, soundfile.__libsndfile_version__]
         found = []
         for start in range(0, len(utterances), self.SHARD):
             part = utterances[start : start + self.SHARD]
-            key = json.dumps([FORMAT, kind, speed, code, [[hashes[u.audio], u.offset, u.duration] for u in part]])
+            key = json.dumps([FORMAT, kind, speed, CODE, [[hashes[u.audio], u.offset, u.duration] for u in part]])
             found.append((self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors", part))
         return found
 
@@ -262,33 +271,43 @@ def shard_content(found: list[tuple[Tensor, float]]) -> bytes:
 def read_shard(path: Path, utterances: int, bins: int) -> Iterator[tuple[Stored, float]]:
     """(Stored, seconds) an utterance of a file. Raises DataError naming it unless it is whole, and of so many."""
     try:
-        with open(path, "rb") as file:
-            size, end = os.fstat(file.fileno()).st_size, 8 + int.from_bytes(file.read(8), "little")
-            if not 8 < end <= min(size, 2**24):
-                raise ValueError(f"a header of {end - 8} bytes in a file of {size}")
-            header = file.read(end - 8)
-        content = (end - 8).to_bytes(8, "little") + header
+        content, size = _header(path)
+        end = len(content)
         at = content.index(SEAL) + len(SEAL)
         if content[at : at + 64] != digest(content, at).encode():
             raise ValueError("its header does not have the hash that it states")
-        tensors = json.loads(header)
-        about = json.loads(tensors.pop("__metadata__")["about"][len("sha256:") + 65 :])
-        rows = [(int(frames), int(samples), bytes.fromhex(sha256)) for frames, samples, sha256 in about["rows"]]
+        tensors = checked.parse(content[8:], "its header", HEADER)
+        about = tensors.pop("__metadata__")["about"]
+        about = checked.parse(about[len("sha256:") + 65 :], "its table", TABLE)
+        rows = [(frames, samples, bytes.fromhex(sha256)) for frames, samples, sha256 in about["rows"]]
         if about["format"] != FORMAT or len(rows) != utterances:
             raise ValueError(f"{len(rows)} utterances of {about['format']!r}, not {utterances} of {FORMAT!r}")
-        if any(samples < 1 or frames != 1 + samples // 160 for frames, samples, _ in rows):
+        if any(frames != 1 + samples // 160 for frames, samples, _ in rows):
             raise ValueError("frames that are not those of its samples")
         shape = [sum(frames for frames, _, _ in rows), bins]
         expected = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * math.prod(shape)]}
         if tensors != {"features": expected} or size != end + 4 * math.prod(shape):
             raise ValueError(f"{size - end} bytes of features, not {shape[0]} x {bins} float32")
-    except OSError as error:
-        raise DataError(f"{path}: cannot read the cached features ({error.strerror})") from None
-    except Exception as error:  # whatever damage makes the readers above raise
+    except DataError:
+        raise
+    except ValueError as error:  # LotteryError is one
         raise _damaged(path, f" ({error})") from None
     for frames, samples, sha256 in rows:
         yield Stored(path, end, (frames, bins), sha256), samples / SAMPLE_RATE
         end += 4 * frames * bins
+
+
+def _header(path: Path) -> tuple[bytes, int]:
+    """The header of a cached file, its length in 8 bytes before it, and the size of the file."""
+    try:
+        with checked.opened(path, "cached features") as (number, size):
+            start = checked.read_on(number, 8)
+            end = 8 + int.from_bytes(start, "little")
+            if not 8 < end <= min(size, 2**24):
+                raise ValueError(f"a header of {end - 8} bytes in a file of {size}")
+            return start + checked.read_on(number, end - 8), size
+    except LotteryError as error:
+        raise DataError(str(error)) from None
 
 
 class _Shards(torch.utils.data.Dataset):

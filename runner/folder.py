@@ -30,10 +30,16 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """SIGINT and SIGTERM: noted while `deferred`, so that a step is finished and saved; else they end the program."""
+    """SIGINT and SIGTERM: noted while `deferred`, so that a step is finished and saved; else they end the program.
+
+    One that comes within a second of the last is the same: `timeout` sends SIGTERM twice, as torchrun may.
+    """
+
+    SAME = 1.0  # seconds
 
     def __init__(self):
-        self.deferred, self.number = False, 0
+        self.deferred, self.number, self.over = False, 0, False
+        self.last = -math.inf
 
     def __enter__(self) -> "Signals":
         self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -44,9 +50,12 @@ class Signals:
             signal.signal(which, handler)
 
     def receive(self, number: int, _frame) -> None:
-        if not self.deferred or self.number:  # the second one does not wait
+        before, now = self.number, time.monotonic()
+        if self.over or (before and now - self.last < self.SAME):
+            return
+        self.number, self.last = number, now  # noted in any case: where a destructor runs, what is raised is dropped
+        if not self.deferred or before:  # the second one does not wait
             raise Stopped(number)
-        self.number = number
 
 
 # ---------------------------------------------------------------------------- checkpoints
@@ -271,8 +280,9 @@ def locked(out: Path):
 
     lockf, not flock: worker processes do not inherit it, so that none of them outlives this one with it.
     """
-    with files.naming(out / "lock"):
-        file = open(out / "lock", "a+")
+    with files.naming(out / "lock"):  # never through a link, which a stranger may have put there
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+        file = open(os.open(out / "lock", flags, 0o666), "a+")
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -21,7 +21,7 @@ import lottery
 import models
 from audio_lottery import files, ledger
 from audio_lottery.console import printable
-from lab import controls, corpora, decode, rivals
+from lab import controls, corpora, decode, networks, rivals
 from lab.noise import Noise
 from runner import flags, processes
 from runner.cache import Cache, what_is_broken
@@ -31,7 +31,7 @@ IN_MEMORY = 8e9  # bytes of recordings whose features are kept in memory, at mos
 
 
 def code_sha256() -> str:
-    """Hash of the sources that decide a result."""
+    """Hash of the sources that decide a result, as they stand on the disk."""
     names = (
         "lottery", "models", "data", "train", "audio_lottery/files", "audio_lottery/ledger", "audio_lottery/sound",
         "audio_lottery/verdicts", "audio_lottery/draws", "runner/flags", "runner/values", "runner/recipes",
@@ -40,6 +40,9 @@ def code_sha256() -> str:
     )  # fmt: skip
     sources = [HERE / f"{name}.py" for name in names] + sorted((HERE / "csrc").rglob("*.*"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+CODE_SHA256 = code_sha256()  # of what this process has imported: an edit while it works is not what it runs
 
 
 @dataclasses.dataclass
@@ -81,7 +84,7 @@ class Setting:
             "seed": self.args.seed,
             "config_sha256": ledger.hash_json(settings),
             "data_sha256": settings["data_sha256"],
-            "code_sha256": code_sha256(),
+            "code_sha256": CODE_SHA256,
             "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
             "device": self.args.device,
             "threads": torch.get_num_threads(),
@@ -97,6 +100,7 @@ class Setting:
 def prepare(args: argparse.Namespace) -> Setting:
     """Read the corpus, build the network, make the configuration. What cannot be trained is refused here, by name."""
     utterances = read_corpus(args)
+    check_rewind_step(args, most_steps(args.recipe, len(utterances["train"])), "at most")
     if args.skip_broken:
         leave_out_broken(utterances, args.workers)
     cache = Cache(args.cache) if isinstance(args.cache, Path) else args.cache
@@ -129,6 +133,19 @@ def prepare(args: argparse.Namespace) -> Setting:
     transcriber_of = functools.partial(decode.transcriber, tokens=tokens, lm=args.lm, words=words, **options)
     rounds = args.rounds or list(range(len(counts)))
     return Setting(args, config, utterances, tokens, model, transcriber_of, rounds, cache, dense, noise)
+
+
+def most_steps(recipe, utterances: int) -> int:
+    """Steps of a round that trains on all utterances: known before a recording is read, and some is left out."""
+    batches = utterances if recipe.batch_seconds else math.ceil(utterances / (recipe.batch_size * processes.count()))
+    return recipe.epochs * math.ceil(batches / recipe.accumulate)
+
+
+def check_rewind_step(args: argparse.Namespace, steps: int, word: str) -> None:
+    """Raise LotteryError unless steps are left behind --rewind-step; word: only, or at most, so many."""
+    if args.rewind_step >= steps:
+        rule = f"a round has {word} {steps} steps, and tickets train on what is left of them"
+        raise lottery.LotteryError(f"--rewind-step {args.rewind_step}: {rule}")
 
 
 def ways(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, str]:
@@ -195,6 +212,8 @@ def hashes_of(
 def start_from(path: Path, model: torch.nn.Module, tokens: list[str]) -> None:
     """Put a ticket's trained weights into the model, as theta_0."""
     file = files.load_ticket(path)
+    if "tokens" in file.info:
+        networks.check_tokens(file.info["tokens"], f"--init {path}: its info, tokens")
     state, renewed = controls.adopt(model, file.trained, file.info.get("tokens") == tokens, path)
     lottery.load_state(model, state)
     said = f"; made new, for other tokens: {', '.join(renewed)}" if renewed else ""

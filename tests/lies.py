@@ -86,8 +86,11 @@ def a_value_of_another_kind(f: Forged) -> None:
 
 @run_lie
 def a_setting_of_another_kind(f: Forged) -> None:
-    key = f.rng.choice(["seed", "sparsity", "prune_rate", "rewind_step", "epochs", "margin", "backbone", "size"])
-    f.config[key] = f.rng.choice(JUNK)
+    hashes = [key for key in f.config if key == "dense" or key.endswith("_sha256")]
+    key = f.rng.choice(
+        ["seed", "sparsity", "prune_rate", "rewind_step", "epochs", "margin", "backbone", "size", *hashes]
+    )
+    f.config[key] = f.rng.choice([value for value in JUNK if value is not f.config[key]])  # lm_sha256 is None
     f.save()
 
 
@@ -306,6 +309,37 @@ def other_rounds(f: Forged) -> None:
 
 
 @run_lie
+def other_texts(f: Forged) -> None:
+    """In test.jsonl, their hash in the ledger as it is of them."""
+    path = f.run / "test.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    line = f.rng.choice(lines)
+    row = f.rows[line["round"]]
+    what = f.rng.choice(["hypothesis", "reference", "counts", "fewer", "kind"])
+    if what in ("hypothesis", "reference"):
+        line[what] += " more"
+    elif what == "counts":
+        line["substitutions"] += 1
+    elif what == "fewer":
+        lines.remove(line)
+    else:
+        key = f.rng.choice(list(line))
+        line[key] = f.rng.choice([value for value in JUNK if value != "x" or not isinstance(line[key], str)])
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    own = [
+        {key: value for key, value in line.items() if key != "round"} for line in lines if line["round"] == row["round"]
+    ]
+    row["texts_sha256"] = ledger.hash_json(own)
+    f.save()
+
+
+BARE = (  # lies that rows, config.json and reports alone contradict, as in a folder without masks and tickets
+    "a_value_of_another_kind", "a_setting_of_another_kind", "counts_that_no_test_gives", "a_number_out_of_range",
+    "other_weights_at_the_last_epoch_which_is_the_best", "another_report", "a_verdict_or_rate_of_its_own",
+)  # fmt: skip
+
+
+@run_lie
 def no_file_or_no_json(f: Forged) -> None:
     path = f.run / f.rng.choice(
         ["config.json", "ledger.jsonl", "ticket.safetensors", "rewind.safetensors", "masks/01.safetensors", "report.md"]
@@ -364,7 +398,9 @@ def no_info(t: Lying) -> None:
 @ticket_lie("network")
 def sizes(t: Lying) -> None:
     key = t.rng.choice(list(t.info["sizes"]))
-    value = t.rng.choice([10**9, 2**62, 0, -1, "x", None, True, 1.5, [], {}, [[10**9, 1]], [[2, 2]], "\x1b[2J"])
+    value = t.rng.choice(
+        [10**9, 2**62, 2**63, float("nan"), 0, -1, "x", None, True, 1.5, [], {}, [[10**9, 1]], [[2, 2]], "\x1b[2J"]
+    )
     t.info["sizes"][key] = value if key != "dropout" or value not in (0, True) else 7
     t.save()
 
@@ -483,3 +519,120 @@ def no_file(t: Lying) -> None:
     else:
         header = b'{"a":' * 50_000 + b"1" + b"}" * 50_000
         t.path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+# ---------------------------------------------------------------------------- caches and manifests
+
+GONE = ("zero", "pipe", "folder", "deep", "large", "no JSON")
+
+
+def put_in_place(path: Path, rng: random.Random) -> None:
+    """Another thing under the name of a file."""
+    what = rng.choice(GONE)
+    path.unlink()
+    if what == "zero":
+        path.symlink_to("/dev/zero")
+    elif what == "pipe":
+        os.mkfifo(path)
+    elif what == "folder":
+        path.mkdir()
+    elif what == "large":
+        with open(path, "wb") as file:
+            file.truncate(2**40)
+    else:
+        path.write_bytes(DEEPER if what == "deep" else rng.choice([b"\xff", b"", b"[1, 2]", b'{"a": NaN}']))
+
+
+def resealed(path: Path, change: Callable[[dict, dict, bytes], bytes | None]) -> None:
+    """A file of a cache with what change(header, table, features) makes of it, under a seal that holds."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    about = json.loads(header["__metadata__"]["about"][72:])
+    body = change(header, about, content[end:]) or content[end:]
+    header["__metadata__"]["about"] = f"sha256:{'0' * 64} {json.dumps(about)}"
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    content = len(text).to_bytes(8, "little") + text
+    at = content.index(files.SEAL) + len(files.SEAL)
+    path.write_bytes(content[:at] + files.digest(content, at).encode() + content[at + 64 :] + body)
+
+
+# Each takes the folder of a cache of one file, and the manifest of what is in it. True: it must be refused, by name.
+STORED: dict[str, Callable[[Path, Path, random.Random], bool]] = {}
+
+
+def stored_lie(function: Callable[[Path, Path, random.Random], bool]):
+    STORED[function.__name__] = function
+    return function
+
+
+@stored_lie
+def an_index_of_hashes(cache: Path, _manifest: Path, rng: random.Random) -> bool:
+    """It only slows the next start."""
+    path = cache / "hashes.json"
+    if rng.random() < 0.3:
+        put_in_place(path, rng)
+        return False
+    rows = json.loads(path.read_text())
+    name, at = rng.choice(list(rows)), rng.randrange(3)
+    if rng.random() < 0.3:
+        rows[name] = rng.choice(JUNK)
+    else:
+        rows[name][at] = rng.choice(JUNK)
+    path.write_text(json.dumps(rows))
+    return False
+
+
+@stored_lie
+def a_table_of_features(cache: Path, _manifest: Path, rng: random.Random) -> bool:
+    (path,) = cache.glob("*.safetensors")
+
+    def change(header: dict, about: dict, body: bytes) -> bytes | None:
+        what, rows = rng.randrange(8), about["rows"]
+        row = rng.choice(rows)
+        if what == 0:
+            about["rows"] = rng.choice([rows[:-1], [*rows, rows[0]], *JUNK])
+        elif what == 1:
+            row[rng.randrange(3)] = rng.choice(JUNK)
+        elif what == 2:
+            row[:2] = [1 + 10**12 // 160, 10**12]
+        elif what == 3:
+            row[rng.randrange(2)] *= -1
+        elif what == 4:
+            header["features"][rng.choice(["shape", "dtype", "data_offsets"])] = rng.choice([*JUNK, [10**9, 80], "F64"])
+        elif what == 5:
+            header["other"] = rng.choice([header["features"], *JUNK])
+        elif what == 6:
+            about["format"] = rng.choice(JUNK)
+        else:
+            return body[:-4]
+        return None
+
+    resealed(path, change)
+    return True
+
+
+@stored_lie
+def no_file_of_features(cache: Path, _manifest: Path, rng: random.Random) -> bool:
+    (path,) = cache.glob("*.safetensors")
+    put_in_place(path, rng)
+    return True
+
+
+@stored_lie
+def a_line_of_a_manifest(_cache: Path, manifest: Path, rng: random.Random) -> bool:
+    lines = manifest.read_text().splitlines()
+    at, what = rng.randrange(len(lines)), rng.randrange(3)
+    if what == 0:
+        put_in_place(manifest, rng)
+        return True
+    row = json.loads(lines[at])
+    key = rng.choice(["audio_filepath", "text", "duration", "offset"])
+    junk = {"audio_filepath": JUNK, "text": [v for v in JUNK if v != "x"], "offset": JUNK, "duration": JUNK}[key]
+    row[key] = rng.choice([v for v in junk if v is not None or key in ("audio_filepath", "text")])
+    lines[at] = json.dumps(row)
+    if what == 1:
+        lines[at] = rng.choice(['{"a": 1, "a": 2}', "[" * 100_000, "5", '{"audio_filepath": 1e999}', "\ud83d", "{}"])
+    manifest.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+    return True

@@ -4,7 +4,7 @@
     python tests/soak.py tickets N     read N damaged tickets and checkpoints, and every single-byte flip of a small one
     python tests/soak.py ledgers N     verify a run with N damaged ledgers
     python tests/soak.py audio N       decode N damaged WAV, FLAC, Opus and MP3 files
-    python tests/soak.py lies N        read N lying tickets and forged runs, their hashes right (tests/lies.py)
+    python tests/soak.py lies N        read N lying tickets, forged runs and caches, their hashes right (tests/lies.py)
     python tests/soak.py recordings N  decode N recordings of every format, rate and channel count, whose headers lie,
                                        and read a thousand manifests with one fault each (tests/recordings.py)
 
@@ -41,8 +41,9 @@ import models  # noqa: E402
 import train  # noqa: E402
 import transcribe  # noqa: E402
 from audio_lottery import files, ledger, sound, verdicts, verify  # noqa: E402
-from lab import controls, networks, plan  # noqa: E402
+from lab import compare, controls, networks, plan  # noqa: E402
 from runner import cache, flags  # noqa: E402
+from runner.folder import rows_there  # noqa: E402
 
 # ---------------------------------------------------------------------------- kills
 
@@ -379,6 +380,13 @@ class Liars:
                 found = [f"{check.name}: {check.wrong}" for check in verify.verify(run, networks) if check.wrong]
                 assert not found, found
                 self.runs[name] = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+        bare = [p for p in self.runs["search"] if p.suffix != ".safetensors"]
+        self.runs["bare"] = {folder / "bare" / p.relative_to(folder / "search"): p.read_bytes() for p in bare}
+        (folder / "bare").mkdir()
+        self.restore(folder / "bare", self.runs["bare"])
+        self.utterances = data.read_corpus(self.corpus)["train"]
+        self.features = self.read_stored()
+        self.stored = {p: p.read_bytes() for p in [self.corpus / "train.jsonl", *(folder / "cache").iterdir()]}
         self.infos = {}
         for backbone in models.BACKBONES:
             self.infos[backbone] = self.ticket_of(backbone)
@@ -398,14 +406,40 @@ class Liars:
 
     def forge_run(self, kind: str, rng: random.Random) -> str:
         """What became of one forged run: found, not here, silent or the exception."""
-        name = rng.choice(list(self.runs))
+        name = rng.choice(list(self.runs) if kind in lies.BARE else ["search", "given"])
         run = self.folder / name
         lies.RUNS[kind](lies.Forged(run, rng))
         try:
             words = {check.word for check in verify.verify(run, networks)}
-            return "found" if "FAILED" in words else "not here" if "not here" in words else "silent"
+            with contextlib.suppress(lottery.LotteryError):  # the next start, and who compares
+                rows_there(run, ledger.read_config(run), flags.NAMES)
+                compare.load(run)
+            told = "not here" in words and name != "bare"
+            return "found" if "FAILED" in words else "not here" if told else "silent"
         finally:
             self.restore(run, self.runs[name])
+
+    def read_stored(self) -> list[torch.Tensor]:
+        """The features of the manifest's recordings, from the cache."""
+        cache._opened.cache_clear()
+        utterances = data.read_manifest(self.corpus / "train.jsonl")
+        kept = cache.Cache(self.folder / "cache")
+        return [example.features for example in cache.load_examples(utterances, [data.BLANK], "log-mel", "", kept)]
+
+    def forge_stored(self, kind: str, rng: random.Random) -> str:
+        """As forge_run, of a cache or a manifest: refused by name, or without harm."""
+        refused = lies.STORED[kind](self.folder / "cache", self.corpus / "train.jsonl", rng)
+        try:
+            same = all(map(torch.equal, self.read_stored(), self.features))
+            return "silent" if refused or not same else "found"
+        except data.DataError as error:
+            named = str(error).startswith(str(self.folder))
+            return "found" if refused and named else f"silent: {error}"
+        finally:
+            for path in (self.corpus / "train.jsonl", *(self.folder / "cache").iterdir()):
+                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+            for path, content in self.stored.items():
+                path.write_bytes(content)
 
     def restore(self, run: Path, whole: dict[Path, bytes]) -> None:
         for path in sorted(run.rglob("*"), reverse=True):
@@ -460,7 +494,8 @@ def lies_in_a_child(liars: Liars, seeds: list[tuple[str, int]]) -> list[tuple[st
             contextlib.redirect_stdout(nothing),
         ):
             for kind, seed in seeds:
-                forge = liars.forge_run if kind in lies.RUNS else liars.forge_ticket
+                forge = liars.forge_stored if kind in lies.STORED else liars.forge_ticket
+                forge = liars.forge_run if kind in lies.RUNS else forge
                 try:
                     outcome = forge(kind, random.Random(seed))
                 except BaseException as error:
@@ -481,7 +516,7 @@ def lies_(number: int, seed: int) -> bool:
     rng, found = random.Random(seed), []
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         liars = Liars(Path(folder))
-        kinds = [*lies.RUNS, *lies.TICKETS]
+        kinds = [*lies.RUNS, *lies.TICKETS, *lies.STORED]
         todo = [(kinds[i % len(kinds)], rng.randrange(2**31)) for i in range(number)]
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         for start in range(0, number, 500):
@@ -493,12 +528,12 @@ def lies_(number: int, seed: int) -> bool:
     most = max(before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 2**20
     silent = [f"{kind}: {outcome}" for kind, outcome in found if outcome.startswith("silent")]
     crashes = [f"{kind}: {outcome}" for kind, outcome in found if outcome.startswith("exception")]
-    runs = sum(kind in lies.RUNS for kind, _ in found)
+    runs, stored = (sum(kind in part for kind, _ in found) for part in (lies.RUNS, lies.STORED))
     told = sum(outcome == "not here" for _, outcome in found)
     print(
-        f"lies: {len(found)} tried ({runs} forged runs of {len(lies.RUNS)} kinds, {len(found) - runs} tickets of "
-        f"{len(lies.TICKETS)}): silent {len(silent)}, tracebacks {len(crashes)}, at most {most:.2f} GiB; "
-        f"{told} were told of as not here"
+        f"lies: {len(found)} tried ({runs} forged runs of {len(lies.RUNS)} kinds, {len(found) - runs - stored} tickets "
+        f"of {len(lies.TICKETS)}, {stored} caches and manifests of {len(lies.STORED)}): silent {len(silent)}, "
+        f"tracebacks {len(crashes)}, at most {most:.2f} GiB; {told} were told of as not here"
     )
     print("".join(f"  {line}\n" for line in dict.fromkeys(silent + crashes)), end="")
     return not silent and not crashes and most < 2

@@ -4,10 +4,12 @@ import errno
 import itertools
 import json
 import os
+import random
 import signal
 import traceback
 from pathlib import Path
 
+import lies
 import numpy as np
 import pytest
 import soak
@@ -135,22 +137,6 @@ def one_file(home: Path) -> Path:
     return path
 
 
-def rewritten(path: Path, change) -> None:
-    """The file with another header under a seal that holds."""
-    content = path.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    prefix, about = header["__metadata__"]["about"][:72], json.loads(header["__metadata__"]["about"][72:])
-    body = change(header, about, content[end:]) or content[end:]
-    header["__metadata__"]["about"] = f"sha256:{'0' * 64} {json.dumps(about)}"
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    content = len(text).to_bytes(8, "little") + text
-    at = content.index(cache.SEAL) + len(cache.SEAL)
-    path.write_bytes(content[:at] + cache.digest(content, at).encode() + content[at + 64 :] + body)
-    assert len(prefix) == 72
-
-
 def everything(utterances, home):
     return [e.features for e in examples_of(utterances, cache.Cache(home))]
 
@@ -194,18 +180,42 @@ def of_rows(change):
 )
 def test_a_file_of_other_utterances_under_a_seal_that_holds_is_damaged_too(change, recordings, tmp_path):
     everything(recordings, tmp_path / "cache")
-    rewritten(one_file(tmp_path / "cache"), lambda *_: None)
+    lies.resealed(one_file(tmp_path / "cache"), lambda *_: None)
     cache._opened.cache_clear()
     everything(recordings, tmp_path / "cache")  # the seal that this test puts on holds
-    rewritten(one_file(tmp_path / "cache"), change)
+    lies.resealed(one_file(tmp_path / "cache"), change)
     cache._opened.cache_clear()
     with pytest.raises(data.DataError, match=r"safetensors: damaged \(.*: delete it"):
         everything(recordings, tmp_path / "cache")
 
 
+@pytest.mark.parametrize("kind", list(lies.STORED))
+def test_lying_caches_and_manifests_are_refused_by_name_or_do_no_harm(kind, tmp_path):
+    rows = [{"audio_filepath": str(u.audio), "text": u.text} for u in recordings_in(tmp_path / "audio", FORMS[8:])]
+    manifest, home = tmp_path / "train.jsonl", tmp_path / "cache"
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+
+    def read():
+        cache._opened.cache_clear()
+        return everything(data.read_manifest(manifest), home)
+
+    expected = read()
+    whole = {path: path.read_bytes() for path in [manifest, *home.iterdir()]}
+    for seed in range(12):
+        if lies.STORED[kind](home, manifest, random.Random(seed)):
+            with pytest.raises(data.DataError, match=rf"^{tmp_path}.*(jsonl|safetensors)"):
+                read()
+        else:
+            assert all(map(torch.equal, read(), expected))
+        for path in [manifest, *home.iterdir()]:
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        for path, content in whole.items():
+            path.write_bytes(content)
+
+
 def test_permuted_utterances_of_a_file_are_named_when_they_are_read(recordings, tmp_path):
     everything(recordings, tmp_path / "cache")
-    rewritten(one_file(tmp_path / "cache"), of_rows(lambda rows: rows[::-1]))
+    lies.resealed(one_file(tmp_path / "cache"), of_rows(lambda rows: rows[::-1]))
     cache._opened.cache_clear()
     with pytest.raises(data.DataError, match="safetensors: damaged: delete it"):
         everything(recordings, tmp_path / "cache")

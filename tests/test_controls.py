@@ -221,6 +221,20 @@ def test_ticket_files_and_trained_starts(source, corpus, tmp_path, capsys):
     forged.rows[1]["start_sha256"] = lies.SHA
     forged.save()
     assert any("does not start at theta_k" in wrong for wrong in verify.failures(tmp_path / "control", networks))
+    right = forged.rows[1]["source_mask_sha256"]
+    for other in ("x", None):
+        forged.rows[1]["source_mask_sha256"] = other
+        forged.save()
+        assert any("source_mask_sha256: must be " in wrong for wrong in verify.failures(tmp_path / "control", networks))
+    forged.rows[1]["source_mask_sha256"] = right
+    forged.save()
+    forged = lies.Forged(tmp_path / "init", random.Random(0))
+    whole = dict(forged.config)
+    forged.config["init_sha256"] = "x"
+    forged.save()
+    assert any("config.json, init_sha256: must be a SHA-256" in w for w in verify.failures(tmp_path / "init", networks))
+    forged.config = whole
+    forged.save()
     (tmp_path / "control" / "rewind.safetensors").unlink()
     assert "rewind.safetensors is not there" in verify.failures(tmp_path / "control", networks)
     methods = next(iter(compare.merge([compare.load(tmp_path / name) for name in ("init", "control")]).values()))
@@ -238,6 +252,9 @@ def test_a_ticket_that_does_not_fit_is_refused_before_training(source, corpus, t
     files.save_ticket(bad, there.masks, nan, nan, there.info)
     for flag in ("--ticket", "--init"):
         assert f"bad.safetensors: {name} has a NaN or infinite value" in refused(capsys, flag, bad, *flags)
+    files.save_ticket(bad, there.masks, there.rewind, there.trained, there.info | {"tokens": [1, 2]})
+    said = refused(capsys, "--init", bad, *flags)
+    assert "bad.safetensors: its info, tokens[0]: must be a text of at most 1000 characters, got 1" in said
     subprocess.run(["cp", "-r", source, tmp_path / "there"], check=True)
     files.write_sealed(tmp_path / "there" / "rewind.safetensors", "rewind state", nan, {})
     said = refused(capsys, "--ticket", tmp_path / "there", *flags)
@@ -383,7 +400,7 @@ def test_late_rewinding_and_global_blocks_are_checked_and_retrained(corpus, tmp_
     assert json.loads((again / "config.json").read_text())["machine"]["dense"] == str(control)
     assert verified(search) and verified(control) and verified(again)
     said = refused(capsys, "--ticket", search, "--batch-size", 6, "--out", tmp_path / "short")
-    assert "--rewind-step 1: a round has only 1 steps, and tickets train on what is left of them" in said
+    assert "--rewind-step 1: a round has at most 1 steps, and tickets train on what is left of them" in said
     rows = ledger.read_ledger(search / "ledger.jsonl")
     cer = [row["test_cer"] for row in rows]
     rechained(search, {"test_cer": [0.5, 0.5]})

@@ -101,6 +101,6 @@ def test_two_runs_of_one_seed_give_one_ledger(corpus, tmp_path):
 def test_rewind_step_beyond_the_round(corpus, tmp_path, capsys):
     assert run(corpus, tmp_path / "run", "--rewind-step", "6") == 2
     assert (
-        "--rewind-step 6: a round has only 6 steps, and tickets train on what is left of them"
+        "--rewind-step 6: a round has at most 6 steps, and tickets train on what is left of them"
         in capsys.readouterr().err
     )

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import lottery
 import train
 from audio_lottery import files, ledger, verdicts, verify
 from lab import networks
-from runner import folder, retrain
+from runner import folder, retrain, settings
 
 ROOT = Path(train.__file__).parent
 
@@ -137,6 +138,15 @@ with open({str(copy_of_run / "lock")!r}, "w") as held:
         assert "in use by process 123 on elsewhere" in capsys.readouterr().err
         holder.kill()
     assert train.main(command(corpus, copy_of_run)[2:]) == 0  # the lock died with its owner
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    """A stranger's run folder must not empty a file elsewhere."""
+    (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "lock").symlink_to("thesis.txt")
+    with pytest.raises(OSError, match="lock"), folder.locked(tmp_path):
+        pass
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
 def test_a_broken_checkpoint_is_named_and_nothing_is_lost(corpus, tmp_path, capsys, monkeypatch):
@@ -352,6 +362,61 @@ def test_a_signal_during_an_evaluation_is_not_lost(when, corpus, finished, tmp_p
     assert "stopped by SIGTERM" in capsys.readouterr().err
     assert undisturbed(command(corpus, out)[2:]) == 0
     assert soak.result(out) == soak.result(finished) and (out / "report.png").exists()
+
+
+def test_a_signal_that_is_sent_twice_is_one(corpus, tmp_path, monkeypatch, capsys):
+    """As `timeout` does, in a step and while the first one is being told: the run is saved, and ends in one line."""
+    printable, hold = train.printable, lottery.Ticket.hold
+
+    def twice(ticket):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        hold(ticket)
+
+    def again(text):
+        if "stopped by" in text:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return printable(text)
+
+    monkeypatch.setattr(lottery.Ticket, "hold", twice)
+    monkeypatch.setattr(train, "printable", again)
+    monkeypatch.setattr(folder.Signals, "SAME", 100.0)  # seconds: however slow this machine is
+    assert train.main(command(corpus, tmp_path / "run")[2:]) == 143
+    assert folder.Checkpoint(tmp_path / "run", run_sha256(tmp_path / "run")).about["progress"]["batch"] == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def run_sha256(run):
+    return ledger.hash_json(ledger.settings_of(ledger.read_config(run)))
+
+
+def test_signals_before_a_run_can_be_saved(monkeypatch):
+    """Raised at once; and noted, since Python drops what is raised in a destructor."""
+
+    class Trap:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    with folder.Signals() as signals:
+        Trap()
+        assert signals.number == signal.SIGTERM  # so that the next step ends the run
+    with folder.Signals() as signals:
+        with pytest.raises(folder.Stopped):
+            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # within a second
+        monkeypatch.setattr(signals, "last", signals.last - 2)
+        with pytest.raises(folder.Stopped):  # the second one does not wait
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_hash_of_the_code_is_of_what_was_imported(monkeypatch):
+    """An edit of a source while tests or a run are at work changes no row: it is not what they run."""
+    args = types.SimpleNamespace(seed=0, device="cpu")
+    setting = types.SimpleNamespace(args=args, config={"machine": {}, "data_sha256": "x"})
+    stated = settings.Setting.facts(setting)["code_sha256"]
+    monkeypatch.setattr(Path, "read_bytes", lambda _: b"edited")
+    assert settings.Setting.facts(setting)["code_sha256"] == stated != settings.code_sha256()
 
 
 def test_a_signal_while_a_checkpoint_is_read_is_no_damage(corpus, tmp_path, monkeypatch, capsys):

@@ -131,10 +131,12 @@ def test_an_out_that_cannot_be_made_is_told_before_data_are_read(capsys, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}  # none that was tried is left
 
 
-def test_a_rewind_step_past_the_end_leaves_no_folder(capsys, tmp_path):
+def test_a_rewind_step_past_the_end_is_told_before_data_are_read(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "hashes_of", None)
+    monkeypatch.setattr(train, "Corpus", None)
     corpus = tiny_corpus(tmp_path)
     flags = ("--data", corpus, "--out", tmp_path / "a" / "run", "--rewind-step", 5, "--epochs", 2)
-    assert "--rewind-step 5: a round has only 2 steps" in refused(capsys, *flags)
+    assert "--rewind-step 5: a round has at most 2 steps" in refused(capsys, *flags)
     assert not (tmp_path / "a").exists()
 
 

@@ -623,3 +623,13 @@ def test_size_by_hand(tmp_path, capsys):
         files.save_ticket(tmp_path / "other", masks, None, trained, {})
         assert plan.main([str(tmp_path / name)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, capsys):
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)  # nobody writes to it
+    for argv in ([pipe, "x.wav"], ["/nowhere", pipe]):
+        assert transcribe.main(list(map(str, argv))) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(data.DataError, match=r"pipe.jsonl: cannot read the manifest \(not a regular file\)"):
+        list(transcribe.sources([str(pipe)]))

@@ -252,3 +252,10 @@ def test_files_that_are_no_files(forged):
         assert verify.failures(forged.run, networks)
         path.write_bytes(whole)
     assert files.load_ticket(forged.run / "ticket.safetensors")
+
+
+@pytest.mark.slow
+def test_every_run_under_results_is_verified():
+    found = sorted(path.parent for path in (train.Path(train.__file__).parent / "results").rglob("config.json"))
+    wrong = [(run.name, check) for run in found for check in verify.verify(run, networks) if check.word == "FAILED"]
+    assert len(found) >= 178 and not wrong, wrong
