@@ -64,7 +64,7 @@ def finish(process):
     return out
 
 
-@pytest.mark.parametrize("backbone", ["cnn-lstm", "rnnt"])  # with batch norm, and without
+@pytest.mark.parametrize("backbone", ["cnn-lstm", pytest.param("rnnt", marks=pytest.mark.slow)])  # without batch norm
 def test_two_processes_come_to_the_masks_of_one_with_the_doubled_batch(backbone, script, corpus, tmp_path):
     one = start(script, corpus, tmp_path / "one", 1, "--backbone", backbone, "--batch-size", 4)
     finish(one)
@@ -82,6 +82,7 @@ def test_two_processes_come_to_the_masks_of_one_with_the_doubled_batch(backbone,
     assert json.loads((tmp_path / "two" / "config.json").read_text())["processes"] == 2
 
 
+@pytest.mark.slow
 def test_two_processes_are_stopped_and_go_on(script, corpus, tmp_path):
     finish(start(script, corpus, tmp_path / "whole", 2, "--batch-size", 2))
     stopped = start(script, corpus, tmp_path / "stopped", 2, "--batch-size", 2, "--save-every", 0)

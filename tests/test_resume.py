@@ -1,5 +1,7 @@
 """Runs that are killed, stopped, tampered with or started twice. The long versions: make soak."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -18,6 +20,7 @@ import data
 import lottery
 import train
 from audio_lottery import files, ledger, verdicts, verify
+from audio_lottery.__main__ import main as audio_lottery
 from lab import networks
 from runner import folder, retrain, settings
 
@@ -59,7 +62,7 @@ def copy_of_run(finished, tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("what, number", [("kills", 12), ("tickets", 3000), ("ledgers", 300), ("audio", 400)])
+@pytest.mark.parametrize("what, number", [("kills", 6), ("tickets", 1000), ("ledgers", 300), ("audio", 400)])
 def test_short_soak(what, number):
     done = subprocess.run(
         [sys.executable, "tests/soak.py", what, str(number)], capture_output=True, text=True, cwd=ROOT, timeout=250
@@ -187,22 +190,30 @@ def test_no_more_than_one_checkpoint_and_the_rewind_state(corpus, tmp_path, monk
 # ---------------------------------------------------------------------------- verify
 
 
+def called(main, *argv):
+    """A command in this process, as subprocess.run would give it."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(list(map(str, argv)))
+        except SystemExit as error:
+            code = error.code
+    return types.SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
 def verified(run):
-    return subprocess.run(
-        [sys.executable, "-m", "audio_lottery", "verify", str(run)], capture_output=True, text=True, cwd=ROOT
-    )
+    return called(audio_lottery, "verify", run)
 
 
 def test_verify_and_retrain(copy_of_run):
     done = verified(copy_of_run)
     assert done.returncode == 0 and done.stdout.count("ok ") == 10, done.stdout + done.stderr
-    again = [sys.executable, "train.py", "--retrain", str(copy_of_run)]
     for number in ("0", "2"):
-        done = subprocess.run([*again, number], capture_output=True, text=True, cwd=ROOT)
+        done = called(train.main, "--retrain", copy_of_run, number)
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"ok      round {number} trained again" in done.stdout
         assert ("mask_sha256" in done.stdout) == (number == "0")  # round 2 is the last: nothing was pruned after it
-    done = subprocess.run([*again, "9"], capture_output=True, text=True, cwd=ROOT)
+    done = called(train.main, "--retrain", copy_of_run, 9)
     assert done.returncode == 2 and "the ledger has rounds 0, 1, 2" in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -223,13 +234,13 @@ def test_training_again_keeps_features_where_this_command_says(copy_of_run, tmp_
 
 def test_copy_without_rewind(copy_of_run, tmp_path):
     ticket, new = copy_of_run / "ticket.safetensors", tmp_path / "small.safetensors"
-    arguments = [sys.executable, "-m", "audio_lottery", "copy", str(ticket), str(new), "--without-rewind"]
-    assert subprocess.run(arguments, cwd=ROOT).returncode == 0
+    arguments = ["copy", ticket, new, "--without-rewind"]
+    assert called(audio_lottery, *arguments).returncode == 0
     whole, small = files.load_ticket(ticket), files.load_ticket(new)
     assert small.rewind is None and lottery.sha256(small.trained) == lottery.sha256(whole.trained)
     assert small.info == whole.info and lottery.sha256(small.masks) == lottery.sha256(whole.masks)
     ticket.write_bytes(b"x")
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    done = called(audio_lottery, *arguments)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "not a whole ticket" in done.stderr
 
 
@@ -290,8 +301,7 @@ def test_retraining_finds_a_consistent_forgery(copy_of_run):
     forge(copy_of_run, 2, **changes)
     (copy_of_run / "test.jsonl").unlink()  # whose texts would tell
     assert not verify.failures(copy_of_run, networks)
-    again = [sys.executable, "train.py", "--retrain", str(copy_of_run), "2"]
-    done = subprocess.run(again, capture_output=True, text=True, cwd=ROOT)
+    done = called(train.main, "--retrain", copy_of_run, 2)
     assert done.returncode == 1 and "differs from the ledger in test_wer" in done.stderr
 
 
