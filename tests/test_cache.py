@@ -113,6 +113,7 @@ def test_a_run_stopped_under_one_cache_and_resumed_under_another_is_the_whole_ru
     corpus, tmp_path, monkeypatch, capsys
 ):
     argv = ["--data", str(corpus), "--epochs", "2", "--batch-size", "2", "--sparsity", "0.2", "--device", "cpu"]
+    argv += ["--speeds", "0.9,1,1.1"]
     after_step, steps = folder.Checkpointer.after_step, itertools.count(1)
 
     def stopping(self, *about):

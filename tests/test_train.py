@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 import data
@@ -228,9 +229,9 @@ class Counter(torch.nn.Module):
         return next(self.scripts)
 
 
-def corpus_of(utterances, tokens, seconds=(0.0, math.inf)):
+def corpus_of(utterances, tokens, seconds=(0.0, math.inf), speeds=(1.0,)):
     """train.Corpus of a CNN-LSTM that is not trained."""
-    args = argparse.Namespace(workers=0, recipe=argparse.Namespace(seconds=seconds))
+    args = argparse.Namespace(workers=0, recipe=argparse.Namespace(seconds=seconds, speeds=speeds))
     model = models.build("cnn-lstm", "demo", len(tokens))
     return train.Corpus(settings.Setting(args, {}, utterances, tokens, model, lambda _: None, [], "memory"))
 
@@ -326,6 +327,21 @@ def test_long_utterances_leave_training_alone(capsys):
     assert "10 train utterances left out of training: not between 0 and 10 s long" in capsys.readouterr().out
     assert len(corpus.tests["test"]) == len(short["test"]) and max(e.seconds for e in corpus.tests["test"]) > 10
     assert len(corpus.train) == len(short["train"]) - 10 and max(e.seconds for e in corpus.train) < 10
+
+
+def test_what_ctc_cannot_align_at_the_fastest_speed_is_left_out(tmp_path, capsys):
+    """0.8 s are 21 encoder frames, and 0.4 s at twice the speed 11: enough for 21 tokens, and for 11 of them."""
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, 12_800), 16_000)
+    utterances = [data.Utterance(tmp_path / "a.wav", text) for text in ("ab" * 5 + "a", "ab" * 6)]
+    tokens = [data.BLANK, "a", "b"]
+    splits = {"train": utterances, "valid": utterances, "test": utterances}
+    assert len(corpus_of(splits, tokens).train) == 2
+    corpus = corpus_of(splits, tokens, speeds=(0.5, 1.0, 2.0))
+    assert "1 train utterances left out of training: fewer encoder frames than CTC" in capsys.readouterr().out
+    (example,) = corpus.train
+    assert [e.frames for e in example.at_speeds] == [161, 81, 41] and example.frames == 81
+    assert torch.equal(example.at_speeds[1].features, example.features) and not example.at_speeds[1].at_speeds
+    assert not any(e.at_speeds for part in (corpus.valid, corpus.tests["test"]) for e in part)
 
 
 def test_accumulated_batches_step_like_one_batch():

@@ -230,13 +230,16 @@ def test_the_words_of_settings_are_those_of_the_code():
 
 @pytest.mark.parametrize(
     "run",
-    ["imp-cnn-lstm-0", "lamp-rnnt-2", "queen4-conf-1", "dense-small-conf48-lamp-0", "demo-rnnt-0", "demo-cnn-lstm-0"],
-)
+    [
+        "prompts/imp-cnn-lstm-0", "prompts/lamp-rnnt-2", "queen/queen4-conf-1", "prompts/dense-small-conf48-lamp-0",
+        "prompts/demo-rnnt-0", "prompts/demo-cnn-lstm-0",
+    ],
+)  # fmt: skip
 def test_old_ledgers_are_not_found_wrong(run):
-    folder = train.Path(train.__file__).parent / "results" / "prompts" / run
+    folder = train.Path(train.__file__).parent / "results" / run
     found = verify.verify(folder, networks)
     assert not [check for check in found if check.wrong]
-    verdict = "ok" if run == "queen4-conf-1" else "not here"  # of one round; or of an older rule
+    verdict = "ok" if run == "queen/queen4-conf-1" else "not here"  # of one round; or of an older rule
     assert [check.word for check in found[3:]] == [*["not here"] * 4, verdict, *["not here"] * 2]
 
 
