@@ -34,6 +34,7 @@ body { margin: 0 auto; max-width: 68rem; padding: 1rem; color: var(--ink); backg
 h1, h2, h3 { line-height: 1.25; unicode-bidi: plaintext }
 h2 { margin-top: 2.5rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line) }
 h3 { margin: 1.75rem 0 .5rem; font-size: 1rem }
+ul { padding-left: 1.25rem }
 .scroll { overflow-x: auto; margin: .5rem 0 }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .6rem; border: 1px solid var(--line); text-align: left; unicode-bidi: plaintext;
