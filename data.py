@@ -248,8 +248,6 @@ def unseen_characters(utterances: list[Utterance], tokens: list[str]) -> dict[st
 
 
 AUDIO = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".sph", ".w64", ".caf"}
-
-
 # What a NAS, a desktop or an unpacker leaves beside the files it keeps.
 FOREIGN = {"@eaDir", "@Recycle", "#recycle", "#snapshot", "__MACOSX", "lost+found", "$RECYCLE.BIN"}
 

@@ -11,6 +11,7 @@ from lab.compare import Method
 
 WORST = 10  # utterances that are shown
 MOST = 10  # words, or utterances, in each of the other lists
+NAMES = {"dense": "dense network", "ticket": "ticket"}  # in a sentence
 LONGEST = 300  # characters of a text in a list
 
 
@@ -80,7 +81,7 @@ def counted(count: int, thing: str) -> str:
 
 
 def of_worst(there: Look) -> list[str]:
-    shown, last = worst(there), there.systems[-1]
+    shown, last = worst(there), NAMES[there.systems[-1]]
     whose = f"ticket: round {there.round}" if there.round else "there is no text of a ticket"
     whose += "" if "dense" in there.systems else "; the texts of the dense network are another run's"
     lines = ["## The worst utterances", ""]
@@ -122,7 +123,7 @@ def of_confusions(there: Look, found: list[list[list[Pair]]]) -> list[str]:
     head = ["## The words most often confused", ""]
     if not rows:
         return ["", *head, "None: every word is right."]
-    explained = f"At most {MOST} of each kind, those of the {there.systems[-1]} first."
+    explained = f"At most {MOST} of each kind, those of the {NAMES[there.systems[-1]]} first."
     columns = ["what happened", "word", "recognised", *there.systems]
     return ["", *head, explained, "", *plan.markdown(columns, rows)]
 

@@ -80,7 +80,7 @@ def test_one_system_alone_is_shown_alone(tmp_path):
     run = write_run(tmp_path / "dense", [ROUND_0], epochs=1)
     write_texts(run, texts(0, DENSE))
     said = report_of(run)
-    assert "there is no text of a ticket. The 4 utterances with the most errors of the dense." in said
+    assert "there is no text of a ticket. The 4 utterances with the most errors of the dense network." in said
     assert "| left out | three |  | 1 |" in said and "gets right" not in said
     run = write_run(tmp_path / "taken", [ROUND_0, ROUND_0], epochs=1)  # round 0 is another run's
     write_texts(run, texts(1, TICKET))
