@@ -18,7 +18,7 @@ import soundfile
 import data
 import lottery
 from audio_lottery.console import printable
-from lab import corpora
+from lab import corpora, scoring
 from lab.recognised import Heard
 
 MOST = 2_000_000  # bytes
@@ -144,7 +144,7 @@ def tests_of(config: dict) -> dict[str, list[data.Utterance]]:
     """The test sets that a run's settings name, where its machine had them."""
     folder, corpus = Path(config["machine"]["data"]), config.get("corpus", "manifests")
     if corpus == "manifests":
-        return data.read_corpus(folder, ("test",))
+        return {"test": scoring.references([str(folder / "test.jsonl")])}  # though a recording may be gone
     return corpora.read(corpus, folder, *(config.get(key) for key in ("train_sets", "valid_sets", "test_sets")))
 
 
@@ -155,6 +155,8 @@ def player_of(utterance: data.Utterance, heard: Heard) -> Player | str:
     if (there, utterance.text) != (heard.audio, heard.reference):
         return f"there is another utterance in its place, {there}"
     try:
+        if not utterance.audio.is_file():  # a pipe would be waited for
+            return f"there is no file {utterance.audio}"
         if os.path.getsize(utterance.audio) > MOST:
             return "its file is larger than the page may be"
         kind = soundfile.info(utterance.audio).format

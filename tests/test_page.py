@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -84,15 +85,25 @@ def test_foreign_texts_are_text(tmp_path, capsys):
 
 def test_recordings_that_are_not_there(tmp_path, capsys):
     content, said = page_of(write_all(tmp_path, data="/no/where"), capsys)
-    assert "<audio" not in content and content.count("No player: the recordings are not there (/no/where: no such") == 4
-    assert "0 of 4 recordings (the recordings are not there (/no/where: no such folder" in said
+    assert (
+        "<audio" not in content
+        and content.count("No player: the recordings are not there (/no/where/test.jsonl: ") == 4
+    )
+    assert "0 of 4 recordings (the recordings are not there (/no/where/test.jsonl: cannot read" in said
 
 
 def test_a_recording_is_the_one_that_was_heard_and_one_that_browsers_play(tmp_path, capsys):
     corpus = write_corpus(tmp_path / "corpus", references=["the cat sat", "another text", "no", "one two three"])
     (corpus / "u2.wav").write_bytes(b"no audio")
+    (corpus / "u0.wav").unlink()
+    os.mkfifo(corpus / "u0.wav")
     soundfile.write(corpus / "u3.wav", np.zeros(1600), 16_000, format="NIST")
     content, said = page_of(write_all(tmp_path, corpus), capsys)
+    assert "0 of 4 recordings" in said and "<audio" not in content
+    (corpus / "u0.wav").unlink()
+    soundfile.write(corpus / "u0.wav", np.zeros(1600), 16_000)
+    assert "No player: there is no file" in content
+    content, said = page_of(tmp_path / "run", capsys)
     assert "1 of 4 recordings" in said and content.count("<audio") == 1
     for why in ("there is another utterance in its place, u1.wav", "cannot read it", "browsers do not play NIST"):
         assert content.count(f"No player: {why}") == 1
