@@ -37,6 +37,7 @@ from audio_lottery import compress, files, sound
 from audio_lottery.console import Parser, command, fail, json_line, printable
 from lab import decode, networks, scoring, streaming
 from lab.pieces import Word, join, pieces_of, words_of
+from lab.scoring import MANIFESTS
 from models import Emission
 from runner import flags
 
@@ -163,7 +164,7 @@ def sources(audio: list[str]) -> Iterator[data.Utterance]:
             if not found:
                 raise data.DataError(f"{name}: no recording in it (by their endings: {' '.join(sorted(data.AUDIO))})")
             yield from (data.Utterance(path, "") for path in found)
-        elif path.suffix.lower() in scoring.MANIFESTS:
+        elif path.suffix.lower() in MANIFESTS:
             try:
                 with open(path, "rb") as file:
                     yield from of_manifest(file, name, path.parent)
