@@ -67,7 +67,7 @@ def read_manifest(path: Path) -> list[Utterance]:
             text, name = row.get("text"), row["audio_filepath"]
             text = " ".join(text.split()) if isinstance(text, str) else text
             if not text or not isinstance(text, str) or not text.isascii():
-                _check_text(text, f"{source}, line {line}")
+                check_text(text, f"{source}, line {line}")
             if (audio := recordings.get(name)) is None:
                 audio = recordings[name] = Path(folder, name)
                 if not os.path.isfile(audio):
@@ -87,7 +87,8 @@ def manifest_file(path: Path) -> Iterator[BinaryIO]:
         raise DataError(str(error)) from None
 
 
-def _check_text(text: object, where: str) -> None:
+def check_text(text: object, where: str) -> None:
+    """Raise DataError unless it is a text, single-spaced already, that an utterance may have. where: file and line."""
     if not isinstance(text, str):
         raise DataError(f"{where}: 'text' must be a string, got {text!r}")
     if not text:

@@ -11,9 +11,8 @@ import argparse
 import array
 import collections
 import contextlib
-import json
+import functools
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -35,15 +34,15 @@ import data
 import lottery
 import models
 from audio_lottery import checked, compress, files, sound
-from audio_lottery.console import Parser, command, fail, printable
-from lab import decode, networks, streaming
+from audio_lottery.console import Parser, command, fail, json_line, printable
+from lab import decode, networks, scoring, streaming
 from lab.pieces import Word, join, pieces_of, words_of
+from lab.scoring import MANIFESTS
 from models import Emission
 from runner import flags
 
 BATCH = 8  # pieces
 PIECE = 20  # seconds, by default
-MANIFESTS = (".jsonl", ".json")
 
 
 def parser() -> Parser:
@@ -58,6 +57,12 @@ def parser() -> Parser:
     add("--json", action="store_true", help="print an object a line: words with their seconds and confidence")
     add("--names", action="store_true", help="put the file's name and a tab before each line of text")
     add("--export", type=Path, metavar="FILE.onnx", help="write the dense masked model as ONNX, and transcribe nothing")
+    add = p.add_argument_group("how good it is").add_argument
+    add("--score", action="store_true", help="print WER and CER against the texts of the manifests, and no text")
+    add("--against", type=Path, metavar="OTHER", help="with --score: another ticket or run folder, and the verdict")
+    add("--by-utterance", type=Path, metavar="FILE.jsonl", help="with --score: write each utterance's texts and counts")
+    add("--alignments", action="store_true", help="with --score: print the utterances with errors, word below word")
+    flags.add(p.add_argument_group("with --against"), flags.NAMED["margin"])
     decoding = p.add_argument_group("how to decode (networks trained with CTC)")
     for name in ("beam", "lm", "lm_weight", "word_score"):
         flags.add(decoding, flags.NAMED[name])
@@ -86,6 +91,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = p.parse_intermixed_args(argv)  # flags may stand between TICKET and AUDIO
     if bool(args.export) == bool(args.audio):
         p.error("give AUDIO (files, folders or -), or --export FILE.onnx without AUDIO")
+    scoring.check(p, args)
+    flags.check_range(p, flags.NAMED["margin"], args.margin)
     if args.names and args.json:
         p.error("--names is of lines of text: with --json each line has its audio_filepath")
     if args.dense and args.values:
@@ -293,13 +300,6 @@ class Transcript(NamedTuple):
         return json_line(row | {"words": [word._asdict() for word in words]})
 
 
-def json_line(row: dict) -> str:
-    """JSON in which all that is not printable() is written \\uXXXX. Half a surrogate pair, too, which is how a name
-    that is no UTF-8 is read back: os.fsencode() gives its bytes."""
-    escaped = lambda found: found[0] if printable(found[0]) == found[0] else json.dumps(found[0])[1:-1]  # noqa: E731
-    return re.sub(r"[^ -~]", escaped, json.dumps(row, ensure_ascii=False))
-
-
 @dataclass
 class Hearing:
     """A recording of which some pieces are recognised already."""
@@ -453,14 +453,46 @@ def latency(model: models.Transducer, args: argparse.Namespace, latencies: "arra
 # ---------------------------------------------------------------------------- the whole
 
 
-def run(args: argparse.Namespace) -> int:
-    if args.export:
-        files.check_target(args.export)
+def ready(args: argparse.Namespace) -> Recogniser:
+    """Raises LotteryError for a network that the flags do not go with."""
     recogniser = Recogniser(args)
     if args.stream and not isinstance(recogniser.model, models.Transducer):
         raise lottery.LotteryError(f"--stream goes with a transducer (rnnt); this ticket is of {recogniser.backbone}")
     if (args.beam > 1 or args.lm) and isinstance(recogniser.model, models.Transducer):
         raise lottery.LotteryError("--beam and --lm go with CTC; a transducer's beam search does not say when")
+    return recogniser
+
+
+def heard(recogniser: Recogniser, recordings: list[data.Utterance]) -> list[str | data.DataError]:
+    """The text of each recording, as a test has it; of a broken one, which is named on stderr, why."""
+    recogniser.tokens = recogniser.ticket.info["tokens"]  # not as they are printed
+    found: list[str | data.DataError] = []
+    bar = tqdm(transcripts(recogniser, recordings), total=len(recordings), unit="file", leave=False, disable=None)
+    for transcript in bar:
+        if transcript.error:
+            bar.write(f"transcribe.py: {printable(transcript.error)}", file=sys.stderr)
+        text = " ".join(word.word for word in transcript.words)
+        found.append(data.DataError(transcript.error) if transcript.error else text)
+    return found
+
+
+def score(args: argparse.Namespace) -> int:
+    """--score: how well the ticket recognises manifests, and how well another one does."""
+    scoring.check_target(args)
+    recordings, systems = scoring.references(args.audio), []
+    for path in [args.ticket, *([args.against] if args.against else [])]:
+        recogniser = ready(argparse.Namespace(**vars(args) | {"ticket": path}))
+        hear = functools.partial(heard, recogniser)
+        systems.append(scoring.System(str(path), recogniser.ticket.info["tokens"], hear))
+    return scoring.score(args, recordings, systems)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.score:
+        return score(args)
+    if args.export:
+        files.check_target(args.export)
+    recogniser = ready(args)
     if args.export:
         from lab import export
 

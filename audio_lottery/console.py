@@ -6,6 +6,7 @@ What files, names and settings of others say is printed through printable(), and
 import argparse
 import contextlib
 import functools
+import json
 import os
 import re
 import sys
@@ -45,6 +46,13 @@ def markdown_text(text: object) -> str:
     """
     line = re.sub(r"[\\`*\[\]<>#|~&$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", printable(text).strip())
     return re.sub(r"^(\d*)([-+=.)])", r"\1\\\2", line)  # what begins a list or underlines a heading
+
+
+def json_line(row: dict) -> str:
+    """JSON in which all that is not printable() is written \\uXXXX. Half a surrogate pair, too, which is how a name
+    that is no UTF-8 is read back: os.fsencode() gives its bytes."""
+    escaped = lambda found: found[0] if printable(found[0]) == found[0] else json.dumps(found[0])[1:-1]  # noqa: E731
+    return re.sub(r"[^ -~]", escaped, json.dumps(row, ensure_ascii=False))
 
 
 # ---------------------------------------------------------------------------- the command line

@@ -44,12 +44,7 @@ def verdict(
         raise LotteryError(f"none of the {len(words)} references has a word: there is no error rate to compare")
     difference = ticket_errors - dense_errors
     if len(difference) == 1:
-        rng, shares, rates = np.random.default_rng(0), np.full(len(words), 1 / len(words)), []
-        for start in range(0, resamples, 1000):  # the draws of one multinomial, a part in memory at a time
-            counts = rng.multinomial(len(words), shares, size=min(1000, resamples - start))
-            counts = counts[counts @ words > 0]  # utterances without words may be all that is drawn
-            rates.append((counts @ difference[0]) / (counts @ words))
-        low, high = np.percentile(np.concatenate(rates), [2.5, 97.5])
+        low, high = interval(difference[0], words, resamples)
     else:
         rate, variance, freedom = crossed(difference, words)
         half = student_t(float(freedom)) * math.sqrt(variance)
@@ -63,6 +58,21 @@ def verdict(
     else:
         word = "worse" if low > 0 else "undecided"
     return Verdict(word, float(low), float(high))
+
+
+def interval(errors, words, resamples: int = 10_000) -> tuple[float, float]:
+    """The 95 % interval of an error rate, or of a difference of two, over utterances that are drawn with their words.
+
+    errors, words: (utterances,). The draws are the same each time. A draw without any word has no rate and is left out.
+    """
+    words = np.asarray(words)
+    rng, shares, rates = np.random.default_rng(0), np.full(len(words), 1 / len(words)), []
+    for start in range(0, resamples, 1000):  # the draws of one multinomial, a part in memory at a time
+        counts = rng.multinomial(len(words), shares, size=min(1000, resamples - start))
+        counts = counts[counts @ words > 0]  # utterances without words may be all that is drawn
+        rates.append((counts @ np.asarray(errors)) / (counts @ words))
+    low, high = np.percentile(np.concatenate(rates), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def crossed(difference, words) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,4 +1,7 @@
-"""Pictures of runs: WER and CER against remaining weights, weights kept by layer, claims as a forest."""
+"""Pictures of runs: WER and CER against remaining weights, weights kept by layer, claims as a forest.
+
+Each is drawn into a PNG by its path, or as SVG into a buffer.
+"""
 
 import io
 from pathlib import Path
@@ -17,10 +20,18 @@ def plain(text: str) -> str:
     return printable(text).replace("$", r"\$")
 
 
-def save(path: Path, figure) -> None:
+def save(target: Path | io.BytesIO, figure) -> None:
+    """As PNG to a path, or as SVG into a buffer, the same bytes each time."""
+    if isinstance(target, io.BytesIO):
+        from matplotlib import rc_context
+
+        with rc_context({"svg.hashsalt": "Audio Lottery"}):  # what its ids are made of, in place of a random draw
+            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            figure.savefig(target, format="svg", metadata=nothing)
+        return
     content = io.BytesIO()
     figure.savefig(content, dpi=120, format="png", metadata={"Software": None})
-    files.write_atomically(path, content.getvalue())
+    files.write_atomically(target, content.getvalue())
 
 
 # ---------------------------------------------------------------------------- error rates
@@ -43,7 +54,7 @@ def seeds_told(points: list[Point]) -> str:
     return f"{few} to {many} seeds" if few < many else f"{few} seed{'s' * (few > 1)}"
 
 
-def draw(path: Path, title: str, methods: list[Method]) -> None:
+def draw(path: Path | io.BytesIO, title: str, methods: list[Method]) -> None:
     """WER and CER against remaining weights, a line a method: the mean over seeds.
 
     WER has the band of its verdicts, about dense; CER a dot a seed, as ledgers count no character errors by utterance.
@@ -88,7 +99,7 @@ def draw(path: Path, title: str, methods: list[Method]) -> None:
     save(path, figure)
 
 
-def draw_valid(path: Path, ledger: list[dict]) -> None:
+def draw_valid(path: Path | io.BytesIO, ledger: list[dict]) -> None:
     """Valid WER against remaining weights of a run without a test."""
     from matplotlib.figure import Figure
 

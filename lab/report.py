@@ -2,16 +2,20 @@
 
 python -m lab.report RUN [RUN ...] [--out FOLDER]
 python -m lab.report --compare A B [--rounds R[:Q] ...] [--out FOLDER]
+python -m lab.report RUN --html [--out FOLDER]
 """
 
 import argparse
+import contextlib
 import glob
 import hashlib
+import io
 import itertools
 import json
 import re
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +27,9 @@ if __name__ == "__main__":
 import lottery
 from audio_lottery import checked, files, verdicts
 from audio_lottery.console import Parser, command, fail, markdown_text, printable
-from lab import compare, coverage, pictures, plan
+from audio_lottery.ledger import read_run
+from audio_lottery.texts import TEXTS, read_texts
+from lab import compare, coverage, page, pictures, plan, recognised
 from lab.compare import Method, Point, Run, compared, load, merge, of_test, paired, rivals
 
 PROGRAM = "python -m lab.report"
@@ -117,10 +123,34 @@ def summary(config: dict, ledger: list[dict]) -> list[str]:
 
 
 def write_report(out: Path, config: dict, ledger: list[dict]) -> None:
-    """report.md and report.png of one run."""
+    """report.md and report.png of one run, of nothing but what is in its folder."""
+    text = markdown_report(config, ledger, look_of(out, config, ledger))
+    draw_report(out / "report.png", config, ledger)
+    files.write_atomically(out / "report.md", text.encode())
+
+
+def look_of(run: Path, config: dict, ledger: list[dict]) -> recognised.Look | None:
+    """The texts of a run's test, dense beside its ticket; None where its folder has none."""
+    there = read_texts(run / TEXTS) if config.get("test") is not False else []
+    ((method,),) = merge([Run(config, ledger)]).values() if there else ((None,),)
+    return method and recognised.look(method, there)
+
+
+def draw_report(target: Path | io.BytesIO, config: dict, ledger: list[dict]) -> None:
+    """The picture of one run."""
     if config.get("test") is False:
-        write_report_without_test(out, config, ledger)
-        return
+        pictures.draw_valid(target, ledger)
+    else:
+        ((title, methods),) = merge([Run(config, ledger)]).items()
+        pictures.draw(target, f"{title}, seed {config['seed']}", methods)
+
+
+def markdown_report(config: dict, ledger: list[dict], look: recognised.Look | None) -> str:
+    """report.md of one run; with --no-test, valid WER by round."""
+    if config.get("test") is False:
+        lines = [heading(config), "", *summary(config, ledger), "", *markdown_table(ledger), ""]
+        lines += ["![valid WER](report.png)", "", "```json", json.dumps(config, indent=2), "```", ""]
+        return "\n".join(lines)
     utterances = len(ledger[0]["test_words"])
     marks = in_words(config.get("marks", list(compare.MARKS)))
     explained = (
@@ -137,22 +167,13 @@ def write_report(out: Path, config: dict, ledger: list[dict]) -> None:
         rows = [row | row["other_tests"][name] for row in ledger]
         lines += ["", f"{markdown_text(name)}:", "", *markdown_table(rows)]
     lines += ["", "![WER and CER against remaining weights](report.png)", ""]
+    lines += [*recognised.sections(look), ""] if look else []
     lines += ["```json", json.dumps(config, indent=2), "```", ""]
-    files.write_atomically(out / "report.md", "\n".join(lines).encode())
-    ((title, methods),) = merge([Run(config, ledger)]).items()
-    pictures.draw(out / "report.png", f"{title}, seed {config['seed']}", methods)
+    return "\n".join(lines)
 
 
 def heading(config: dict) -> str:
     return f"# {config['backbone']} on {markdown_text(config['machine']['data'])}, seed {config['seed']}"
-
-
-def write_report_without_test(out: Path, config: dict, ledger: list[dict]) -> None:
-    """report.md and report.png of a run with --no-test: valid WER by round."""
-    lines = [heading(config), "", *summary(config, ledger), "", *markdown_table(ledger), ""]
-    lines += ["![valid WER](report.png)", "", "```json", json.dumps(config, indent=2), "```", ""]
-    pictures.draw_valid(out / "report.png", ledger)
-    files.write_atomically(out / "report.md", "\n".join(lines).encode())
 
 
 # ---------------------------------------------------------------------------- many runs: tables
@@ -430,16 +451,44 @@ def forest_of(groups: dict[str, list[Claim]]) -> list[tuple[str, verdicts.Verdic
 def read(path: Path) -> Run:
     """A run that can be told of. Raises LotteryError for one with a value that no run of train.py has."""
     run = load(path)
-    try:
+    with wrong_values(path):
         if run.rows:
             merged_report(merge([run]), pictured=False)
-    except lottery.LotteryError:
+    return run
+
+
+@contextlib.contextmanager
+def wrong_values(path: Path) -> Iterator[None]:
+    """Whatever a ledger that was chained again makes the tables trip over is a LotteryError that names the run."""
+    try:
+        yield
+    except (lottery.LotteryError, OSError):
         raise
-    except Exception as error:  # whatever a ledger that was chained again makes the tables trip over
+    except Exception as error:
         raise lottery.LotteryError(
             f"{path}: a value is missing or of the wrong kind ({type(error).__name__}: {error})"
         ) from None
-    return run
+
+
+def write_page(run: Path, out: Path | None) -> None:
+    """report.html of one run, in its folder or another; says how large it is, and how many players it has."""
+    config, rows = read_run(run)
+    if not rows:
+        raise lottery.LotteryError(f"{run}: no round is finished yet")
+    picture = io.BytesIO()
+    with wrong_values(run):
+        look, title = look_of(run, config, rows), f"{config['backbone']} on {config['machine']['data']}"
+        text = markdown_report(config, rows, look)
+        draw_report(picture, config, rows)
+        players = page.players_of(config, look.test, recognised.worst(look)) if look else []
+        content, shown = page.page(title, text, page.inline(picture.getvalue().decode()), players)
+    path = (out or run) / "report.html"
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    files.write_atomically(path, content)
+    told = f"{len(content):,} bytes, {shown} of {len(players)} recordings"
+    why = dict.fromkeys(player for player in players if isinstance(player, str))
+    print(printable(f"{path}: {told}{f' ({next(iter(why))})' if why else ''}"))
 
 
 def write_pictures(out: Path, groups: dict[str, list[Method]]) -> None:
@@ -476,10 +525,17 @@ def main(argv: list[str] | None = None) -> int:
     which = "with --compare, A's rounds and B's (default: all tickets of as many weights, to 1 %%)"
     parser.add_argument("--rounds", type=rounds_pair, nargs="+", metavar="R[:Q]", help=which)
     parser.add_argument("--out", type=Path, help="folder for report.md and the pictures (default: only print)")
+    page_of = "write report.html of one run into its folder, or into --out: its report as a page, with recordings"
+    parser.add_argument("--html", action="store_true", help=page_of)
     args = parser.parse_args(argv)
+    if args.html and (len(args.runs) != 1 or args.compare):
+        parser.error("--html is of one run")
     if bool(args.runs) == bool(args.compare) or (args.rounds and not args.compare):
         parser.error("name runs to merge, or --compare A B, with --rounds if not all are meant")
     try:
+        if args.html:
+            write_page(args.runs[0], args.out)
+            return 0
         if args.compare:
             lines, found = comparison(*args.compare, args.rounds)
             print("\n".join(lines), end="")

@@ -58,6 +58,13 @@ def test_from_speech_to_a_ticket(backbone, corpus, tmp_path, capsys):
         assert row["test_wer"] == sum(row["test_errors"]) / sum(row["test_words"])
         assert {"remaining", "remaining_all", "valid_wer", "test_cer", "seconds", "seed"} <= set(row)
 
+    # What was recognised is in the report, and the ticket is scored as in its test.
+    assert "\n## The worst utterances\n" in (tmp_path / "run" / "report.md").read_text()
+    capsys.readouterr()
+    assert transcribe.main([str(tmp_path / "run"), str(corpus / "test.jsonl"), "--score", "--dense"]) == 0
+    scored = capsys.readouterr().out
+    assert f": WER {rows[-1]['test_wer']:.3f} [" in scored and f", CER {rows[-1]['test_cer']:.3f} [" in scored
+
     # The ticket: theta_0 comes from the seed alone, the masks are the last row's, the weights are tested again.
     masks, rewind, trained, info = files.load_ticket(tmp_path / "run" / "ticket.safetensors")
     assert info["sizes"] == json.loads(json.dumps(models.BACKBONES[backbone].SIZES["demo"]))

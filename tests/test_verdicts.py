@@ -36,6 +36,14 @@ def test_one_seed_s_bootstrap_is_the_one_of_all_draws():
     assert rates[0] == -0.5 and rates[1:4] == [pytest.approx(-2 / 7)] * 3 and rates[-1] == 0.4
     # -0.5 alone has a chance of 1 / 27 > 2.5 %, and 0.4 too
     assert verdicts.verdict([0, 1, 3], [1, 1, 1], words) == ("undecided", -0.5, 0.4)
+    assert verdicts.interval(difference, words) == (-0.5, 0.4)
+
+
+def test_an_error_rate_has_its_interval():
+    """A third of 300 words wrong, an error in every third utterance of one word: 1/3 +- 1.96 sqrt(2/9 / 300)."""
+    low, high = verdicts.interval([1, 0, 0] * 100, [1] * 300)
+    assert low == pytest.approx(1 / 3 - 0.0533, abs=0.004) and high == pytest.approx(1 / 3 + 0.0533, abs=0.004)
+    assert verdicts.interval([1] * 3, [2, 2, 2]) == (0.5, 0.5)
 
 
 def test_memory_s_parts_are_one_draw():
