@@ -53,14 +53,13 @@ def multiply_adds(
 
 
 def check_whole(backbone: str, sizes: dict, kept: dict[str, int]) -> None:
-    """Raise LotteryError unless a network of these sizes has these weights by layer, those of tokens aside."""
+    """Raise LotteryError unless a network of these sizes has these weights by layer, those of tokens aside.
+
+    A layer without a count is one that --keep-dense names.
+    """
     model = networks.skeleton(backbone, sizes, TOKENS, len(kept))
     there = {name: weight.numel() for name, weight in lottery.prunable(model).items()}
-    other = [
-        n
-        for n in there.keys() | kept.keys()
-        if n.split(".")[0] not in model.TOKEN_LAYERS and there.get(n) != kept.get(n)
-    ]
+    other = [n for n, count in kept.items() if n.split(".")[0] not in model.TOKEN_LAYERS and there.get(n) != count]
     if other:
         raise lottery.LotteryError(f"sizes of another {backbone} than kept_per_layer tells of: {min(other)}")
 
