@@ -333,3 +333,18 @@ def test_marks_are_part_of_a_run_and_not_of_its_dense_network(capsys):
                       ("0.5,0", "between 1 and 0"), ("a", "shares of the weights"), ("nan", "each below")):  # fmt: skip
         said = refused(capsys, "--marks", text)
         assert said.startswith("argument --marks: must be A,B,...") and why in said and repr(text) in said
+
+
+def test_the_commands_of_an4_are_understood():
+    """Each writes where no other does; what it takes tickets from is made by a line above."""
+    made = set()
+    for line in (flags.HERE / "results" / "an4" / "runs.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        program, script, *argv = line.split()
+        assert (program, script) == ("python", "train.py")
+        args = flags.parser().parse_args(argv)
+        assert args.out not in made and made.issuperset({args.ticket, args.dense} - {None}), line
+        assert args.threads == 1 and (args.ticket or args.recipe_name == "an4")
+        made.add(args.out)
+    assert len(made) == 75
