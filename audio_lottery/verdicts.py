@@ -60,19 +60,46 @@ def verdict(
     return Verdict(word, float(low), float(high))
 
 
+def p_value(ticket_errors, dense_errors, words, margin: float = 0.01) -> float:
+    """One-sided p of a ticket that truly loses `margin`; by how the verdict's interval is made, so that p is at most
+    0.025 where that ends at or below the margin. Arguments as for verdict, whose errors it raises."""
+    verdict(ticket_errors, dense_errors, words)
+    difference = np.atleast_2d(ticket_errors) - np.atleast_2d(dense_errors)
+    if len(difference) == 1:
+        rates = draws_of(difference[0], words, 10_000)
+        return (1 + int((rates > margin).sum())) / (1 + len(rates))
+    rate, variance, freedom = map(float, crossed(difference, words))
+    return above((margin - rate) / math.sqrt(variance), freedom) if variance else float(rate > margin)
+
+
+def holm(ps: list[float]) -> list[float]:
+    """The p-values as Holm (1979) corrects them for being several: the k-th smallest of n counts n - k + 1 times, and
+    none less than a smaller one."""
+    found, most = list(ps), 0.0
+    for k, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        most = found[i] = max(most, min(1.0, (len(ps) - k) * ps[i]))
+    return found
+
+
 def interval(errors, words, resamples: int = 10_000) -> tuple[float, float]:
     """The 95 % interval of an error rate, or of a difference of two, over utterances that are drawn with their words.
 
-    errors, words: (utterances,). The draws are the same each time. A draw without any word has no rate and is left out.
+    errors, words: (utterances,).
     """
+    low, high = np.percentile(draws_of(errors, words, resamples), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def draws_of(errors, words, resamples: int) -> np.ndarray:
+    """The rates of so many draws of utterances with their words, the same each time. A draw without any word has no
+    rate and is left out."""
     words = np.asarray(words)
     rng, shares, rates = np.random.default_rng(0), np.full(len(words), 1 / len(words)), []
     for start in range(0, resamples, 1000):  # the draws of one multinomial, a part in memory at a time
         counts = rng.multinomial(len(words), shares, size=min(1000, resamples - start))
         counts = counts[counts @ words > 0]  # utterances without words may be all that is drawn
         rates.append((counts @ np.asarray(errors)) / (counts @ words))
-    low, high = np.percentile(np.concatenate(rates), [2.5, 97.5])
-    return float(low), float(high)
+    return np.concatenate(rates)
 
 
 def crossed(difference, words) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -112,11 +139,24 @@ def components(difference, words) -> tuple[np.ndarray, ...]:
 
 
 def student_t(freedom: float) -> float:
-    """The 97.5 % point of Student's t, to four digits, by its angle: t = sqrt(n) tan a has density cos(a)^(n - 1)."""
+    """The 97.5 % point of Student's t, to four digits."""
+    angles, share = t_within(freedom)
+    return math.sqrt(freedom) * math.tan(np.interp(0.95, share, angles))
+
+
+def above(t: float, freedom: float) -> float:
+    """The probability that Student's t is above t."""
+    angles, share = t_within(freedom)
+    outside = 1 - float(np.interp(math.atan(abs(t) / math.sqrt(freedom)), angles, share))
+    return outside / 2 if t >= 0 else 1 - outside / 2
+
+
+def t_within(freedom: float) -> tuple[np.ndarray, np.ndarray]:
+    """Angles a from 0 to pi / 2, and the probability that |t| is below sqrt(n) tan a: its density is cos(a)^(n - 1)."""
     angles = np.linspace(0, math.pi / 2, 20_001)
     density = np.cos(angles) ** (freedom - 1)
     area = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
-    return math.sqrt(freedom) * math.tan(np.interp(0.95 * area[-1], area, angles))
+    return angles, area / area[-1]
 
 
 # ---------------------------------------------------------------------------- rows of a ledger

@@ -199,6 +199,10 @@ class Method:
             sparsest = point
         return sparsest, None
 
+    def holm(self) -> list[float]:
+        """Of each marked ticket, Holm's p that it truly loses the margin: beside the walk, which hangs on the order."""
+        return verdicts.holm([verdicts.p_value(*point.counts(), point.margin) for point in self.marked()])
+
     def best(self) -> Point | None:
         """The ticket of the best valid WER, less dense's, as rounds may have other seeds. The test selects nothing."""
 

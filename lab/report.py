@@ -211,7 +211,9 @@ EXPLAINED = (
     "Student's t with Satterthwaite's degrees of freedom), so that the interval is of other seeds and other "
     "utterances. " + WORDS_EXPLAINED.format(margin="the margin") + " No round is chosen on the test: rounds that were "
     "named beforehand (the marks) are judged from dense to sparse, up to the first that is neither winning nor "
-    "matching; a verdict of any other round is for reading on. `remaining` is of the prunable weights, `of all` of all "
+    "matching; a verdict of any other round is for reading on. Beside a mark in brackets: Holm's p, one-sided, that "
+    "its ticket truly loses the margin, corrected for all marks; 0.025 or less is matching whatever their order. "
+    "`remaining` is of the prunable weights, `of all` of all "
     f"parameters. Multiply-adds: products with weights as speech is recognised, {plan.TOKENS_A_SECOND} tokens a "
     "second; of the ticket, zeros are skipped. ± is the standard deviation over seeds."
 )
@@ -264,17 +266,17 @@ def told(point: Point | None) -> str:
 
 def tables(methods: list[Method]) -> list[str]:
     """Summary, the paper's points, every round on every test set, and comparisons of methods."""
-    columns = ["method", "dense, test WER", "marks", "sparsest winning or matching ticket at the marks"]
+    columns = ["method", "dense, test WER", "marks, Holm's p", "sparsest winning or matching ticket at the marks"]
     columns += ["the sequence stopped at", "ticket with the best valid WER"]
     rows = []
     for m in methods:
         sparsest, stopped = m.walk()
-        marks = ", ".join(f"{point.mean('remaining'):.1%}" for point in m.marked()) or "no round near one"
+        marks = [f"{point.mean('remaining'):.1%} ({p:.3f})" for point, p in zip(m.marked(), m.holm())]
         rows.append(
             [
                 markdown_text(m.name),
                 spread(m.dense().values("test_wer")),
-                marks,
+                ", ".join(marks) or "no round near one",
                 *map(told, (sparsest, stopped, m.best())),
             ]
         )

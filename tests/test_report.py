@@ -441,7 +441,7 @@ def test_command_prints_and_writes(tmp_path, capsys):
     assert report.main([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     told = "0.300 ± 0.000 at 41.0% (41.0% of all), winning [-0.100, -0.100], 2 seeds"
-    assert f"| {GLOBAL} | 0.400 ± 0.000 | 41.0% | {told} | none | {told} |" in said
+    assert f"| {GLOBAL} | 0.400 ± 0.000 | 41.0% (0.000) | {told} | none | {told} |" in said
     assert "| TED-LIUM | 0.1593 | 0.1570 at 4.4 % | 0.1404 at 16.8 % | one second-hand summary, unchecked; 4.4" in said
     names = {"report.md", "forest.png", "cnn-lstm-on-demo-demo-size.png", "cnn-lstm-on-demo-demo-size-layers.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names

@@ -160,6 +160,29 @@ def test_no_seed_s_interval_is_narrower_than_its_utterances_alone():
         assert verdicts.crossed(difference, words)[1] >= of_utterances > 0
 
 
+def test_p_values_go_with_the_intervals():
+    rng = np.random.default_rng(3)
+    words = rng.integers(3, 9, 60)
+    for seeds, shift in itertools.product((1, 3, 5), (0, 1)):
+        dense = rng.binomial(words, 0.2, (seeds, 60))
+        ticket = np.clip(dense + rng.integers(-1, 2, dense.shape) + shift * (rng.random(dense.shape) < 0.1), 0, None)
+        high = verdicts.verdict(ticket, dense, words, margin=0).high
+        for margin, within in ((high + 2e-3, True), (high - 2e-3, False)):
+            assert (verdicts.p_value(ticket, dense, words, margin) <= 0.025) == within, (seeds, margin)
+    # of 4 utterances of 1 word the ticket has one error more: 0 in (3/4)^4 of the draws
+    assert verdicts.p_value([1, 0, 0, 0], [0] * 4, [1] * 4, 0.0) == pytest.approx(1 - 81 / 256, abs=0.01)
+
+
+def test_students_t_from_a_table():
+    for t, freedom, p in ((12.706, 1, 0.025), (2.776, 4, 0.025), (1.372, 10, 0.1), (0, 3, 0.5), (-2.776, 4, 0.975)):
+        assert verdicts.above(t, freedom) == pytest.approx(p, abs=1e-4)
+
+
+def test_holm_by_hand():
+    assert verdicts.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert verdicts.holm([0.4, 0.6]) == pytest.approx([0.8, 0.8]) and verdicts.holm([]) == []
+
+
 # ---------------------------------------------------------------------------- what rows bear
 
 
