@@ -17,7 +17,7 @@ import models
 import train
 import transcribe
 from audio_lottery import files, ledger, verify
-from lab import compare, controls, networks, plan, report
+from lab import compare, controls, networks, plan, report, tables
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +141,7 @@ def test_controls_train_what_they_say(source, tmp_path):
     assert not (started[name][mask] == theta[name][mask]).any()
     assert small["remaining_all"] <= rows[2]["remaining_all"] and small["sizes"]["hidden"] < 8
     ((method, *_), *_) = compare.merge([compare.load(tmp_path / "dense-small")]).values()
-    assert f"{small['parameters']:,} parameters" in report.narrower(method.tickets()[0])
+    assert f"{small['parameters']:,} parameters" in tables.narrower(method.tickets()[0])
 
 
 def test_a_control_is_resumed_and_retrained(source, corpus, tmp_path, monkeypatch):

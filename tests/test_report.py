@@ -12,7 +12,7 @@ import torch
 import lottery
 import models
 from audio_lottery import console, ledger, verdicts
-from lab import compare, pictures, plan, report
+from lab import compare, pictures, plan, report, tables
 
 with torch.device("meta"):
     WEIGHTS = {n: w.numel() for n, w in lottery.prunable(models.build("cnn-lstm", "demo", 29)).items()}
@@ -80,9 +80,9 @@ def test_two_seeds_are_crossed_with_utterances(tmp_path):
     assert first.verdict() == ("undecided", pytest.approx(-1.47062), pytest.approx(1.07062))
     assert second.verdict() == ("worse", pytest.approx(0.1), pytest.approx(0.1))
     assert pictures.wer_band(first) == (pytest.approx(0.4 - 1.47062), pytest.approx(0.4 + 1.07062))
-    assert report.merged_cells(method, first, "")[5:8] == ["2", "0.500 ± 0.000", "0.200 ± 0.141"]
-    assert report.merged_cells(method, first, "")[9:11] == ["-0.200 ± 0.141", "undecided [-1.471, +1.071], power 3%"]
-    assert report.merged_cells(method, dense, "")[9:11] == ["-", "-"]
+    assert tables.merged_cells(method, first, "")[5:8] == ["2", "0.500 ± 0.000", "0.200 ± 0.141"]
+    assert tables.merged_cells(method, first, "")[9:11] == ["-0.200 ± 0.141", "undecided [-1.471, +1.071], power 3%"]
+    assert tables.merged_cells(method, dense, "")[9:11] == ["-", "-"]
 
 
 def test_a_longer_search_contains_the_shorter(tmp_path):
@@ -151,7 +151,7 @@ def test_a_method_alone_is_named_by_what_is_not_the_papers(tmp_path):
 
 
 def sentences(title, methods):
-    return [report.said(title, claim) for claim in report.claims(methods)]
+    return [tables.said(title, claim) for claim in tables.claims(methods)]
 
 
 def test_claims_say_what_holds(tmp_path):
@@ -235,7 +235,7 @@ def test_undecided_verdicts_have_their_power(tmp_path):
     low, high = rows[1]["interval"]
     expected = statistics.NormalDist().cdf(1.96 * (0.01 / ((high - low) / 2) - 1))
     ((method,),) = merged(run).values()
-    assert report.judged(method.tickets()[0]) == f"undecided [{low:+.3f}, {high:+.3f}], power {expected:.0%}"
+    assert tables.judged(method.tickets()[0]) == f"undecided [{low:+.3f}, {high:+.3f}], power {expected:.0%}"
     told = verdicts.verdict_of([2, 6, 2, 6], ROUND_0, WORDS, 0.01)
     assert told["power"] == pytest.approx(expected, abs=1e-3)
     assert report.cells(rows[1] | told)[-1].endswith(f"power {expected:.0%}")
@@ -248,7 +248,7 @@ def test_speakers_are_resampled_too(tmp_path):
     ((method,),) = merged(runs[0]).values()
     told, count = method.tickets()[0].by_speaker()
     assert count == 2 and told == ("undecided", pytest.approx(-0.2), pytest.approx(0.2))
-    assert report.judged(method.tickets()[0]).endswith("; by 2 speakers undecided [-0.200, +0.200]")
+    assert tables.judged(method.tickets()[0]).endswith("; by 2 speakers undecided [-0.200, +0.200]")
     ((method,),) = merged(*runs).values()
     told, _ = method.tickets()[0].by_speaker()  # seeds x speakers: components as by hand in test_verdicts.py
     errors, others, words = np.array([[4, 12]] * 2), np.array([[8, 8]] * 2), np.array([20, 20])
@@ -260,10 +260,10 @@ def test_speakers_are_resampled_too(tmp_path):
 def test_a_claim_of_better_that_is_undecided_says_that_it_matches(tmp_path):
     ((method,),) = merged(write_run(tmp_path / "a", [ROUND_0, ROUND_0])).values()
     (point,) = method.tickets()
-    assert report.word_of(point) == "holds" and report.interval(point) == "[+0.000, +0.000]"
+    assert tables.word_of(point) == "holds" and tables.interval(point) == "[+0.000, +0.000]"
     better = ("winning",)
-    assert report.word_of(point, "", better) == "undecided"
-    assert report.interval(point, "", better) == "[+0.000, +0.000], matching"
+    assert tables.word_of(point, "", better) == "undecided"
+    assert tables.interval(point, "", better) == "[+0.000, +0.000], matching"
 
 
 def test_the_demo_s_ledgers_are_read_though_the_first_ones_counted_no_waiting(tmp_path):
@@ -288,11 +288,11 @@ def test_utterances_whose_texts_were_not_trained_on_are_reported_too(tmp_path):
     told, wer, count = method.tickets()[0].of_new_texts()
     assert (count, wer) == (2, 0.4) and told == verdicts.verdict([6, 2], [8, 8], [10, 10])
     assert method.dense().of_new_texts()[1:] == (0.8, 2)
-    assert f"; WER 0.400 on the 2 texts that train has not, {told}" in report.judged(method.tickets()[0])
+    assert f"; WER 0.400 on the 2 texts that train has not, {told}" in tables.judged(method.tickets()[0])
     lines = report.summary(*ledger.read_run(run))
     assert lines[0].endswith("; WER 0.800 on the 2 texts that train has not")
     ((method,),) = merged(write_run(tmp_path / "old", [dense, errors])).values()
-    assert method.tickets()[0].of_new_texts() is None and report.new_texts(method.dense()) == ""
+    assert method.tickets()[0].of_new_texts() is None and tables.new_texts(method.dense()) == ""
 
 
 def test_other_test_sets_have_their_rows_and_claims(tmp_path):
@@ -305,7 +305,7 @@ def test_other_test_sets_have_their_rows_and_claims(tmp_path):
     told = {"verdict": "winning", "interval": [-0.5, -0.5]}
     ticket.rows[0]["other_tests"] = {"test at 10 dB": noise | told | {"test_errors": [3, 3], "test_wer": 0.3}}
     ticket.rows[0]["remaining"] = 0.168
-    rows = [line for line in report.tables([method]) if line.startswith("| test")]
+    rows = [line for line in tables.tables([method]) if line.startswith("| test")]
     assert [row.split(" | ")[0] for row in rows] == ["| test set", "| test", "| test", *["| test at 10 dB"] * 2]
     assert "| 0.500 | 0.300 | 0.250 | -0.500 | winning [-0.500, -0.500] | 51.8 M, 41.4 M (80.0%) |" in rows[-1]
     assert sentences("T", [method]) == [
@@ -425,7 +425,7 @@ def test_layers_without_a_weight_are_marked_and_white(tmp_path):
         write_run(tmp_path / "a", [ROUND_0, ROUND_0], row={"kept_per_layer": empty}),
         write_run(tmp_path / "b", [ROUND_0, ROUND_0], row={"kept_per_layer": half}, seed=1),
     ).values()
-    cells = dict(zip(report.MERGED, report.merged_cells(method, method.tickets()[0], ""), strict=True))
+    cells = dict(zip(tables.MERGED, tables.merged_cells(method, method.tickets()[0], ""), strict=True))
     assert cells["layers without a weight"] == "convs.1.weight"
     shares = method.layer_shares()
     n = WEIGHTS["convs.0.weight"]  # 1 * 16 * 21 * 11

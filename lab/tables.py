@@ -1,0 +1,337 @@
+"""What many runs say together: every round, the marks and where their sequence stopped, claims, comparisons."""
+
+import argparse
+import contextlib
+import glob
+import hashlib
+import re
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import lottery
+from audio_lottery import checked, verdicts
+from audio_lottery.console import markdown_text
+from lab import coverage, plan
+from lab.compare import Method, Point, Run, compared, load, merge, of_test, paired, rivals
+
+WORDS_EXPLAINED = (
+    "*winning*: the interval lies below 0; *matching*: its upper end is at most {margin}; *worse*: it lies above 0; "
+    "else *undecided*, with its power, the chance that a ticket truly equal to dense is called matching or winning; "
+    f"*no verdict* where dense recognises nothing (WER {verdicts.NOTHING} or more)."
+)
+
+
+# ---------------------------------------------------------------------------- a verdict in words
+
+
+def judged(point: Point, test: str = "") -> str:
+    """The verdict and its interval; the power of an undecided one; by speakers too, where they are known, and of the
+    utterances whose texts train has not, where it has some."""
+    told = point.verdict(test)
+    words = str(told) + (f", power {coverage.power(point, test):.0%}" if told.word == "undecided" else "")
+    if found := point.by_speaker(test):
+        words += f"; by {found[1]} speakers {found[0]}"
+    if found := point.of_new_texts(test):
+        words += f"; {new_texts(point, test)}, {found[0]}"
+    return words
+
+
+def new_texts(point: Point, test: str = "") -> str:
+    """The WER over the utterances whose texts train has not; "" where it has none of them, or all."""
+    found = point.of_new_texts(test)
+    return f"WER {found[1]:.3f} on the {found[2]} texts that train has not" if found else ""
+
+
+# ---------------------------------------------------------------------------- tables
+
+README, SECOND = "official README", "one second-hand summary, unchecked"
+PAPER = [  # backbone, what, test WER of dense, of the sparsest matching and of the best ticket, where from
+    ("cnn-lstm", "LibriSpeech clean / other", "0.079 / 0.210", "0.079 / 0.205 at 21.0 %", "0.071 / 0.192 at 51.2 %",
+     README),
+    ("cnn-lstm", "LibriSpeech clean", "0.0802", "0.0798 at 21.0 %", "", SECOND),
+    ("cnn-lstm", "TED-LIUM", "0.1593", "0.1570 at 4.4 %", "0.1404 at 16.8 %",
+     f"{SECOND}; 4.4 % is in the abstract too"),
+    ("cnn-lstm", "Common Voice", "", "at 16.8 %", "", SECOND),
+    ("cnn-lstm", "TED-LIUM, random pruning", "0.1593", "at 26.2 %", "", f"{SECOND}; by layer, the ticket globally"),
+    ("cnn-lstm", "TED-LIUM, random ticket", "0.1593", "at 10.7 %", "", f"{SECOND}; the code draws in round 1 alone"),
+    ("cnn-lstm", "TED-LIUM, blocks of 1x4", "0.1593", "0.1566 at 4.4 %", "", f"{SECOND}; no code"),
+    ("cnn-lstm", "TED-LIUM, from LibriSpeech's weights", "", "0.1345", "0.1169 at 32.8 %", f"{SECOND}; no code"),
+    ("cnn-lstm", "TED-LIUM, mask of LibriSpeech", "0.1593", "0.1588 at 32.8 %", "", SECOND),
+    ("cnn-lstm", "TED-LIUM, mask of Common Voice", "0.1593", "0.1593 at 41.0 %", "", SECOND),
+    ("cnn-lstm", "TED-LIUM, noise of level 0.2", "0.1680", "0.1575", "", f"{SECOND}; a gain, its SNR unknown"),
+    ("cnn-lstm", "TED-LIUM, noise of level 0.5", "0.3821", "0.1582", "",
+     f"{SECOND}; suspicious: no noise in its test"),
+    ("rnnt", "LibriSpeech clean", "0.0590", "0.0571 at 10.7 %", "", f"{SECOND}; no code, no shape"),
+    ("conformer", "LibriSpeech clean / other", "0.025 / 0.068", "0.024 / 0.064 at 16.8 %", "0.021 / 0.061 at 51.2 %",
+     f"{README}; test utterances over 15 s dropped; 16.8 % of linear weights, 27.6 % of all"),
+    ("conformer", "LibriSpeech clean", "0.0255", "0.0249 at 16.8 %", "", SECOND),
+]  # fmt: skip
+CAVEAT = (
+    "The paper's points: WER as a fraction, as everywhere here; other corpora, n-gram language models, no seeds and no "
+    "intervals in any source. The official CNN-LSTM code chooses its epoch on the test set. The READMEs print 51.8 and "
+    "16.2 % where the ladder of 0.8^k has 51.2 and 16.8 %."
+)
+EXPLAINED = (
+    "Against dense: verdict and 95 % interval of WER(ticket) - WER(dense). One seed: paired bootstrap over test "
+    "utterances, of that seed alone. More: seeds crossed with utterances (V_seeds + V_utterances - V_interaction, "
+    "Student's t with Satterthwaite's degrees of freedom), so that the interval is of other seeds and other "
+    "utterances. " + WORDS_EXPLAINED.format(margin="the margin") + " No round is chosen on the test: rounds that were "
+    "named beforehand (the marks) are judged from dense to sparse, up to the first that is neither winning nor "
+    "matching; a verdict of any other round is for reading on. Beside a mark in brackets: Holm's p, one-sided, that "
+    "its ticket truly loses the margin, corrected for all marks; 0.025 or less is matching whatever their order. "
+    "`remaining` is of the prunable weights, `of all` of all "
+    f"parameters. Multiply-adds: products with weights as speech is recognised, {plan.TOKENS_A_SECOND} tokens a "
+    "second; of the ticket, zeros are skipped. ± is the standard deviation over seeds."
+)
+MERGED = ["test set", "method", "round", "remaining", "of all", "seeds", "valid WER", "test WER", "test CER"]
+MERGED += ["test WER less dense's", "against dense", "multiply-adds a second: dense, ticket", "layers without a weight"]
+MERGED += ["narrower network", "steps, all that led to it"]
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    return f"{statistics.fmean(values):{sign}.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def seeds_of(point: Point) -> str:
+    return f"{len(point.seeds)} seed{'s' * (len(point.seeds) > 1)}"
+
+
+def merged_cells(method: Method, point: Point, test: str) -> list[str]:
+    """A round of a method under MERGED."""
+    whole, skipped = method.multiply_adds(point)
+    return [
+        markdown_text(test or "test"), markdown_text(method.name), str(point.round),
+        *(f"{point.mean(key):.1%}" for key in ("remaining", "remaining_all")),
+        str(len(point.seeds)), spread(point.values("valid_wer")),
+        *(spread(point.values(key, test)) for key in ("test_wer", "test_cer")),
+        *([spread(point.differences("test_wer", test), "+"), judged(point, test)] if point.round
+          else ["-", new_texts(point, test) or "-"]),
+        f"{whole / 1e6:.1f} M, {skipped / 1e6:.1f} M ({skipped / whole:.1%})",
+        markdown_text(", ".join(point.empty_layers())),
+        narrower(point), f"{point.rows[0]['steps_in_all']:,}" if "steps_in_all" in point.rows[0] else "",
+    ]  # fmt: skip
+
+
+def narrower(point: Point) -> str:
+    """Widths, heads and parameters of a dense network of other sizes than the method's."""
+    row = point.rows[0]
+    words = {"width": "wide", "inner": "wide inside", "hidden": "hidden", "heads": "heads", "channels": "channels"}
+    words |= {"predictor": "in the predictor", "joiner": "in the joiner", "first_channels": "channels first"}
+    sizes = row.get("sizes", {})
+    said = [f"{checked.said(sizes[key])} {word}" for key, word in words.items() if key in sizes]
+    return markdown_text(", ".join(said + ([f"{row['parameters']:,} parameters"] if "parameters" in row else [])))
+
+
+def told(point: Point | None) -> str:
+    """A ticket in the summary."""
+    if point is None:
+        return "none"
+    shares = f"{point.mean('remaining'):.1%} ({point.mean('remaining_all'):.1%} of all)"
+    return f"{spread(point.values('test_wer'))} at {shares}, {judged(point)}, {seeds_of(point)}"
+
+
+def tables(methods: list[Method]) -> list[str]:
+    """Summary, the paper's points, every round on every test set, and comparisons of methods."""
+    columns = ["method", "dense, test WER", "marks, Holm's p", "sparsest winning or matching ticket at the marks"]
+    columns += ["the sequence stopped at", "ticket with the best valid WER"]
+    rows = []
+    for m in methods:
+        sparsest, stopped = m.walk()
+        marks = [f"{point.mean('remaining'):.1%} ({p:.3f})" for point, p in zip(m.marked(), m.holm())]
+        rows.append(
+            [
+                markdown_text(m.name),
+                spread(m.dense().values("test_wer")),
+                ", ".join(marks) or "no round near one",
+                *map(told, (sparsest, stopped, m.best())),
+            ]
+        )
+    lines = [*plan.markdown(columns, rows), ""]
+    rows = [list(row[1:]) for row in PAPER if row[0] == methods[0].settings["backbone"]]
+    columns = ["the paper's", "dense, test WER", "sparsest matching ticket", "best ticket", "source"]
+    lines += [*plan.markdown(columns, rows), ""] if rows else []
+    points = [(method, point) for method in methods for point in method.points.values()]
+    tests = dict.fromkeys(test for _, point in points for test in point.tests())
+    rows = [merged_cells(m, point, test) for test in tests for m, point in points if test in point.tests()]
+    lines += plan.markdown(MERGED, rows)
+    rows = [
+        [markdown_text(f"{a.name} less {b.name}"), f"{p.mean('remaining'):.1%}", str(len(p.seeds)),
+         word_of(p, "", ("winning",)), interval(p, "", ("winning",))]
+        for a, b in rivals(methods) for p in compared(a, b)
+    ]  # fmt: skip
+    if rows:
+        lines += ["", *plan.markdown(["test WER", "remaining", "seeds", "the first is better", "95 % interval"], rows)]
+    return lines
+
+
+# ---------------------------------------------------------------------------- claims
+
+MATCHES = ("winning", "matching")
+
+
+class Claim(NamedTuple):
+    what: str
+    label: str  # in the forest
+    point: Point
+    test: str = ""
+    true: tuple[str, ...] = MATCHES  # the words with which it holds
+
+
+def word_of(point: Point, test: str = "", true: tuple[str, ...] = MATCHES) -> str:
+    told = point.verdict(test)
+    if told.word in (*true, "no verdict"):
+        return "holds" if told.word in true else told.word
+    return "does not hold" if told.low > 0 else "undecided"
+
+
+def interval(point: Point, test: str = "", true: tuple[str, ...] = MATCHES) -> str:
+    """The interval; the power of an undecided verdict; that it matches, where no more than that is shown."""
+    told = point.verdict(test)
+    known = f", power {coverage.power(point, test):.0%}" if told.word == "undecided" else ""
+    known += ", matching" if told.word == "matching" and told.word not in true else ""
+    return f"[{told.low:+.3f}, {told.high:+.3f}]{known}"
+
+
+def claims(methods: list[Method]) -> list[Claim]:
+    """What these runs can speak to, at the marks: tickets against dense, and rivals."""
+    found = []
+    for method in methods:
+        _, stopped = method.walk()
+        for point in method.marked() if not method.get("control") else ():
+            share = f"{point.mean('remaining'):.1%}"
+            behind = stopped and point.mean("remaining") < stopped.mean("remaining")
+            what = f"{method.name} with {share} of the weights matches dense"
+            what += f" (behind {stopped.mean('remaining'):.1%}, where the sequence stopped)" if behind else ""
+            found += [
+                Claim(what, f"{method.name}, {share}{f', {test}' if test else ''}", point, test)
+                for test in point.tests()
+            ]
+    for a, b in rivals(methods):
+        points = compared(a, b)
+        rounds = [point.round for point in a.marked()]
+        for point in [p for p in points if p.round in rounds] or points[-1:]:
+            share = f"{point.mean('remaining'):.1%}"
+            what = f"{a.name} is better than {b.name} at {share}"
+            found.append(Claim(what, f"{a.name} less {b.name}, {share}", point, true=("winning",)))
+    return found
+
+
+def said(title: str, claim: Claim) -> str:
+    _, _, p, test, true = claim
+    return (
+        f"- {markdown_text(f'{title}: {claim.what}' + (f' on {test}' if test else ''))}: "
+        f"**{word_of(p, test, true)}**, {interval(p, test, true)}, "
+        f"{seeds_of(p)} ({', '.join(map(str, sorted(p.seeds)))}), "
+        f"{len(of_test(p.rows[0], test)['test_words'])} test utterances."
+    )
+
+
+def file_name(title: str) -> str:
+    """For a picture: letters, digits, dots and hyphens, and not too many for a file system."""
+    name = re.sub(r"[^\w.-]+", "-", title)
+    return name if len(name.encode()) <= 200 else f"{name[:40]}-{hashlib.sha256(title.encode()).hexdigest()[:8]}"
+
+
+def merged_report(groups: dict[str, list[Method]], pictured: bool) -> str:
+    lines = ["# Tickets: seeds and methods", "", EXPLAINED, "", CAVEAT]
+    for title, methods in groups.items():
+        lines += ["", f"## {markdown_text(title)}", "", *tables(methods)]
+        if pictured:
+            lines += ["", f"![WER and CER against remaining weights]({file_name(title)}.png)"]
+            lines += ["", f"![weights kept, by layer]({file_name(title)}-layers.png)"]
+    found = [said(title, claim) for title, methods in groups.items() for claim in claims(methods)]
+    explained = (
+        "Each about a mark: rounds that were named before any result (comparisons of methods without one: the "
+        "sparsest). Intervals are of a difference of test WER. A ticket matches if it is winning or matching, and does "
+        "not if it is worse; one method is better if it is winning, undecided if no more is shown than that it matches."
+    )
+    found = found or ["None yet: no round is near a mark."]
+    forest = ["", "![every claim's interval against 0 and the margin](forest.png)"] * (pictured and "- " in found[0])
+    return "\n".join([*lines, "", "## Claims", "", explained, "", *found, *forest, ""])
+
+
+# ---------------------------------------------------------------------------- two sets of runs
+
+
+def read(path: Path) -> Run:
+    """A run that can be told of. Raises LotteryError for one with a value that no run of train.py has."""
+    run = load(path)
+    with wrong_values(path):
+        if run.rows:
+            merged_report(merge([run]), pictured=False)
+    return run
+
+
+@contextlib.contextmanager
+def wrong_values(path: Path) -> Iterator[None]:
+    """Whatever a ledger that was chained again makes the tables trip over is a LotteryError that names the run."""
+    try:
+        yield
+    except (lottery.LotteryError, OSError):
+        raise
+    except Exception as error:
+        raise lottery.LotteryError(
+            f"{path}: a value is missing or of the wrong kind ({type(error).__name__}: {error})"
+        ) from None
+
+
+def runs_of(text: str) -> list[Run]:
+    """Run folders between commas, each by its path or as a pattern. Raises LotteryError where a part finds none."""
+    paths = []
+    for part in text.split(","):
+        found = sorted(glob.glob(part))
+        if not found:
+            raise lottery.LotteryError(f"--compare {part}: no such run")
+        paths += [Path(path) for path in found if Path(path) not in paths]
+    return [read(path) for path in paths]
+
+
+def rounds_pair(text: str) -> tuple[int, int]:
+    """R, or R:Q: A's round and B's."""
+    if not re.fullmatch("[0-9]{1,6}(:[0-9]{1,6})?", text):
+        raise argparse.ArgumentTypeError(f"must be R or R:Q, rounds of A and of B, got {text!r}")
+    first, _, second = text.partition(":")
+    return int(first), int(second or first)
+
+
+def comparison(a: str, b: str, rounds: list[tuple[int, int]] | None) -> tuple[list[str], list[Claim]]:
+    """A table of A less B, and its rows as claims. Raises LotteryError for sets that cannot be compared."""
+    points = paired(runs_of(a), runs_of(b), rounds)
+    columns = ["rounds, A and B", "remaining, A and B", "test set", "seeds", "test WER, A", "test WER, B", "A less B"]
+    rows, found = [], []
+    for p in points:
+        other = p.others[0]
+        shares = f"{p.mean('remaining'):.1%}", f"{other['remaining']:.1%}"
+        for test in [test for test in p.tests() if not test or test in other.get("other_tests", {})]:
+            values = spread(p.values("test_wer", test)), spread([of_test(o, test)["test_wer"] for o in p.others])
+            seeds = ", ".join(map(str, sorted(p.seeds)))
+            rows.append([f"{p.round}, {other['round']}", ", ".join(shares), markdown_text(test or "test"), seeds,
+                         *values, spread(p.differences("test_wer", test), "+"), judged(p, test)])  # fmt: skip
+            label = " less ".join(dict.fromkeys(shares)) + (f", {test}" if test else "")
+            found.append(Claim("", label, p, test))
+    lines = [
+        "# A less B",
+        "",
+        f"- A: {markdown_text(a)}",
+        f"- B: {markdown_text(b)}",
+        f"- utterances: {len(points[0].counts()[2])}",
+        "",
+    ]
+    return [*lines, *plan.markdown([*columns, "verdict, 95 % interval"], rows), "", COMPARED, ""], found
+
+
+COMPARED = (
+    "The verdict is A's against B's, as a ticket's against dense: *winning*, A is better; *matching*, at most the "
+    "margin worse; *worse*; *undecided*, with its power. B may recognise nothing: what beats it wins. Pairs are named "
+    "by who runs the command, so several of them are several tests."
+)
+
+
+def forest_of(groups: dict[str, list[Claim]]) -> list[tuple[str, verdicts.Verdict, float]]:
+    """Rows of the picture, by group."""
+    return [
+        (f"{title}: {claim.label}" if title else claim.label, claim.point.verdict(claim.test), claim.point.margin)
+        for title, found in groups.items() for claim in found
+    ]  # fmt: skip
