@@ -125,8 +125,8 @@ def markdown_report(config: dict, ledger: list[dict], look: recognised.Look | No
     explained = (
         f"Against dense: 95 % interval of WER(ticket) - WER(dense), paired bootstrap over {utterances} test "
         f"utterances, of this seed alone. {tables.WORDS_EXPLAINED.format(margin=config['margin'])} No round is chosen "
-        f"on the test: the rounds nearest {marks} of the weights, named beforehand, are judged from dense to sparse up to "
-        "the first that is neither winning nor matching; the other rounds' verdicts are for reading on. Each "
+        f"on the test: the rounds nearest {marks} of the weights, named beforehand, are judged from dense to sparse "
+        "up to the first that is neither winning nor matching; the other rounds' verdicts are for reading on. Each "
         "round is tested once, at its epoch with the best valid WER; pruning uses the last epoch. `remaining` is of "
         "the prunable weights, `of all` of all parameters."
     )
