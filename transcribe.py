@@ -1,6 +1,6 @@
 """Transcribe audio with a ticket: text on stdout, a line a file.
 
-    python transcribe.py runs/NAME recording.flac folder/ manifest.jsonl --json
+    python transcribe.py runs/NAME recording.flac folder/ manifest.jsonl --format json
 
 What is longer than --piece is cut into pieces that overlap, each recognised by itself; their words are joined in the
 widest pause in the middle half of the overlap. A piece is dropped as soon as it is recognised, so that of a recording
@@ -11,15 +11,13 @@ import argparse
 import array
 import collections
 import contextlib
-import json
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 if __name__ == "__main__":
     from lab import missing
@@ -36,7 +34,8 @@ import lottery
 import models
 from audio_lottery import compress, files, sound
 from audio_lottery.console import Parser, command, fail, printable
-from lab import decode, networks, streaming
+from lab import decode, export, formats, networks, streaming
+from lab.formats import Transcript, name_of
 from lab.pieces import Word, join, pieces_of, words_of
 from models import Emission
 from runner import flags
@@ -54,10 +53,15 @@ def parser() -> Parser:
     p.add_argument("ticket", type=Path, metavar="TICKET", help="ticket.safetensors of a run, or the run's folder")
     audio = "files, folders, manifests (.jsonl, .json), or - for a manifest on stdin, paths from here"
     p.add_argument("audio", nargs="*", metavar="AUDIO", help=audio)
-    add = p.add_argument_group("what comes out").add_argument
-    add("--json", action="store_true", help="print an object a line: words with their seconds and confidence")
+    group = p.add_argument_group("what comes out")
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    either("--format", choices=formats.FORMATS, default="text",
+           help="lines of text, JSON or CTM, or subtitles (srt, vtt); all but text from the words' times")  # fmt: skip
+    either("--json", dest="format", action="store_const", const="json", help="the same as --format json")
+    add("--out", type=Path, metavar="DIR", help="with srt and vtt, write a file a recording there: DIR/NAME.srt")
     add("--names", action="store_true", help="put the file's name and a tab before each line of text")
-    add("--export", type=Path, metavar="FILE.onnx", help="write the dense masked model as ONNX, and transcribe nothing")
+    add("--export", type=Path, metavar="FILE.onnx",
+        help="write the dense masked model as ONNX, with tokens.txt, and transcribe nothing")  # fmt: skip
     decoding = p.add_argument_group("how to decode (networks trained with CTC)")
     for name in ("beam", "lm", "lm_weight", "word_score"):
         flags.add(decoding, flags.NAMED[name])
@@ -86,8 +90,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = p.parse_intermixed_args(argv)  # flags may stand between TICKET and AUDIO
     if bool(args.export) == bool(args.audio):
         p.error("give AUDIO (files, folders or -), or --export FILE.onnx without AUDIO")
-    if args.names and args.json:
-        p.error("--names is of lines of text: with --json each line has its audio_filepath")
+    if args.names and args.format != "text":
+        p.error("--names is of lines of text: JSON and CTM have the file in each line, subtitles have their own file")
+    if args.out and args.format not in formats.SUBTITLES:
+        p.error("--out goes with --format srt and vtt, which are a file a recording")
     if args.dense and args.values:
         p.error("--values is of sparse weights, and --dense has none")
     if not 0.1 <= args.overlap <= args.piece - 0.1 < math.inf:
@@ -268,41 +274,6 @@ def blocks_of(recording: data.Utterance, seconds: float) -> Iterator[Tensor]:
     return sound.audio_blocks(recording.audio, recording.offset, recording.duration, seconds)
 
 
-def name_of(recording: data.Utterance) -> str:
-    """The file and, of a segment, its seconds."""
-    return sound.segment_name(recording.audio, recording.offset, recording.duration)
-
-
-class Transcript(NamedTuple):
-    source: data.Utterance
-    seconds: float  # of audio
-    words: list[Word]
-    error: str = ""
-
-    def line(self, as_json: bool, names: bool = False) -> str:
-        """One line, whatever is in names and tokens: safe on a terminal and in UTF-8."""
-        text = " ".join(word.word for word in self.words)
-        if not as_json:
-            return f"{printable(name_of(self.source))}\t{printable(text)}" if names else printable(text)
-        row = {"audio_filepath": str(self.source.audio)}
-        for key in ("offset", "duration"):
-            if getattr(self.source, key) is not None:
-                row[key] = getattr(self.source, key)
-        if self.error:
-            return json_line(row | {"error": self.error})
-        words = [w._replace(**{k: round(getattr(w, k), 3) for k in ("start", "end", "confidence")}) for w in self.words]
-        confidence = round(sum(w.confidence for w in self.words) / len(self.words), 3) if self.words else None
-        row |= {"duration": round(self.seconds, 3), "text": text, "confidence": confidence}
-        return json_line(row | {"words": [word._asdict() for word in words]})
-
-
-def json_line(row: dict) -> str:
-    """JSON in which all that is not printable() is written \\uXXXX. Half a surrogate pair, too, which is how a name
-    that is no UTF-8 is read back: os.fsencode() gives its bytes."""
-    escaped = lambda found: found[0] if printable(found[0]) == found[0] else json.dumps(found[0])[1:-1]  # noqa: E731
-    return re.sub(r"[^ -~]", escaped, json.dumps(row, ensure_ascii=False))
-
-
 @dataclass
 class Hearing:
     """A recording of which some pieces are recognised already."""
@@ -417,7 +388,7 @@ class Speller:
 def streamed(
     recogniser: Recogniser, recordings: Iterable[data.Utterance], latencies: "array.array[float]"
 ) -> Iterator[Transcript]:
-    """As transcripts, but each recording in chunks, and without --json its text is printed as it comes."""
+    """As transcripts, but each recording in chunks, and lines of text are printed as they come."""
     args, size = recogniser.args, round(recogniser.args.chunk * data.SAMPLE_RATE)
     noise = torch.randn(2 * data.SAMPLE_RATE + size, generator=torch.Generator().manual_seed(0))
     recogniser.prepare(lambda model: list(follow(model, chunks_of([noise], size), None)))
@@ -433,7 +404,7 @@ def streamed(
                     seconds += samples / data.SAMPLE_RATE
                     latencies.append(took)
                     recogniser.seconds += took
-                    if args.json:
+                    if args.format != "text":
                         emissions += new
                     elif new:
                         print(speller.push(new), end="", flush=True)
@@ -458,15 +429,13 @@ def latency(model: models.Transducer, args: argparse.Namespace, latencies: "arra
 
 def run(args: argparse.Namespace) -> int:
     if args.export:
-        files.check_target(args.export)
+        export.target(args.export)  # before the ticket is read
     recogniser = Recogniser(args)
     if args.stream and not isinstance(recogniser.model, models.Transducer):
         raise lottery.LotteryError(f"--stream goes with a transducer (rnnt); this ticket is of {recogniser.backbone}")
     if (args.beam > 1 or args.lm) and isinstance(recogniser.model, models.Transducer):
         raise lottery.LotteryError("--beam and --lm go with CTC; a transducer's beam search does not say when")
     if args.export:
-        from lab import export
-
         paths = export.export(recogniser.model, recogniser.ticket.info["tokens"], args.export)
         print("\n".join(f"{printable(path)}: {path.stat().st_size:,} bytes" for path in paths))
         return 0
@@ -476,7 +445,8 @@ def run(args: argparse.Namespace) -> int:
         recordings = [data.Utterance(Path("-"), "")]
     else:
         recordings = list(sources(args.audio))
-    latencies = array.array("d")
+    formats.check(args.format, args.out, recordings)
+    latencies, writer = array.array("d"), formats.Writer(args.format, args.names, args.out)
     found = streamed(recogniser, recordings, latencies) if args.stream else transcripts(recogniser, recordings)
     failed, seconds = 0, 0.0
     bar = tqdm(found, total=len(recordings), unit="file", leave=False, disable=True if args.stream else None)
@@ -484,10 +454,13 @@ def run(args: argparse.Namespace) -> int:
         if transcript.error:
             failed += 1
             bar.write(f"transcribe.py: {printable(transcript.error)}", file=sys.stderr)
-        said = "" if args.stream and not args.json else transcript.line(args.json, args.names)
-        bar.write(said, file=sys.stdout)
+        said = [""] if args.stream and args.format == "text" else writer.push(transcript)
+        for line in said:
+            bar.write(line, file=sys.stdout)
         sys.stdout.flush()
         seconds += transcript.seconds
+    for line in writer.end():
+        print(line, flush=True)
     if latencies:
         print(latency(recogniser.model, args, latencies), file=sys.stderr)
     compute = recogniser.reading + recogniser.seconds
