@@ -32,9 +32,9 @@ from tqdm import tqdm
 import data
 import lottery
 import models
-from audio_lottery import compress, files, sound
+from audio_lottery import files, sound
 from audio_lottery.console import Parser, command, fail, printable
-from lab import decode, export, formats, networks, streaming
+from lab import choice, decode, export, formats, networks, streaming
 from lab.formats import Transcript, name_of
 from lab.pieces import Word, join, pieces_of, words_of
 from models import Emission
@@ -78,7 +78,14 @@ def parser() -> Parser:
         "(default: utterance)")  # fmt: skip
     add("--calibrate", type=Path, metavar="AUDIO", help="recordings whose mean and variance a running mean begins with")
     machine = p.add_argument_group("the machine")
-    machine.add_argument("--dense", action="store_true", help="multiply the zeros too: plain products, for comparison")
+    ways = machine.add_mutually_exclusive_group()
+    ways.add_argument("--dense", action="store_true", help="multiply the zeros too: plain products, for comparison")
+    ways.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure now which layers are faster sparse, however "
+        f"short the audio (default: from {choice.MINUTES} minutes on, once; kept in the user's cache)",
+    )
     machine.add_argument("--values", choices=["float32", "bfloat16", "int8"],
                          help="how the weights of sparse products are kept (default: float32)")  # fmt: skip
     flags.add(machine, flags.NAMED["threads"])
@@ -190,7 +197,7 @@ def finite(features: Tensor, path: Path | str) -> Tensor:
 
 
 class Recogniser:
-    """A ticket ready for audio: sparse products, made and measured when the first batch comes, or dense ones."""
+    """A ticket ready for audio: with sparse products, or dense ones, as is chosen when the first batch comes."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -202,6 +209,7 @@ class Recogniser:
         self.one_mean = self.model.features in data.ONE_MEAN and "normalization" in self.ticket.info
         self.seconds = 0.0  # of the network
         self.reading = 0.0  # seconds to decode audio and make features of it
+        self.ahead = math.inf  # seconds of audio to recognise
         self.ready, self.moments = False, self.calibrated(args.calibrate) if args.calibrate else None
 
     def calibrated(self, path: Path) -> Tensor:
@@ -217,12 +225,9 @@ class Recogniser:
         """run: the use that layers are measured in."""
         args = self.args
         if not args.dense:
-            started = time.monotonic()
-            options = {"dtype": args.values or "float32"}
-            self.model, rows = compress(self.model, self.ticket.masks, run, **options)
-            sparse = sum(not row.layout.startswith("dense") for row in rows)
-            told = f"sparse products for {sparse} of {len(rows)} weights, the fastest here"
-            print(f"{told}; measured in {time.monotonic() - started:.1f} s", file=sys.stderr)
+            how = {"dtype": args.values or "float32", "use": f"chunks of {args.chunk:g} s" if args.stream else "pieces"}
+            self.model, told = choice.choose(self.model, self.ticket.masks, run, self.ahead, **how, anew=args.measure)
+            print(printable(told), file=sys.stderr)
         self.emissions = self.model.emissions
         if args.beam > 1 or args.lm:
             how = (args.beam, args.lm, args.lm_weight, args.word_score)
@@ -256,7 +261,9 @@ class Recogniser:
         padded = nn.utils.rnn.pad_sequence(features, batch_first=True), torch.tensor([len(f) for f in features])
         with torch.inference_mode():
             if not self.ready:
-                self.prepare(lambda model: model.emissions(*padded))
+                frames = min(choice.FRAMES, padded[0].shape[1])
+                some = padded[0][:, :frames], padded[1].clamp(max=frames)
+                self.prepare(lambda model: model.emissions(*some))
             started = time.monotonic()
             found = self.emissions(*padded)
             self.seconds += time.monotonic() - started
@@ -446,6 +453,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         recordings = list(sources(args.audio))
     formats.check(args.format, args.out, recordings)
+    recogniser.ahead = choice.seconds_ahead(recordings)
     latencies, writer = array.array("d"), formats.Writer(args.format, args.names, args.out)
     found = streamed(recogniser, recordings, latencies) if args.stream else transcripts(recogniser, recordings)
     failed, seconds = 0, 0.0

@@ -2,7 +2,7 @@
 
     python onnx_transcribe.py net.onnx recording.flac ...
 
-net.onnx, or net-encoder.onnx and its two others, and tokens.txt are what `transcribe.py TICKET --export net.onnx` wrote.
+`transcribe.py TICKET --export net.onnx` wrote net.onnx, or net-encoder.onnx and two others, and tokens.txt beside it.
 Recordings of 16 kHz, each taken whole: as transcribe.py does up to 20 s.
 """
 

@@ -20,7 +20,7 @@ FORMATS = ("text", "json", "srt", "vtt", "ctm")
 SUBTITLES = ("srt", "vtt")
 LINE, LINES = 42, 2  # characters in a line of a subtitle, and lines, as broadcasters have them
 LONGEST, PAUSE = 7.0, 1.0  # seconds: of a subtitle, at most; of silence that ends one
-SRT = str.maketrans("<>{}", "‹›()")  # SRT has no escapes: < and { begin what players take for markup
+SRT = str.maketrans("<>{}", "\u2039\u203a()")  # it has no escapes, and < and { begin markup: single angle quotes
 VTT = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 
 

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+import test_transcribe
 
 import data
-import test_transcribe
 import transcribe
 from lab import formats
 from lab.formats import Cue, Transcript, Writer
@@ -49,7 +49,7 @@ def test_cues_by_hand():
 def test_subtitles_by_hand():
     words = heard(("a<b>", 0.1, 0.5), ("&", 0.6, 0.9), ("{x}", 1.0, 1.1), ("-->", 3.0, 3.25)).words
     assert formats.subtitles(words, "srt") == (
-        "1\n00:00:00,100 --> 00:00:01,100\na‹b› & (x)\n\n2\n00:00:03,000 --> 00:00:03,250\n--›\n"
+        "1\n00:00:00,100 --> 00:00:01,100\na\u2039b\u203a & (x)\n\n2\n00:00:03,000 --> 00:00:03,250\n--\u203a\n"
     )
     assert formats.subtitles(words, "vtt") == (
         "WEBVTT\n\n00:00:00.100 --> 00:00:01.100\na&lt;b&gt; &amp; {x}\n\n00:00:03.000 --> 00:00:03.250\n--&gt;\n"
@@ -61,7 +61,7 @@ def test_subtitles_by_hand():
 
 def test_ctm_by_hand():
     found = formats.ctm_lines(heard(("a", 0.5, 0.75), ("<ALT>", 1.0, 1.5), offset=2.0))
-    assert found == ["one_two 1 2.500 0.250 a 0.500", "one_two 1 3.000 0.500 ‹ALT› 0.500"]
+    assert found == ["one_two 1 2.500 0.250 a 0.500", "one_two 1 3.000 0.500 \u2039ALT\u203a 0.500"]
     assert formats.ctm_name(Path("-")) == "stdin" and formats.ctm_name(Path("x/;;a\u2003b.wav")) == "_;a_b"
     assert formats.ctm_lines(Transcript(data.Utterance(Path("a"), ""), 0.0, [], "broken")) == []
 

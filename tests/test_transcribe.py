@@ -528,11 +528,15 @@ def test_raw_audio_on_stdin(tickets, speech, capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("backbone", list(SIZES))
-def test_sparse_products_give_the_text_of_dense_ones(backbone, tickets, speech, capsys):
+def test_sparse_products_give_the_text_of_dense_ones(backbone, tickets, speech, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     _, dense, _ = said(capsys, tickets[backbone], *speech, "--dense")
     code, lines, err = said(capsys, tickets[backbone], *speech)
-    assert code == 0 and lines == dense and "sparse products for " in err
-    _, timed, _ = said(capsys, tickets[backbone], *speech, "--json")
+    assert code == 0 and lines == dense and err.startswith("dense products: ") and not list(tmp_path.iterdir())
+    code, lines, err = said(capsys, tickets[backbone], *speech, "--measure")
+    assert code == 0 and lines == dense and "sparse products for " in err and "; measured in " in err
+    _, timed, err = said(capsys, tickets[backbone], *speech, "--json")
+    assert "; as measured before\n" in err
     assert [json.loads(line)["text"] for line in timed] == dense
 
 
@@ -577,7 +581,7 @@ def check_script(script, graph, ticket, speech, capsys):
 def test_the_script_without_torch_refuses_another_sample_rate(tmp_path):
     pytest.importorskip("onnxruntime")
     soundfile.write(tmp_path / "a.wav", np.zeros(800), 8_000)
-    with pytest.raises(SystemExit, match="a.wav: 8000 Hz: convert it to 16000"):
+    with pytest.raises(SystemExit, match=r"a\.wav: 8000 Hz: convert it to 16000"):
         without_torch().read(tmp_path / "a.wav")
 
 
