@@ -91,7 +91,8 @@ def test_each_part_of_the_key_counts(cache, fast, monkeypatch):
     assert not choice.read(choice.key_of(other, "float32", ""), masks)
     for where, name, value in (
         (choice, "processor", lambda: "another"), (choice.torch, "get_num_threads", lambda: 99),
-        (choice.torch, "__version__", "0"), (choice, "__version__", "0"), (lottery, "ops", types.SimpleNamespace(path="another")),
+        (choice.torch, "__version__", "0"), (choice, "__version__", "0"),
+        (lottery, "ops", types.SimpleNamespace(path="another")),
     ):  # fmt: skip
         with monkeypatch.context() as patched:
             patched.setattr(where, name, value)
