@@ -1,9 +1,8 @@
-"""A look at a ticket: what it hears in the test's recordings, its WER, and what sparse products gain. For `make try`."""
+"""A look at a ticket: what it hears in test recordings, its WER, and what sparse products gain. For `make try`."""
 
 import argparse
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,12 +26,6 @@ CLOSING = (
 )
 
 
-def seconds_of(recognise: Callable[[], list[str]]) -> tuple[float, list[str]]:
-    started = time.perf_counter()
-    texts = recognise()
-    return time.perf_counter() - started, texts
-
-
 def shares(ticket: files.TicketFile) -> str:
     kept, total = (sum(int(f(mask)) for mask in ticket.masks.values()) for f in (lambda m: m.sum(), torch.numel))
     return f"{kept / total:.1%} of {total:,} prunable weights kept"
@@ -43,37 +36,38 @@ def bench_try(args: argparse.Namespace) -> None:
     path = (args.ticket or [TICKET])[0]
     folder = DATA if args.data == Path("demo") else args.data
     model, ticket = load(path)
-    tokens, utterances = ticket.info["tokens"], data.read_manifest(folder / "test.jsonl")
-    examples = load_examples(utterances, tokens, model.features)
+    utterances = data.read_manifest(folder / "test.jsonl")
+    examples = load_examples(utterances, ticket.info["tokens"], model.features)
     first = torch.nn.utils.rnn.pad_sequence([e.features for e in examples[:BATCH]], True)[:, : choice.FRAMES]
     lengths = torch.tensor([min(e.frames, choice.FRAMES) for e in examples[:BATCH]])
     with torch.inference_mode():
         sparse, told = choice.choose(model, ticket.masks, lambda m: m.emissions(first, lengths), math.inf, use="pieces")
     dense = compression.compress(model, ticket.masks, chosen={})[0]
-    ways = {
-        name: [seconds_of(lambda: train.recognise(one, examples, tokens, BATCH, "cpu")) for _ in range(TURNS)]  # noqa: B023
-        for name, one in (("dense", dense), ("sparse", sparse))
-    }
-    took, texts = {name: min(turns)[0] for name, turns in ways.items()}, ways["sparse"][0][1]
+    took, texts = {}, {}
+    for name in ("dense", "sparse") * TURNS:
+        started = time.perf_counter()
+        user = {"dense": dense, "sparse": sparse}[name]
+        texts[name] = train.recognise(user, examples, ticket.info["tokens"], BATCH, "cpu")
+        took[name] = min(took.get(name, math.inf), time.perf_counter() - started)
     print(f"{printable(path)}: {ticket.info['backbone']}, {shares(ticket)}\n")
     for at in range(0, len(utterances), -(-len(utterances) // SHOWN)):
-        print(f"  said   {printable(utterances[at].text)}\n  heard  {printable(texts[at])}\n")
-    references = [utterance.text.split() for utterance in utterances]
-    errors = [edits(reference, text.split()) for reference, text in zip(references, texts)]
-    words = [len(reference) for reference in references]
-    among = verdict(errors, [0] * len(errors), words)
-    rate = f"{sum(errors) / sum(words):.3f}, 95 % interval [{among.low:.3f}, {among.high:.3f}] over other utterances"
-    print(f"WER    {rate}; {len(utterances)} recordings that it was not trained on")
-    audio, ratio = sum(example.seconds for example in examples), took["dense"] / took["sparse"]
-    same = sum(map(str.__eq__, texts, ways["dense"][0][1]))
+        print(f"  said   {printable(utterances[at].text)}\n  heard  {printable(texts['sparse'][at])}\n")
+    print(rate([utterance.text for utterance in utterances], texts["sparse"]))
     gain = f"{took['dense'] / took['sparse']:.1f} times as fast, on {torch.get_num_threads()} threads"
-    same = f"{sum(map(str.__eq__, texts, ways['dense'][0][1]))} of {len(texts)} texts the same"
-    audio = sum(example.seconds for example in examples)
-    print(
-        f"speed  {audio:.0f} s of audio in {took['sparse']:.2f} s sparse, {took['dense']:.2f} s dense: {gain}; {same}"
-    )
+    same = f"{sum(map(str.__eq__, texts['sparse'], texts['dense']))} of {len(examples)} texts the same"
+    ways = f"{took['sparse']:.2f} s sparse, {took['dense']:.2f} s dense"
+    print(f"speed  {sum(example.seconds for example in examples):.0f} s of audio in {ways}: {gain}; {same}")
+    print(f"       {printable(told)}")
     parts, whole = files.parts(path, ticket), files.dense_bytes(ticket.trained)
     size = sum(count for part, count in parts.items() if not part.startswith("rewind"))
     small = f"{size / 1e6:.2f} MB as a ticket, {whole / 1e6:.2f} MB as a dense checkpoint"
-    print(f"size   {small}: {whole / size:.1f} times smaller")
-    print(f"       {printable(told)}\n\n{CLOSING}")
+    print(f"size   {small}: {whole / size:.1f} times smaller\n\n{CLOSING}")
+
+
+def rate(references: list[str], texts: list[str]) -> str:
+    """WER, and its interval: a bootstrap over utterances."""
+    errors = [edits(reference.split(), text.split()) for reference, text in zip(references, texts)]
+    words = [len(reference.split()) for reference in references]
+    among = verdict(errors, [0] * len(errors), words)
+    interval = f"95 % interval [{among.low:.3f}, {among.high:.3f}] over other utterances"
+    return f"WER    {sum(errors) / sum(words):.3f}, {interval}; {len(texts)} test recordings"
