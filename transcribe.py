@@ -226,7 +226,9 @@ class Recogniser:
         args = self.args
         if not args.dense:
             how = {"dtype": args.values or "float32", "use": f"chunks of {args.chunk:g} s" if args.stream else "pieces"}
-            self.model, told = choice.choose(self.model, self.ticket.masks, run, self.ahead, **how, anew=args.measure)
+            self.model, told, _ = choice.choose(
+                self.model, self.ticket.masks, run, self.ahead, **how, anew=args.measure
+            )
             print(printable(told), file=sys.stderr)
         self.emissions = self.model.emissions
         if args.beam > 1 or args.lm:

@@ -19,7 +19,7 @@ from transcribe import load
 
 HERE = Path(__file__).resolve().parents[1]
 TICKET, DATA = HERE / "tickets" / "demo-rnnt.safetensors", HERE / "demo"
-SHOWN, BATCH, TURNS = 6, 8, 2  # recordings that are shown; utterances at once; times that each way is timed
+SHOWN, BATCH, TURNS = 6, 8, 3  # recordings that are shown; utterances at once; times that each way is timed
 CLOSING = (
     "A quarter of an hour of speech teaches a network no more than this; tickets of AN4, 38 minutes of speech with an "
     "official test of other speakers, are in RESULTS.md."
@@ -41,23 +41,23 @@ def bench_try(args: argparse.Namespace) -> None:
     first = torch.nn.utils.rnn.pad_sequence([e.features for e in examples[:BATCH]], True)[:, : choice.FRAMES]
     lengths = torch.tensor([min(e.frames, choice.FRAMES) for e in examples[:BATCH]])
     with torch.inference_mode():
-        sparse, told = choice.choose(model, ticket.masks, lambda m: m.emissions(first, lengths), math.inf, use="pieces")
+        found = choice.choose(model, ticket.masks, lambda m: m.emissions(first, lengths), math.inf, use="pieces")
     dense = compression.compress(model, ticket.masks, chosen={})[0]
     took, texts = {}, {}
     for name in ("dense", "sparse") * TURNS:
         started = time.perf_counter()
-        user = {"dense": dense, "sparse": sparse}[name]
+        user = {"dense": dense, "sparse": found.model}[name]
         texts[name] = train.recognise(user, examples, ticket.info["tokens"], BATCH, "cpu")
         took[name] = min(took.get(name, math.inf), time.perf_counter() - started)
     print(f"{printable(path)}: {ticket.info['backbone']}, {shares(ticket)}\n")
     for at in range(0, len(utterances), -(-len(utterances) // SHOWN)):
         print(f"  said   {printable(utterances[at].text)}\n  heard  {printable(texts['sparse'][at])}\n")
     print(rate([utterance.text for utterance in utterances], texts["sparse"]))
-    gain = f"{took['dense'] / took['sparse']:.1f} times as fast, on {torch.get_num_threads()} threads"
+    gain = f"{took['dense'] / took['sparse']:.1f} times as fast" if found.sparse else "no layer is faster sparse here"
     same = f"{sum(map(str.__eq__, texts['sparse'], texts['dense']))} of {len(examples)} texts the same"
     ways = f"{took['sparse']:.2f} s sparse, {took['dense']:.2f} s dense"
     print(f"speed  {sum(example.seconds for example in examples):.0f} s of audio in {ways}: {gain}; {same}")
-    print(f"       {printable(told)}")
+    print(f"       {printable(found.told)}; {torch.get_num_threads()} threads")
     parts, whole = files.parts(path, ticket), files.dense_bytes(ticket.trained)
     size = sum(count for part, count in parts.items() if not part.startswith("rewind"))
     small = f"{size / 1e6:.2f} MB as a ticket, {whole / 1e6:.2f} MB as a dense checkpoint"

@@ -110,6 +110,7 @@ def keep(key: dict, layers: dict[str, str]) -> None:
 class Chosen(NamedTuple):
     model: nn.Module
     told: str  # which layers are sparse, and how that was decided, on one line
+    sparse: bool  # whether any is
 
 
 def choose(
@@ -125,13 +126,13 @@ def choose(
     if layers is None and seconds < 60 * MINUTES and not anew:
         dense = compression.compress(model, masks, chosen={})[0]
         why = f"{seconds:.0f} s of audio do not repay measuring, which {MINUTES} minutes do; --measure does it"
-        return Chosen(dense, f"dense products: {why}")
+        return Chosen(dense, f"dense products: {why}", False)
     compressed, rows = compression.compress(model, masks, run, dtype=dtype, chosen=layers)
-    how = "as measured before"
+    how, taken = "as measured before", compression.choice(rows)
     if layers is None:
         how = f"measured in {time.monotonic() - started:.1f} s"
-        keep(key, compression.choice(rows))
-    return Chosen(compressed, f"{said(compression.choice(rows))}; {how}")
+        keep(key, taken)
+    return Chosen(compressed, f"{said(taken)}; {how}", any(not layout.startswith("dense") for layout in taken.values()))
 
 
 def said(layers: dict[str, str]) -> str:
