@@ -57,7 +57,7 @@ def bench_try(args: argparse.Namespace) -> None:
     same = f"{sum(map(str.__eq__, texts['sparse'], texts['dense']))} of {len(examples)} texts the same"
     ways = f"{took['sparse']:.2f} s sparse, {took['dense']:.2f} s dense"
     print(f"speed  {sum(example.seconds for example in examples):.0f} s of audio in {ways}: {gain}; {same}")
-    print(f"       {printable(found.told)}; {torch.get_num_threads()} threads")
+    print(f"       {printable(found.told)}; threads: {torch.get_num_threads()}")
     parts, whole = files.parts(path, ticket), files.dense_bytes(ticket.trained)
     size = sum(count for part, count in parts.items() if not part.startswith("rewind"))
     small = f"{size / 1e6:.2f} MB as a ticket, {whole / 1e6:.2f} MB as a dense checkpoint"
