@@ -1,9 +1,13 @@
+# make try    environment, package, and then in seconds: what a shipped ticket hears, how well, how fast
 # make demo   everything from nothing: environment, package, a winning ticket on the embedded corpus
 # make test   the tests        make soak   kills and damage at length      make sanitize   operators under ASan, UBSan
 # make lint   ruff             make baseline   operators without AVX       make clean      environment and builds away
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+
+try: $(VENV)/installed
+	$(BIN)/python -m bench try
 
 demo: $(VENV)/installed
 	$(BIN)/python train.py --backbone rnnt --sparsity 0.9
@@ -58,4 +62,4 @@ $(VENV)/dev: $(VENV)/installed requirements-dev.txt
 clean:
 	rm -rf $(VENV) build *.egg-info *.so
 
-.PHONY: demo test soak sanitize baseline lint clean
+.PHONY: try demo test soak sanitize baseline lint clean

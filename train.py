@@ -25,7 +25,6 @@ if __name__ == "__main__":
 
     missing.in_one_line("train.py")
 
-import jiwer
 import torch
 from tqdm import tqdm
 
@@ -35,9 +34,10 @@ import models
 from audio_lottery import draws, files, ledger, verdicts
 from audio_lottery.console import command, fail, printable
 from audio_lottery.texts import TEXTS, save_texts
-from lab import plan, report, rivals
+from lab import plan, report, rivals, scoring
 from runner import flags, processes, recipes, retrain, settings
 from runner.cache import Cache, load_examples, put_beside
+from runner.clock import Place
 from runner.folder import (
     Checkpoint,
     Checkpointer,
@@ -53,7 +53,7 @@ from runner.folder import (
 )
 from runner.settings import Setting
 
-# ---------------------------------------------------------------------------- recognise and score
+# ---------------------------------------------------------------------------- recognise
 
 
 def recognise(
@@ -74,16 +74,6 @@ def recognise(
                 texts[i] = data.decode(ids, tokens)
     shares = processes.gather(texts)
     return [shares[i % len(shares)][i // len(shares)] for i in range(len(examples))]
-
-
-def score(references: list[str], hypotheses: list[str]) -> dict:
-    """Word error counts an utterance, of each kind too, and WER and CER over all (jiwer)."""
-    outputs = [jiwer.process_words(r, h) for r, h in zip(references, hypotheses)]
-    counts = [{"substitutions": o.substitutions, "deletions": o.deletions, "insertions": o.insertions} for o in outputs]
-    errors = [sum(count.values()) for count in counts]
-    words = [o.hits + o.substitutions + o.deletions for o in outputs]
-    cer = jiwer.cer(references, hypotheses)
-    return {"errors": errors, "words": words, "wer": sum(errors) / sum(words), "cer": cer, "counts": counts}
 
 
 # ---------------------------------------------------------------------------- what is trained and tested on
@@ -155,16 +145,16 @@ class Corpus:
 
 def train_round(
     ticket: lottery.Ticket, corpus: Corpus, setting: Setting, checkpointer: Checkpointer | None = None,
-    checkpoint: Checkpoint | None = None, board=None,
+    checkpoint: Checkpoint | None = None, board=None, place: Place | None = None,
 ) -> Progress:  # fmt: skip
     """Train ticket.model to its last epoch, with a fresh optimizer, schedule and data order.
 
     It starts at the recipe's step ticket.first_step. Returns the progress, with the state of the epoch of the best
     valid WER, of those that end in it; of equals the later.
-    checkpoint: in this round, to go on from.  board: takes scalars for TensorBoard.
+    checkpoint: in this round, to go on from.  board: takes scalars for TensorBoard.  place: of the round in its run.
     """
     model, at, args, recipe = ticket.model, Progress(), setting.args, setting.args.recipe
-    ends, label = setting.epoch_ends(corpus.train), f"round {ticket.round}"
+    ends, label, place = setting.epoch_ends(corpus.train), f"round {ticket.round}", place or Place(ticket.round)
     if isinstance(ticket, rivals.Gradual):
         at.before = ticket.spread(ends)
     optimizer, schedule = recipes.optimizer_of(model, recipe, ends)
@@ -172,8 +162,9 @@ def train_round(
         at = checkpoint.restore(model, optimizer, schedule, args.device, recipe.epochs)
     elif ticket.first_step:
         begin_at(ticket.first_step, ends, model, corpus, setting, schedule, at)
-    bar = tqdm(total=ends[-1], desc=label, unit="step", disable=True if processes.index() else None, leave=False)
+    bar = tqdm(total=ends[-1], desc=place.title, unit="step", disable=True if processes.index() else None, leave=False)
     bar.update(schedule.last_epoch)
+    bar.set_postfix_str(place.left(0.0, 0.0))
     started = said = time.monotonic()
     started -= at.seconds
 
@@ -193,10 +184,11 @@ def train_round(
             continue
         validate(model, corpus, setting, at, trained_on(ticket, corpus, setting, ends, number))
         line = f"epoch {number + 1}/{recipe.epochs}, loss {at.losses[-1]:.2f}, valid WER {at.valid_wers[-1]:.3f}"
+        line += f", {place.left((number + 1) / recipe.epochs, at.seconds)}"
         bar.set_postfix_str(line)
         if bar.disable and time.monotonic() - said > 30:  # in a log
             said = time.monotonic()
-            print(f"  {label}, {line}", flush=True)
+            print(f"  {place.title}, {line}", flush=True)
         if board:
             tell(board, label, number + 1, at, schedule)
         at.epoch, at.batch, at.loss, at.seconds = number + 1, 0, 0.0, time.monotonic() - started
@@ -302,7 +294,7 @@ def validate(model: torch.nn.Module, corpus: Corpus, setting: Setting, at: Progr
     """The epoch's loss, a mean over its utterances, and valid WER; the state of the best epoch is kept."""
     hypotheses = recognise(model, corpus.valid, corpus.tokens, setting.args.recipe.batch_size, setting.args.device)
     at.losses.append(at.loss / utterances)
-    at.valid_wers.append(score([e.text for e in corpus.valid], hypotheses)["wer"])
+    at.valid_wers.append(scoring.rates([e.text for e in corpus.valid], hypotheses)["wer"])
     if ledger.best_epoch(at.valid_wers)[1] == len(at.valid_wers):
         at.best = lottery.copy_state(model)
 
@@ -322,7 +314,7 @@ def evaluate_on_tests(setting: Setting, corpus: Corpus, dense: dict | None) -> t
         hypotheses = recognise(
             setting.model, examples, corpus.tokens, args.recipe.batch_size, args.device, setting.transcribe
         )
-        found = score([e.text for e in examples], hypotheses)
+        found = scoring.rates([e.text for e in examples], hypotheses)
         row = rows[name] = {f"test_{key}": found[key] for key in ("wer", "cer", "errors", "words")}
         for i, (heard, said, counts) in enumerate(zip(corpus.heard[name], hypotheses, found["counts"])):
             audio = heard.audio.name if heard.offset is None else f"{heard.audio.name} from {heard.offset:g} s"
@@ -429,7 +421,10 @@ class Rounds:
             raise lottery.LotteryError(f"round {ticket.round}: the processes have other masks or weights: {hashes}")
         self.checkpointer.parent = masks if parent is None else parent
         self.say_empty(ticket)
-        return train_round(ticket, self.corpus, setting, self.checkpointer, self.of_round(ticket.round), self.board)
+        own = self.rows[1:] if self.setting.dense else self.rows
+        place = Place(ticket.round, self.setting.rounds, [row["seconds"] for row in own])
+        there = self.of_round(ticket.round)
+        return train_round(ticket, self.corpus, setting, self.checkpointer, there, self.board, place)
 
     def say_empty(self, ticket: lottery.Ticket) -> None:
         """Name the layers that lost their last weight in this round."""
@@ -483,8 +478,8 @@ def say_start(setting: Setting) -> None:
     print(f"ops: {lottery.ops.path_on(device)}; device: {device}, {torch.get_num_threads()} threads")
     everything = sum(p.numel() for p in model.parameters())
     total = sum(weight.numel() for weight in lottery.prunable(model, setting.args.keep_dense).values())
-    rounds = len(setting.rounds)
-    print(f"model: {everything:,} parameters, {total:,} prunable; {rounds} rounds, the first one dense")
+    rounds = f"{len(setting.rounds)} rounds, 0 (dense) to {setting.rounds[-1]}"
+    print(f"model: {everything:,} parameters, {total:,} prunable; {rounds}")
 
 
 def say_rows(rows: list[dict]) -> None:

@@ -1,6 +1,6 @@
 """Transcribe audio with a ticket: text on stdout, a line a file.
 
-    python transcribe.py runs/NAME recording.flac folder/ manifest.jsonl --json
+    python transcribe.py runs/NAME recording.flac folder/ manifest.jsonl --format json
 
 What is longer than --piece is cut into pieces that overlap, each recognised by itself; their words are joined in the
 widest pause in the middle half of the overlap. A piece is dropped as soon as it is recognised, so that of a recording
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 if __name__ == "__main__":
     from lab import missing
@@ -33,9 +33,10 @@ from tqdm import tqdm
 import data
 import lottery
 import models
-from audio_lottery import checked, compress, files, sound
-from audio_lottery.console import Parser, command, fail, json_line, printable
-from lab import decode, networks, scoring, streaming
+from audio_lottery import checked, files, sound
+from audio_lottery.console import Parser, command, fail, printable
+from lab import choice, decode, export, formats, networks, scoring, streaming
+from lab.formats import Transcript, name_of
 from lab.pieces import Word, join, pieces_of, words_of
 from lab.scoring import MANIFESTS
 from models import Emission
@@ -53,10 +54,15 @@ def parser() -> Parser:
     p.add_argument("ticket", type=Path, metavar="TICKET", help="ticket.safetensors of a run, or the run's folder")
     audio = "files, folders, manifests (.jsonl, .json), or - for a manifest on stdin, paths from here"
     p.add_argument("audio", nargs="*", metavar="AUDIO", help=audio)
-    add = p.add_argument_group("what comes out").add_argument
-    add("--json", action="store_true", help="print an object a line: words with their seconds and confidence")
+    group = p.add_argument_group("what comes out")
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    either("--format", choices=formats.FORMATS, default="text",
+           help="lines of text, JSON or CTM, or subtitles (srt, vtt); all but text from the words' times")  # fmt: skip
+    either("--json", dest="format", action="store_const", const="json", help="the same as --format json")
+    add("--out", type=Path, metavar="DIR", help="with srt and vtt, write a file a recording there: DIR/NAME.srt")
     add("--names", action="store_true", help="put the file's name and a tab before each line of text")
-    add("--export", type=Path, metavar="FILE.onnx", help="write the dense masked model as ONNX, and transcribe nothing")
+    add("--export", type=Path, metavar="FILE.onnx",
+        help="write the dense masked model as ONNX, with tokens.txt, and transcribe nothing")  # fmt: skip
     add = p.add_argument_group("how good it is").add_argument
     add("--score", action="store_true", help="print WER and CER against the texts of the manifests, and no text")
     add("--against", type=Path, metavar="OTHER", help="with --score: another ticket or run folder, and the verdict")
@@ -79,7 +85,14 @@ def parser() -> Parser:
         "(default: utterance)")  # fmt: skip
     add("--calibrate", type=Path, metavar="AUDIO", help="recordings whose mean and variance a running mean begins with")
     machine = p.add_argument_group("the machine")
-    machine.add_argument("--dense", action="store_true", help="multiply the zeros too: plain products, for comparison")
+    ways = machine.add_mutually_exclusive_group()
+    ways.add_argument("--dense", action="store_true", help="multiply the zeros too: plain products, for comparison")
+    ways.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure now which layers are faster sparse, however "
+        f"short the audio (default: from {choice.MINUTES} minutes on, once; kept in the user's cache)",
+    )
     machine.add_argument("--values", choices=["float32", "bfloat16", "int8"],
                          help="how the weights of sparse products are kept (default: float32)")  # fmt: skip
     flags.add(machine, flags.NAMED["threads"])
@@ -93,8 +106,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error("give AUDIO (files, folders or -), or --export FILE.onnx without AUDIO")
     scoring.check(p, args)
     flags.check_range(p, flags.NAMED["margin"], args.margin)
-    if args.names and args.json:
-        p.error("--names is of lines of text: with --json each line has its audio_filepath")
+    if args.names and args.format != "text":
+        p.error("--names is of lines of text: JSON and CTM have the file in each line, subtitles have their own file")
+    if args.out and args.format not in formats.SUBTITLES:
+        p.error("--out goes with --format srt and vtt, which are a file a recording")
     if args.dense and args.values:
         p.error("--values is of sparse weights, and --dense has none")
     if not 0.1 <= args.overlap <= args.piece - 0.1 < math.inf:
@@ -188,7 +203,7 @@ def finite(features: Tensor, path: Path | str) -> Tensor:
 
 
 class Recogniser:
-    """A ticket ready for audio: sparse products, made and measured when the first batch comes, or dense ones."""
+    """A ticket ready for audio: with sparse products, or dense ones, as is chosen when the first batch comes."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -200,6 +215,7 @@ class Recogniser:
         self.one_mean = self.model.features in data.ONE_MEAN and "normalization" in self.ticket.info
         self.seconds = 0.0  # of the network
         self.reading = 0.0  # seconds to decode audio and make features of it
+        self.ahead = math.inf  # seconds of audio to recognise
         self.ready, self.moments = False, self.calibrated(args.calibrate) if args.calibrate else None
 
     def calibrated(self, path: Path) -> Tensor:
@@ -215,12 +231,11 @@ class Recogniser:
         """run: the use that layers are measured in."""
         args = self.args
         if not args.dense:
-            started = time.monotonic()
-            options = {"dtype": args.values or "float32"}
-            self.model, rows = compress(self.model, self.ticket.masks, run, **options)
-            sparse = sum(not row.layout.startswith("dense") for row in rows)
-            told = f"sparse products for {sparse} of {len(rows)} weights, the fastest here"
-            print(f"{told}; measured in {time.monotonic() - started:.1f} s", file=sys.stderr)
+            how = {"dtype": args.values or "float32", "use": f"chunks of {args.chunk:g} s" if args.stream else "pieces"}
+            self.model, told, _ = choice.choose(
+                self.model, self.ticket.masks, run, self.ahead, **how, anew=args.measure
+            )
+            print(printable(told), file=sys.stderr)
         self.emissions = self.model.emissions
         if args.beam > 1 or args.lm:
             how = (args.beam, args.lm, args.lm_weight, args.word_score)
@@ -254,7 +269,9 @@ class Recogniser:
         padded = nn.utils.rnn.pad_sequence(features, batch_first=True), torch.tensor([len(f) for f in features])
         with torch.inference_mode():
             if not self.ready:
-                self.prepare(lambda model: model.emissions(*padded))
+                frames = min(choice.FRAMES, padded[0].shape[1])
+                some = padded[0][:, :frames], padded[1].clamp(max=frames)
+                self.prepare(lambda model: model.emissions(*some))
             started = time.monotonic()
             found = self.emissions(*padded)
             self.seconds += time.monotonic() - started
@@ -270,34 +287,6 @@ def told_of(recording: data.Utterance) -> Iterator[None]:
 
 def blocks_of(recording: data.Utterance, seconds: float) -> Iterator[Tensor]:
     return sound.audio_blocks(recording.audio, recording.offset, recording.duration, seconds)
-
-
-def name_of(recording: data.Utterance) -> str:
-    """The file and, of a segment, its seconds."""
-    return sound.segment_name(recording.audio, recording.offset, recording.duration)
-
-
-class Transcript(NamedTuple):
-    source: data.Utterance
-    seconds: float  # of audio
-    words: list[Word]
-    error: str = ""
-
-    def line(self, as_json: bool, names: bool = False) -> str:
-        """One line, whatever is in names and tokens: safe on a terminal and in UTF-8."""
-        text = " ".join(word.word for word in self.words)
-        if not as_json:
-            return f"{printable(name_of(self.source))}\t{printable(text)}" if names else printable(text)
-        row = {"audio_filepath": str(self.source.audio)}
-        for key in ("offset", "duration"):
-            if getattr(self.source, key) is not None:
-                row[key] = getattr(self.source, key)
-        if self.error:
-            return json_line(row | {"error": self.error})
-        words = [w._replace(**{k: round(getattr(w, k), 3) for k in ("start", "end", "confidence")}) for w in self.words]
-        confidence = round(sum(w.confidence for w in self.words) / len(self.words), 3) if self.words else None
-        row |= {"duration": round(self.seconds, 3), "text": text, "confidence": confidence}
-        return json_line(row | {"words": [word._asdict() for word in words]})
 
 
 @dataclass
@@ -414,7 +403,7 @@ class Speller:
 def streamed(
     recogniser: Recogniser, recordings: Iterable[data.Utterance], latencies: "array.array[float]"
 ) -> Iterator[Transcript]:
-    """As transcripts, but each recording in chunks, and without --json its text is printed as it comes."""
+    """As transcripts, but each recording in chunks, and lines of text are printed as they come."""
     args, size = recogniser.args, round(recogniser.args.chunk * data.SAMPLE_RATE)
     noise = torch.randn(2 * data.SAMPLE_RATE + size, generator=torch.Generator().manual_seed(0))
     recogniser.prepare(lambda model: list(follow(model, chunks_of([noise], size), None)))
@@ -430,7 +419,7 @@ def streamed(
                     seconds += samples / data.SAMPLE_RATE
                     latencies.append(took)
                     recogniser.seconds += took
-                    if args.json:
+                    if args.format != "text":
                         emissions += new
                     elif new:
                         print(speller.push(new), end="", flush=True)
@@ -491,11 +480,9 @@ def run(args: argparse.Namespace) -> int:
     if args.score:
         return score(args)
     if args.export:
-        files.check_target(args.export)
+        export.target(args.export)  # before the ticket is read
     recogniser = ready(args)
     if args.export:
-        from lab import export
-
         paths = export.export(recogniser.model, recogniser.ticket.info["tokens"], args.export)
         print("\n".join(f"{printable(path)}: {path.stat().st_size:,} bytes" for path in paths))
         return 0
@@ -505,7 +492,9 @@ def run(args: argparse.Namespace) -> int:
         recordings = [data.Utterance(Path("-"), "")]
     else:
         recordings = list(sources(args.audio))
-    latencies = array.array("d")
+    formats.check(args.format, args.out, recordings)
+    recogniser.ahead = choice.seconds_ahead(recordings)
+    latencies, writer = array.array("d"), formats.Writer(args.format, args.names, args.out)
     found = streamed(recogniser, recordings, latencies) if args.stream else transcripts(recogniser, recordings)
     failed, seconds = 0, 0.0
     bar = tqdm(found, total=len(recordings), unit="file", leave=False, disable=True if args.stream else None)
@@ -513,10 +502,13 @@ def run(args: argparse.Namespace) -> int:
         if transcript.error:
             failed += 1
             bar.write(f"transcribe.py: {printable(transcript.error)}", file=sys.stderr)
-        said = "" if args.stream and not args.json else transcript.line(args.json, args.names)
-        bar.write(said, file=sys.stdout)
+        said = [""] if args.stream and args.format == "text" else writer.push(transcript)
+        for line in said:
+            bar.write(line, file=sys.stdout)
         sys.stdout.flush()
         seconds += transcript.seconds
+    for line in writer.end():
+        print(line, flush=True)
     if latencies:
         print(latency(recogniser.model, args, latencies), file=sys.stderr)
     compute = recogniser.reading + recogniser.seconds

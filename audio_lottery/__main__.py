@@ -1,4 +1,4 @@
-"""Check runs, copy and weigh tickets: python -m audio_lottery verify|copy|size"""
+"""Check runs, copy, weigh and describe tickets: python -m audio_lottery verify|copy|size|card"""
 
 import argparse
 import importlib
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from audio_lottery import files
+from audio_lottery import card, files
 from audio_lottery import verify as checks
 from audio_lottery.console import Parser, command, fail, printable
 from lottery import LotteryError
@@ -16,8 +16,8 @@ PROGRAM = "audio-lottery"
 
 
 def parser() -> Parser:
-    p = Parser(prog=PROGRAM, description="Check runs, copy and weigh tickets.")
-    commands = p.add_subparsers(dest="command", required=True, metavar="verify|copy|size")
+    p = Parser(prog=PROGRAM, description="Check runs, copy, weigh and describe tickets.")
+    commands = p.add_subparsers(dest="command", required=True, metavar="verify|copy|size|card")
     command = commands.add_parser("verify", help="a line a check: ok, FAILED or not here; exit code 1 if one FAILED")
     command.add_argument("run", type=Path, metavar="RUN", help="run folder")
     command.set_defaults(function=verify)
@@ -29,6 +29,12 @@ def parser() -> Parser:
     command = commands.add_parser("size", help="bytes by part beside the dense checkpoint, and what remains")
     command.add_argument("ticket", type=Path, metavar="TICKET", help="its file or its run folder")
     command.set_defaults(function=size)
+    command = commands.add_parser("card", help="what it is, as Markdown: network, data, WER, sizes, licence, command")
+    command.add_argument("ticket", type=Path, metavar="TICKET", help="its file or its run folder")
+    of_run = "folder with config.json and ledger.jsonl, where TICKET is a file (default: TICKET, where it is a folder)"
+    command.add_argument("--run", type=Path, help=of_run)
+    command.add_argument("--licence", metavar="TEXT", help="of the data (default: by COPYRIGHT in the data's folder)")
+    command.set_defaults(function=print_card)
     return p
 
 
@@ -47,13 +53,24 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def networks() -> ModuleType | None:
-    """lab.networks of the checkout that this package lies in, which knows the networks; None where it is installed."""
+    """lab.networks, which knows the networks; None where there is no checkout."""
+    return of_checkout("lab", "networks")
+
+
+def of_checkout(room: str, name: str) -> ModuleType | None:
+    """A module of the checkout that this package lies in; None where the package is installed by itself."""
     try:
-        lab = importlib.util.find_spec("lab")
-        here = Path(__file__).resolve().parents[1] / "lab" / "__init__.py"
-        return importlib.import_module("lab.networks") if lab and lab.origin == str(here) else None
+        found = importlib.util.find_spec(room)
+        here = Path(__file__).resolve().parents[1] / room / "__init__.py"
+        return importlib.import_module(f"{room}.{name}") if found and found.origin == str(here) else None
     except ImportError:
         return None
+
+
+def print_card(args: argparse.Namespace) -> int:
+    flags = of_checkout("runner", "flags")  # which makes a command of a configuration
+    print(card.card(args.ticket, args.run, args.licence, flags and flags.shortest), end="")
+    return 0
 
 
 def copy(args: argparse.Namespace) -> int:

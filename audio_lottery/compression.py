@@ -4,6 +4,7 @@
 
 Each layer takes what was measured fastest on this machine, dense included; a row says what and why. Where the whole is
 faster dense, it stays dense. The forms that layers can take are layers.py's; a layer whose form fails stays dense.
+What was measured once need not be again: `choice(rows)` is what the layers took, and compress(..., chosen=...) obeys.
 """
 
 import copy
@@ -59,6 +60,12 @@ class Taken(NamedTuple):
     def __str__(self) -> str:
         left = f"{self.name:40} {'x'.join(map(str, self.shape)):>10} {self.remaining:6.1%} {self.columns:6d}"
         return f"{left} {self.layout:15} {self.bytes:9d}  {self.why}"
+
+
+def choice(rows: list[Taken]) -> dict[str, str]:
+    """What each pruned weight took, by its name, dense ones too: compress's `chosen`. (An LSTM of ours whose products
+    are all dense is torch's again.)"""
+    return {row.name: row.layout for row in rows}
 
 
 # ---------------------------------------------------------------------------- measuring
@@ -175,28 +182,48 @@ def row(name: str, mask: Tensor, columns: int, layout: str, matrices: dict[str, 
     return Taken(name, tuple(mask.shape), float(mask.float().mean()), columns, layout, size, why)
 
 
-def fastest(
-    name: str, mask: Tensor, columns: int, candidates: dict[str, nn.Module], matrices: dict[str, Matrix], calls: Calls
-) -> tuple[nn.Module, Taken]:
-    """The candidate that needs least time for all calls, and its row."""
-    times = time_calls(candidates, calls)
-    layout = min(times, key=times.get)
-    return candidates[layout], row(name, mask, columns, layout, matrices, said(times))
+class Maker(NamedTuple):
+    """How layers are made sparse: what `compress` was asked for."""
+
+    run: Callable[[nn.Module], object] | None
+    layouts: list[str]
+    dtype: str
+    keep_dense: list[str]
+    chosen: dict[str, str] | None = None  # by weights; None: measured
+
+    def smaller(self, name: str, weight: Tensor, mask: Tensor) -> dict[str, Matrix]:
+        """The matrix in each layout that stores less than all of it, of those that are wanted."""
+        wanted = self.layouts if self.chosen is None else [x for x in LAYOUTS if x == self.chosen.get(name)]
+        return smaller(weight, mask, wanted, self.dtype)
+
+    def fastest(
+        self, name: str, mask: Tensor, columns: int, candidates: dict[str, nn.Module], matrices: dict[str, Matrix],
+        calls: Calls,
+    ) -> tuple[nn.Module, Taken]:  # fmt: skip
+        """The candidate that needs least time for all calls, or the one that is chosen, and its row."""
+        if self.chosen is None:
+            times = time_calls(candidates, calls)
+            layout, why = min(times, key=times.get), said(times)
+        else:
+            layout, why = self.chosen.get(name, "dense"), "chosen before"
+            if layout not in candidates:
+                raise lottery.LotteryError(f"{layout} was chosen, and stores no less than all of it or is not here")
+        return candidates[layout], row(name, mask, columns, layout, matrices, why)
 
 
 def compress_layer(
-    name: str, layer: nn.Module, masks: lottery.Masks, calls: Calls, layouts: list[str], dtype: str
+    name: str, layer: nn.Module, masks: lottery.Masks, calls: Calls, maker: Maker
 ) -> tuple[nn.Module, list[Taken]]:
     """A linear layer or a convolution: what it becomes, and its row."""
     mask, weight = masks[f"{name}.weight"].flatten(1), layer.weight.detach().flatten(1)
     bias = None if layer.bias is None else layer.bias.detach()
-    matrices = smaller(weight, mask, layouts, dtype)
+    matrices = maker.smaller(f"{name}.weight", weight, mask)
     columns = max(layer(*arguments).numel() for _, arguments in calls) // len(weight)
     if isinstance(layer, nn.Linear):
         candidates = products(weight, bias, matrices, columns, layer)
     else:
         candidates = {"dense": layer} | {layout: Conv(layer, matrix, bias) for layout, matrix in matrices.items()}
-    become, taken = fastest(f"{name}.weight", mask, columns, candidates, matrices, calls)
+    become, taken = maker.fastest(f"{name}.weight", mask, columns, candidates, matrices, calls)
     return become, [taken]
 
 
@@ -210,7 +237,7 @@ def as_batches(lstm: nn.LSTM, x: Tensor | PackedSequence) -> Tensor:
 
 
 def compress_lstm(
-    name: str, lstm: nn.LSTM, masks: lottery.Masks, calls: Calls, layouts: list[str], dtype: str
+    name: str, lstm: nn.LSTM, masks: lottery.Masks, calls: Calls, maker: Maker
 ) -> tuple[nn.Module, list[Taken]]:
     """An nn.LSTM: what it becomes, and a row for each of its weights. Its layers are measured in turn."""
     inputs, recurrent, rows = [], [], []
@@ -221,20 +248,22 @@ def compress_lstm(
             weight, mask = getattr(lstm, f"weight_ih_{suffix}").detach(), masks[f"{name}.weight_ih_{suffix}"]
             bias = getattr(lstm, f"bias_ih_{suffix}") + getattr(lstm, f"bias_hh_{suffix}") if lstm.bias else None
             columns = max(x.shape[0] * x.shape[1] for _, x in xs)
-            matrices = smaller(weight, mask, layouts, dtype)
+            matrices = maker.smaller(f"{name}.weight_ih_{suffix}", weight, mask)
             candidates = products(weight, None if bias is None else bias.detach(), matrices, columns)
-            product, taken = fastest(
+            product, taken = maker.fastest(
                 f"{name}.weight_ih_{suffix}", mask, columns, candidates, matrices, [(often, (x,)) for often, x in xs]
             )
             inputs.append(product)
             rows.append(taken)
             projections = [(often, product(x)) for often, x in xs]  # (B, T, 4 H) each
-            step, taken, out = compress_recurrence(name, lstm, suffix, masks, projections, layouts, dtype)
+            step, taken, out = compress_recurrence(name, lstm, suffix, masks, projections, maker)
             recurrent.append(step)
             rows.append(taken)
             outs.append(out)
         xs = [(often, torch.cat(out, 2)) for (often, _), out in zip(xs, zip(*outs))]
     compressed = Lstm(lstm, inputs, recurrent)
+    if maker.chosen is not None:
+        return compressed, rows
     times = time_calls({"nn.LSTM": lstm, "ours": compressed}, calls)
     if times["nn.LSTM"] < times["ours"]:
         return lstm, [r.as_dense(said(times)) for r in rows]
@@ -242,23 +271,22 @@ def compress_lstm(
 
 
 def compress_recurrence(
-    name: str, lstm: nn.LSTM, suffix: str, masks: lottery.Masks, projections: list[tuple[int, Tensor]],
-    layouts: list[str], dtype: str,
-) -> tuple[Recurrent, Taken, list[Tensor]]:  # fmt: skip
+    name: str, lstm: nn.LSTM, suffix: str, masks: lottery.Masks, projections: list[tuple[int, Tensor]], maker: Maker
+) -> tuple[Recurrent, Taken, list[Tensor]]:
     """W_hh of one layer and direction: what it becomes, its row, and its outputs (B, T, H) for each projection.
 
     projections: how often, and (B, T, 4 H).
     """
     weight, mask = getattr(lstm, f"weight_hh_{suffix}").detach(), masks[f"{name}.weight_hh_{suffix}"]
     columns = max(x.shape[0] for _, x in projections)  # at a time
-    matrices = smaller(weight, mask, layouts, dtype)
+    matrices = maker.smaller(f"{name}.weight_hh_{suffix}", weight, mask)
     matrices["dense"] = whole(weight)
     candidates = {layout: Recurrent(matrix, None, weight.shape) for layout, matrix in matrices.items()}
     calls = []
     for often, x in projections:
         zeros = x.new_zeros(x.shape[0], lstm.hidden_size)
         calls.append((often, (x, zeros, zeros, suffix.endswith("reverse"))))
-    become, taken = fastest(f"{name}.weight_hh_{suffix}", mask, columns, candidates, matrices, calls)
+    become, taken = maker.fastest(f"{name}.weight_hh_{suffix}", mask, columns, candidates, matrices, calls)
     return become, taken, [become(*arguments)[0] for _, arguments in calls]
 
 
@@ -298,32 +326,26 @@ def form_of(
 # ---------------------------------------------------------------------------- the whole model
 
 
-class Maker(NamedTuple):
-    """How layers are made sparse: what `compress` was asked for."""
-
-    run: Callable[[nn.Module], object] | None
-    layouts: list[str]
-    dtype: str
-    keep_dense: list[str]
-
-    def layer(self, name: str, module: nn.Module, masks: lottery.Masks, own: list[str], calls: Calls):
-        """What a pruned module becomes, itself where it stays dense, and the rows of `own`, its weights."""
-        inside = {n.rpartition(".")[2]: module.get_parameter(n.rpartition(".")[2]) for n in own}
-        kept = [kept for kept in self.keep_dense if any(n == kept or n.startswith(f"{kept}.") for n in own)]
-        form, why = form_of(name, module, inside, calls, self.run is not None)
-        unmasked = [n for n in own if n not in masks]
-        if kept or unmasked:
-            form, why = None, f"keep_dense names {kept[0]}" if kept else "it has no mask: it was not pruned"
-        try:
-            if form is not None:
-                become, rows = form(name, module, masks, calls, self.layouts, self.dtype)
-                if become is not module:
-                    check_alike(module, become, calls, exact=self.dtype == "float32")
-                return become, rows
-        except Exception as error:
-            why = failing(error)
-        full = {n: masks.get(n, torch.ones_like(w, dtype=torch.bool)) for n, w in zip(own, inside.values())}
-        return module, [row(n, mask.flatten(1), 0, "dense", {}, why) for n, mask in full.items()]
+def made(maker: Maker, name: str, module: nn.Module, masks: lottery.Masks, own: list[str], calls: Calls):
+    """What a pruned module becomes, itself where it stays dense, and the rows of `own`, its weights."""
+    inside = {n.rpartition(".")[2]: module.get_parameter(n.rpartition(".")[2]) for n in own}
+    kept = [kept for kept in maker.keep_dense if any(n == kept or n.startswith(f"{kept}.") for n in own)]
+    form, why = form_of(name, module, inside, calls, maker.run is not None)
+    unmasked = [n for n in own if n not in masks]
+    if maker.chosen is not None and all(maker.chosen.get(n, "dense") == "dense" for n in own):
+        form, why = None, "chosen before"
+    if kept or unmasked:
+        form, why = None, f"keep_dense names {kept[0]}" if kept else "it has no mask: it was not pruned"
+    try:
+        if form is not None:
+            become, rows = form(name, module, masks, calls, maker)
+            if become is not module:
+                check_alike(module, become, calls, exact=maker.dtype == "float32")
+            return become, rows
+    except Exception as error:
+        why = failing(error)
+    full = {n: masks.get(n, torch.ones_like(w, dtype=torch.bool)) for n, w in zip(own, inside.values())}
+    return module, [row(n, mask.flatten(1), 0, "dense", {}, why) for n, mask in full.items()]
 
 
 def failing(error: Exception) -> str:
@@ -362,7 +384,7 @@ def compress_layers(model: nn.Module, masks: lottery.Masks, maker: Maker) -> tup
         if not own:
             continue
         own_masks = {mine: masks[first] for mine, first in own.items() if first in masks}
-        become, own_rows = maker.layer(name, module, own_masks, list(own), all_calls.get(module, []))
+        become, own_rows = made(maker, name, module, own_masks, list(own), all_calls.get(module, []))
         rows += own_rows
         if become is not module:
             places = [other.rpartition(".") for other, m in everywhere if m is module]
@@ -407,9 +429,23 @@ def use_products(model: nn.Module, dense: nn.Module) -> None:
         model.use_greedy(Greedy(**model.greedy_parts()))
 
 
+def checked_choice(model: nn.Module, chosen: dict[str, str] | None, run: Callable | None) -> dict[str, str] | None:
+    """`chosen` by the names of the unwrapped model. Raises LotteryError for names and layouts that there are not."""
+    if chosen is None:
+        return None
+    if run is None and set(chosen.values()) - {"dense"}:
+        raise lottery.LotteryError("chosen needs run: what a layer is called with shapes what it becomes")
+    ways = (*LAYOUTS, "dense", "dense prepacked")
+    for name, layout in chosen.items():
+        if layout not in ways:
+            raise lottery.LotteryError(f"chosen, {name}: must be one of {', '.join(ways)}, got {layout!r}")
+    return dict(zip(check_names(model, chosen, "chosen"), chosen.values()))
+
+
 def compress(
     model: nn.Module, masks: lottery.Masks, run: Callable[[nn.Module], object] | None = None, *,
     layout: str | None = None, dtype: str = "float32", keep_dense: Iterable[str] = (),
+    chosen: dict[str, str] | None = None,
 ) -> tuple[nn.Module, list[Taken]]:  # fmt: skip
     """A copy of the model whose pruned products are sparse where that is faster, in evaluation mode, and the table.
 
@@ -425,19 +461,24 @@ def compress(
     layout: one of LAYOUTS to measure against dense; all by default.
     dtype: "float32", "bfloat16", or "int8" with a scale an output; for sparse layers, dense ones stay float32.
     keep_dense: names of layers (with all in them) or of weights that stay dense.
+    chosen: what each weight takes, as choice(rows) of another call on such a model says; weights that it does not name
+    stay dense. Nothing is measured, and `run` is called twice; not at all where everything stays dense.
     A model with the methods `greedy_parts` and `use_greedy` gets a compiled greedy loop too: see layers.Greedy.
-    Raises LotteryError for another layout or dtype, for masks and names that are not the model's, and for greedy_parts
-    that do not fit. What `run` raises on the dense model passes through.
+    Raises LotteryError for another layout or dtype, for masks and names that are not the model's, for `chosen` without
+    `run`, and for greedy_parts that do not fit. What `run` raises on the dense model passes through.
     """
     if dtype not in DTYPES:
         raise lottery.LotteryError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     if layout is not None and layout not in LAYOUTS:
         raise lottery.LotteryError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout}")
-    maker = Maker(run, list(LAYOUTS) if layout is None else [layout], dtype, check_names(model, keep_dense))
+    chosen = checked_choice(model, chosen, run)
+    maker = Maker(run, list(LAYOUTS) if layout is None else [layout], dtype, check_names(model, keep_dense), chosen)
     compressed, masks = masked_copy(model, masks)
     dense = copy.deepcopy(compressed)
     with torch.no_grad():
         use_products(dense, dense)  # before anything is measured: it may refuse
+        if chosen is not None and set(chosen.values()) <= {"dense"}:
+            maker = maker._replace(run=None)  # nothing is replaced
         rows, swaps = compress_layers(compressed, masks, maker)
         if not run:
             use_products(compressed, dense)
@@ -448,7 +489,8 @@ def compress(
         for swap, why in failed:
             rows = [r.as_dense(why) if r.name in swap.rows else r for r in rows]
         use_products(compressed, dense)
-        if any(row.layout != "dense" for row in rows):  # layers may gain less than what surrounds them costs
+        if chosen is None and any(row.layout != "dense" for row in rows):
+            # layers may gain less than what surrounds them costs
             ways = {"dense": lambda: run(dense), "ours": lambda: run(compressed)}
             times = time_calls(ways, [(1, ())], TURNS)
             if times["dense"] < times["ours"]:

@@ -60,15 +60,16 @@ def masked_copy(model: nn.Module, masks: lottery.Masks) -> tuple[nn.Module, lott
     return masked, masks
 
 
-def check_names(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """keep_dense as names of the unwrapped model. Raises LotteryError for one that is none of its layers or weights."""
+def check_names(model: nn.Module, names: Iterable[str], what: str = "keep_dense") -> list[str]:
+    """`names`, given as `what`, as names of the unwrapped model. Raises LotteryError for one that is none of its layers
+    or weights."""
     if isinstance(names, str):
-        raise lottery.LotteryError(f"keep_dense must be a list of names, got {names!r}")
+        raise lottery.LotteryError(f"{what} must be a list of names, got {names!r}")
     names = [unwrapped_name(model, name) for name in names]
     known = {unwrapped_name(model, f"{n}.")[:-1] for n, _ in model.named_modules(remove_duplicate=False) if n}
     known |= {unwrapped_name(model, n) for n, _ in model.named_parameters(remove_duplicate=False)}
     known.discard("")
     for name in names:
         if name not in known:
-            raise lottery.LotteryError(f"keep_dense: the model has no layer and no weight named {name!r}")
+            raise lottery.LotteryError(f"{what}: the model has no layer and no weight named {name!r}")
     return names

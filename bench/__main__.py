@@ -19,10 +19,14 @@ from bench.loading import bench_data, bench_save
 from bench.measure import PROGRAM
 from bench.ops import bench_ops
 from bench.training import bench_train
+from bench.tryout import bench_try
 from data import DataError
 from lottery import LotteryError
 
-MEASUREMENTS = {"ops": bench_ops, "train": bench_train, "data": bench_data, "save": bench_save, "infer": bench_infer}
+MEASUREMENTS = {
+    "ops": bench_ops, "train": bench_train, "data": bench_data, "save": bench_save, "infer": bench_infer,
+    "try": bench_try,
+}  # fmt: skip
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -35,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     without_peers = "without torch.nn.utils.prune, which takes minutes"
     add("--no-peers", dest="peers", action="store_false", help=without_peers)
     add("--short", action="store_true", help="infer: one thread and 90 %% sparsity only")
-    tickets = "infer: tickets (files or run folders) on the test set of --data, with WER"
+    tickets = "infer: tickets (files or run folders) on the test set of --data, with WER; try: the first of them"
     add("--ticket", type=Path, nargs="+", help=tickets)
     add("--data", type=Path, default=Path("demo"), help="of --ticket (default: demo)")
     args = parser.parse_args(argv)

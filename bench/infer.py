@@ -27,6 +27,7 @@ import models
 import train
 from audio_lottery import compression, files, layers, sound, sparse
 from bench.measure import in_turns, must_be_compiled, stop
+from lab import scoring
 from runner.cache import load_examples
 from transcribe import load
 
@@ -378,7 +379,7 @@ def bench_tickets(paths: list[Path], corpus: Path, repeats: int) -> None:
                 print(f"    {dtype}: all of it stays dense")
             disk = saved_bytes(model) if dtype == "dense" else ticket_bytes(model, ticket.masks)
             cells[path, dtype] = (
-                f"WER {train.score(texts, said)['wer']:.3f}  {sum(map(str.__eq__, said, wanted)):3} texts equal  "
+                f"WER {scoring.rates(texts, said)['wer']:.3f}  {sum(map(str.__eq__, said, wanted)):3} texts equal  "
                 f"{disk / 1e3:7.0f} kB  {compression.resident_bytes(user) / 1e3:7.0f} kB resident"
             )
             runs[f"{path} {dtype}"] = functools.partial(train.recognise, user, examples, tokens, 1, "cpu")

@@ -8,11 +8,16 @@ A CTC network is one graph, FILE.onnx: features (1, T, F) -> log_probs (1, T', V
 
 The predictor starts with the blank, token 0, and zeros. A graph's metadata has the tokens (JSON), the kind of features,
 the feature frames in a frame of its output (stride), and for a transducer the most tokens of a frame (max_symbols).
+Beside the graphs is tokens.txt: line N, counted from 0, is token N; line 0 is <blank>, and a space is written as ▁.
+docs/onnx_transcribe.py uses all of it without torch.
 """
 
+import contextlib
 import copy
 import json
 import logging
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,7 +25,7 @@ from torch import Tensor, nn
 
 import data
 import models
-from audio_lottery import files
+from audio_lottery import checked, files
 
 
 class Lstm(nn.Module):
@@ -74,27 +79,74 @@ class Joiner(Ctc):
         return self.model.join(encoder_out + predictor_out)
 
 
-def paths_of(model: nn.Module, path: Path) -> dict[str, Path]:
-    """The files of the model's graphs, by part. Raises DataError for a path that names no file."""
+TOKENS = "tokens.txt"
+
+
+def target(path: Path) -> Path:
+    """The path with .onnx behind it. Raises DataError for one that names no file, OSError if none can be written."""
     if not path.name or path.name == "..":
         raise data.DataError(f"--export {path}: must name a file")
+    files.check_target(path)  # as it was typed: /dev/null is no prefix
+    path = path if path.suffix.lower() == ".onnx" else path.with_name(f"{path.name}.onnx")
+    files.check_target(path)
+    return path
+
+
+def token_lines(tokens: list[str]) -> bytes:
+    """tokens.txt. No token has a line's end in it (networks.TOKEN)."""
+    named = [data.BLANK, *(token.replace(" ", data.SPACE) for token in tokens[1:])]
+    return "".join(f"{token}\n" for token in named).encode()
+
+
+def check_tokens(path: Path, content: bytes) -> None:
+    """Raise DataError if there is another tokens.txt: graphs of two tickets in one folder would share it.
+
+    LotteryError if it cannot be read.
+    """
+    if path.exists() and checked.read_bytes(path, "list of tokens") != content:
+        raise data.DataError(f"{path}: is there with other tokens than this ticket's: export to another folder")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, neither torch nor its exporter's packages warn of what is theirs."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    before = [logger.level for logger in loggers]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+    finally:
+        for logger, level in zip(loggers, before):
+            logger.setLevel(level)
+
+
+def paths_of(model: nn.Module, path: Path) -> dict[str, Path]:
+    """The files of the model's graphs, by part."""
     if not isinstance(model, models.Transducer):
         return {"": path}
     return {part: path.with_name(f"{path.stem}-{part}{path.suffix}") for part in ("encoder", "predictor", "joiner")}
 
 
 def export(model: nn.Module, tokens: list[str], path: Path) -> list[Path]:
-    """Write the model's graphs, each whole or not at all. Returns their paths.
+    """Write the model's graphs and tokens.txt, each whole or not at all. Returns their paths.
 
-    Raises DataError without the packages onnx and onnxscript, OSError if a file cannot be written.
+    path: .onnx is put behind it where it is missing.  Raises DataError without the packages onnx and onnxscript, and
+    for a tokens.txt of other tokens; OSError if a file cannot be written.
     """
+    path = target(path)
+    listed = path.with_name(TOKENS)
+    check_tokens(listed, token_lines(tokens))
     try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
+        with quiet():
+            import onnx  # noqa: F401
+            import onnxscript  # noqa: F401
     except ImportError:
         raise data.DataError("--export needs two packages: pip install onnx onnxscript (the extra [onnx])") from None
-    for target in paths_of(model, path).values():
-        files.check_target(target)
+    for one in [*paths_of(model, path).values(), listed]:
+        files.check_target(one)
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.LSTM):
@@ -117,14 +169,14 @@ def export(model: nn.Module, tokens: list[str], path: Path) -> list[Path]:
     else:
         graphs = {"": (Ctc, {"features": features}, ["log_probs"])}
     paths = paths_of(model, path)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     for part, (form, inputs, outputs) in graphs.items():
         frames = {name: {1: torch.export.Dim.DYNAMIC} if name == "features" else None for name in inputs}
-        with torch.no_grad():
+        with torch.no_grad(), quiet():
             program = torch.onnx.export(
                 form(model).eval(), tuple(inputs.values()), dynamo=True, verbose=False, dynamic_shapes=frames,
                 input_names=list(inputs), output_names=outputs,
             )  # fmt: skip
         program.model.metadata_props.update(about)
         files.write_atomically(paths[part], program.model_proto.SerializeToString())
-    return list(paths.values())
+    files.write_atomically(listed, token_lines(tokens))
+    return [*paths.values(), listed]

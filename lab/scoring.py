@@ -39,8 +39,8 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
             if getattr(args, name):
                 parser.error(f"--{name.replace('_', '-')} goes with --score")
         return
-    for name in ("json", "names", "stream", "export"):
-        if getattr(args, name):
+    for name in ("format", "names", "out", "stream", "export"):
+        if getattr(args, name) not in (None, False, "text"):
             parser.error(f"--score prints no texts: it goes with no --{name} (see --by-utterance and --alignments)")
     for name in args.audio:
         if name != "-" and Path(name).suffix.lower() not in MANIFESTS:
@@ -89,6 +89,16 @@ def counted(reference: str, said: str) -> dict:
     row["words"] = words.hits + words.substitutions + words.deletions
     row["character_errors"] = letters.substitutions + letters.deletions + letters.insertions
     return row | {"characters": letters.hits + letters.substitutions + letters.deletions}
+
+
+def rates(references: list[str], hypotheses: list[str]) -> dict:
+    """Word error counts an utterance, of each kind too, and WER and CER over all (jiwer)."""
+    outputs = [jiwer.process_words(r, h) for r, h in zip(references, hypotheses)]
+    counts = [{kind: getattr(output, kind) for kind in KINDS} for output in outputs]
+    errors = [sum(count.values()) for count in counts]
+    words = [o.hits + o.substitutions + o.deletions for o in outputs]
+    cer = jiwer.cer(references, hypotheses)
+    return {"errors": errors, "words": words, "wer": sum(errors) / sum(words), "cer": cer, "counts": counts}
 
 
 def errors_of(rows: list[dict]) -> list[int]:

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -530,13 +530,27 @@ def configuration(args: argparse.Namespace) -> dict:
     return json.loads(json.dumps(config | {"machine": machine}))
 
 
-def command_line(config: dict) -> list[str]:
-    """The flags that give this configuration again, but for files and machine.
+def shortest(config: dict) -> list[str]:
+    """command_line less the flags whose defaults say the same, for people to read; all, where --ticket has defaults."""
+    if "control" in config or "rounds" in config:
+        return command_line(config)
+    first = {key: config[key] for key in ("backbone", "size", "recipe_name") if key in config}
+    usual = configuration(parse([f"{NAMED[key].option}={value}" for key, value in first.items()]))
+    usual |= {key: None for key in first if first[key] != NAMED[key].default}
+    hang = {"backbone": "backbone", "scope": "block", "beam": "lm_sha256"}  # other defaults beside these
+    same = [key for key in NAMES if config.get(key) == usual.get(key) and not config.get(hang.get(key))]
+    return command_line(config, leave_out=same)
+
+
+def command_line(config: dict, leave_out: Collection[str] = ()) -> list[str]:
+    """The flags that give this configuration again, but for files and machine, and those named to leave out.
 
     Raises LotteryError for a setting that its flag would not take.
     """
     argv = []
     for flag in TABLE:
+        if flag.name in leave_out:
+            continue
         value = config.get(flag.name, flag.when_absent)
         if flag.name not in NAMES or value in (None, ()) or (flag.name == "batch_size" and config.get("batch_seconds")):
             continue

@@ -530,3 +530,40 @@ def test_old_weight_norm_after_a_backward_pass(always):
     with torch.no_grad():
         model[1].weight.masked_fill_(~masks["1.weight"], 0)
         close(compressed(x), model(x))
+
+
+# ---------------------------------------------------------------------------- what was chosen before
+
+
+def test_a_choice_is_taken_without_measuring(monkeypatch):
+    model, masks = pruned(nn.Sequential(nn.Linear(60, 60), nn.LSTM(60, 60), nn.Linear(60, 60)))
+    x, runs = torch.randn(3, 60), []
+    run = lambda m: runs.append(1) or m[2](m[1](m[0](x))[0])  # noqa: E731
+    kept = {"0.weight": "unstructured", "1.weight_hh_l0": "8x1"}
+    monkeypatch.setattr(compression, "time_calls", None)  # nothing is measured
+    compressed, rows = compress(model, masks, run, chosen=kept)
+    assert len(runs) == 2
+    assert compression.choice(rows) == dict.fromkeys(masks, "dense") | kept
+    assert [type(layer) for layer in compressed] == [layers.Product, layers.Lstm, nn.Linear]
+    assert {row.why for row in rows} == {"chosen before"}
+    torch.testing.assert_close(run(compressed), run(compress(model, masks, chosen={})[0]), atol=1e-5, rtol=1e-4)
+    again, rows = compress(model, masks, run, chosen=compression.choice(rows))
+    assert torch.equal(run(again), run(compressed))
+    dense, rows = compress(model, masks, chosen={"0.weight": "dense"})
+    assert [type(layer) for layer in dense] == [nn.Linear, nn.LSTM, nn.Linear] and {r.layout for r in rows} == {"dense"}
+    for wrong, message in (
+        ({"3.weight": "dense"}, "chosen: the model has no layer and no weight named '3.weight'"),
+        ({"0.weight": "2x2"}, "chosen, 0.weight: must be one of unstructured, .*, got '2x2'"),
+    ):
+        with pytest.raises(lottery.LotteryError, match=message):
+            compress(model, masks, run, chosen=wrong)
+    with pytest.raises(lottery.LotteryError, match="chosen needs run"):
+        compress(model, masks, chosen=kept)
+
+
+def test_a_choice_that_does_not_fit_stays_dense():
+    model, masks = pruned(nn.Sequential(nn.Linear(60, 60)))
+    masks["0.weight"][:] = True  # nothing is pruned
+    compressed, (row,) = compress(model, masks, lambda m: m(torch.randn(2, 60)), chosen={"0.weight": "16x1"})
+    assert type(compressed[0]) is nn.Linear and row.layout == "dense"
+    assert "16x1 was chosen, and stores no less than all of it or is not here" in row.why

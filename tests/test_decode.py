@@ -20,7 +20,7 @@ import data
 import models
 import train
 from audio_lottery import files
-from lab import decode
+from lab import decode, scoring
 
 ROOT = Path(train.__file__).parent
 needs_flashlight = pytest.mark.skipif(
@@ -94,8 +94,8 @@ def test_a_language_model_lowers_wer(arpa):
     model = heard(CHARS, "t", "h", "e", " ", "s", "e", _, a_or_e, " ", "e", _, a_or_e, "t", "s")
     greedy, with_lm = text(model, CHARS), text(model, CHARS, beam=50, lm=arpa)
     assert (greedy, with_lm) == ("the see eets", "the sea eats")
-    assert train.score(["the sea eats"], [greedy])["errors"] == [2]
-    assert train.score(["the sea eats"], [with_lm])["errors"] == [0]
+    assert scoring.rates(["the sea eats"], [greedy])["errors"] == [2]
+    assert scoring.rates(["the sea eats"], [with_lm])["errors"] == [0]
     # Without weight only the dictionary is left, and a word of the training texts that the LM has not is in it.
     assert text(model, CHARS, beam=50, lm=arpa, lm_weight=0, word_score=0) == "the see eats"
     assert text(model, CHARS, beam=50, lm=arpa, lm_weight=0, word_score=0, words=["eets"]) == "the see eets"

@@ -13,7 +13,7 @@ import models
 import train
 import transcribe
 from audio_lottery import files, ledger, verify
-from lab import networks
+from lab import networks, scoring
 from runner import cache
 
 ROOT = Path(train.__file__).parent
@@ -78,7 +78,7 @@ def test_from_speech_to_a_ticket(backbone, corpus, tmp_path, capsys):
     utterances = data.read_corpus(corpus)["test"]
     examples = cache.load_examples(utterances, info["tokens"], info["features"])
     hypotheses = train.recognise(model, examples, info["tokens"], 3, "cpu")
-    assert train.score([u.text for u in utterances], hypotheses)["errors"] == rows[-1]["test_errors"]
+    assert scoring.rates([u.text for u in utterances], hypotheses)["errors"] == rows[-1]["test_errors"]
 
     # transcribe.py on the ticket gives the texts of the test.
     ticket, audio = str(tmp_path / "run" / "ticket.safetensors"), [str(u.audio) for u in utterances]

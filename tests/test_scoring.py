@@ -9,7 +9,6 @@ import pytest
 from test_transcribe import DEMO, SIZES, said, ticket
 
 import data
-import train
 import transcribe
 from audio_lottery import verdicts
 from lab import scoring
@@ -45,7 +44,7 @@ def test_the_score_is_that_of_a_test(backbone, tickets, rows, tmp_path, capsys):
     """WER, CER and counts as train.py's, of the texts that transcribe.py prints."""
     told = manifest(tmp_path / "a.jsonl", [row | {"text": f"  {row['text']}\t"} for row in rows])
     code, texts, _ = said(capsys, tickets[backbone], told, "--dense")
-    right = train.score([row["text"] for row in rows], texts)
+    right = scoring.rates([row["text"] for row in rows], texts)
     by = tmp_path / "by.jsonl"
     code, out, err = said(capsys, tickets[backbone], told, "--dense", "--score", "--by-utterance", by)
     assert code == 0 and not err
@@ -118,7 +117,7 @@ def test_a_manifest_on_stdin(tickets, rows, capsys, monkeypatch):
     [
         (["x.wav", "--score"], "--score needs texts to compare with: manifests (.jsonl, .json) or -, got x.wav"),
         (["{folder}", "--score"], "--score needs texts to compare with: manifests"),
-        (["a.jsonl", "--score", "--json"], "--score prints no texts: it goes with no --json"),
+        (["a.jsonl", "--score", "--json"], "--score prints no texts: it goes with no --format"),
         (["a.jsonl", "--score", "--names"], "--score prints no texts: it goes with no --names"),
         (["-", "--score", "--stream"], "--score prints no texts: it goes with no --stream"),
         (["a.jsonl", "--against", "x"], "--against goes with --score"),

@@ -20,6 +20,7 @@ import models
 import train
 from audio_lottery import files, ledger
 from audio_lottery.texts import KINDS, edits
+from lab import scoring
 from runner import flags, recipes, settings
 
 ROOT = Path(train.__file__).parent
@@ -182,7 +183,7 @@ def test_the_learning_rate_anneals_after_each_epoch():
 
 
 def test_score_counts_by_hand():
-    scored = train.score(["a b c", "d e"], ["a x c d", ""])
+    scored = scoring.rates(["a b c", "d e"], ["a x c d", ""])
     assert scored["errors"] == [2, 2] and scored["words"] == [3, 2] and scored["wer"] == pytest.approx(4 / 5)
     kinds = [(count["substitutions"], count["deletions"], count["insertions"]) for count in scored["counts"]]
     assert kinds == [(1, 0, 1), (0, 2, 0)]
@@ -205,7 +206,7 @@ def test_scores_are_levenshtein_s():
     draw = random.Random(0)
     said, heard = ([" ".join(draw.choices("a b ab ba".split(), k=draw.randint(1, 9))) for _ in range(60)] for _ in "12")
     heard[7] = ""
-    scored = train.score(said, heard)
+    scored = scoring.rates(said, heard)
     assert scored["errors"] == [distance(a.split(), b.split()) for a, b in zip(said, heard)]
     assert scored["errors"] == [sum(count[kind] for kind in KINDS) for count in scored["counts"]]
     assert scored["errors"] == [edits(a.split(), b.split()) for a, b in zip(said, heard)]

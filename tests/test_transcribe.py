@@ -400,6 +400,13 @@ def test_a_ticket_by_its_run_folder(tickets, speech, tmp_path, capsys):
         (["x.wav", "{rnnt}"], "x.wav is no ticket, and {rnnt} is one: TICKET comes first, then AUDIO"),
         (["{rnnt}", ""], "an empty argument"),
         (["{rnnt}", "x.wav", "--names", "--json"], "--names is of lines of text"),
+        (["{rnnt}", "x.wav", "--json", "--format", "srt"], "argument --format: not allowed with argument --json"),
+        (["{rnnt}", "x.wav", "--format", "doc"], "argument --format: invalid choice: 'doc'"),
+        (["{rnnt}", "x.wav", "--out", "."], "--out goes with --format srt and vtt"),
+        (["{rnnt}", "x.wav", "y.wav", "--format", "srt"], "--format srt: 2 recordings are as many files: give --out"),
+        (["{rnnt}", "x.wav", "--format", "vtt", "--out", "/no/where"], "--out /no/where: no such folder"),
+        (["{rnnt}", "a/x.wav", "b/x.mp3", "--format", "ctm"], "--format ctm: b/x.mp3 and a/x.wav have one name there"),
+        (["/nowhere", "--export", ".."], "--export ..: must name a file"),
         (["{rnnt}", "{empty}"], "no recording in it (by their endings: .aif"),
         (["/nowhere/at/all", "x.wav"], "/nowhere/at/all: cannot read the ticket (No such file or directory)"),
         (["{cut}", "x.wav"], "cut: not a whole ticket"),
@@ -521,11 +528,15 @@ def test_raw_audio_on_stdin(tickets, speech, capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("backbone", list(SIZES))
-def test_sparse_products_give_the_text_of_dense_ones(backbone, tickets, speech, capsys):
+def test_sparse_products_give_the_text_of_dense_ones(backbone, tickets, speech, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     _, dense, _ = said(capsys, tickets[backbone], *speech, "--dense")
     code, lines, err = said(capsys, tickets[backbone], *speech)
-    assert code == 0 and lines == dense and "sparse products for " in err
-    _, timed, _ = said(capsys, tickets[backbone], *speech, "--json")
+    assert code == 0 and lines == dense and err.startswith("dense products: ") and not list(tmp_path.iterdir())
+    code, lines, err = said(capsys, tickets[backbone], *speech, "--measure")
+    assert code == 0 and lines == dense and "sparse products for " in err and "; measured in " in err
+    _, timed, err = said(capsys, tickets[backbone], *speech, "--json")
+    assert "; as measured before\n" in err
     assert [json.loads(line)["text"] for line in timed] == dense
 
 
@@ -540,11 +551,49 @@ def onnx_session(path):
     return (lambda **inputs: session.run(None, {k: v.numpy() for k, v in inputs.items()})), about
 
 
+def without_torch():
+    """docs/onnx_transcribe.py, which imports no torch."""
+    path = DEMO.parent / "docs" / "onnx_transcribe.py"
+    spec = importlib.util.spec_from_file_location("onnx_transcribe", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_the_script_without_torch_is_short_and_without_torch():
+    text = (DEMO.parent / "docs" / "onnx_transcribe.py").read_text()
+    imports = [line.split()[1] for line in text.splitlines() if line.startswith(("import ", "from "))]
+    assert text.count("\n") <= 100 and imports == ["sys", "pathlib", "numpy", "onnxruntime", "soundfile"]
+
+
+def check_script(script, graph, ticket, speech, capsys):
+    """Its texts are ours; its features are, but for the rounding of torch's float32 in near silence."""
+    script.main(str(graph), *map(str, speech))
+    texts = capsys.readouterr().out.splitlines()
+    assert texts == said(capsys, ticket, *speech, "--dense")[1] and all(texts)
+    for path in speech:
+        ours = data.features_of(data.Utterance(path, ""), "log-mel")[0].numpy()
+        (found,) = script.features_of(script.read(path))
+        assert found.shape == ours.shape and np.abs(found - ours).max() < 5e-4
+        assert np.quantile(np.abs(found - ours), 0.999) < 1e-4
+
+
+def test_the_script_without_torch_refuses_another_sample_rate(tmp_path):
+    pytest.importorskip("onnxruntime")
+    soundfile.write(tmp_path / "a.wav", np.zeros(800), 8_000)
+    with pytest.raises(SystemExit, match=r"a\.wav: 8000 Hz: convert it to 16000"):
+        without_torch().read(tmp_path / "a.wav")
+
+
 @pytest.mark.parametrize("backbone", ["cnn-lstm", "conformer"])
-def test_a_ctc_network_in_onnx(backbone, tickets, speech, tmp_path, capsys):
+def test_a_ctc_network_in_onnx(backbone, tickets, speech, tmp_path, capfd):
     pytest.importorskip("onnxscript")
-    assert said(capsys, tickets[backbone], "--export", tmp_path / "net.onnx")[0] == 0
+    code, lines, err = said(capfd, tickets[backbone], "--export", tmp_path / "net")
+    assert (code, err) == (0, "")  # no warning of torch's
+    assert [line.split(": ")[0] for line in lines] == [f"{tmp_path}/net.onnx", f"{tmp_path}/tokens.txt"]
+    assert (tmp_path / "tokens.txt").read_bytes().decode() == "\n".join(["<blank>", "▁", *"abcdefghij", ""])
     run, about = onnx_session(tmp_path / "net.onnx")
+    script = without_torch()
     model, _ = transcribe.load(tickets[backbone])
     assert about["stride"] == "4"
     for path in speech:
@@ -554,15 +603,19 @@ def test_a_ctc_network_in_onnx(backbone, tickets, speech, tmp_path, capsys):
         (found,) = map(torch.from_numpy, run(features=features))
         torch.testing.assert_close(found, log_probs, atol=1e-4, rtol=0)
         assert models.ctc_greedy(found, lengths) == models.ctc_greedy(log_probs, lengths)
+        own = torch.from_numpy(script.features_of(script.read(path)))
+        (found,) = map(torch.from_numpy, run(features=own))
+        torch.testing.assert_close(found.exp(), log_probs.exp(), atol=1e-4, rtol=0)  # features included
+    check_script(script, tmp_path / "net.onnx", tickets[backbone], speech, capfd)
 
 
 def test_a_transducer_in_onnx(tickets, speech, tmp_path, capsys):
     pytest.importorskip("onnxscript")
     code, lines, _ = said(capsys, tickets["rnnt"], "--export", tmp_path / "net.onnx")
     assert code == 0 and [Path(line.split(":")[0]).name for line in lines] == [
-        "net-encoder.onnx", "net-predictor.onnx", "net-joiner.onnx",
+        "net-encoder.onnx", "net-predictor.onnx", "net-joiner.onnx", "tokens.txt",
     ]  # fmt: skip
-    (encode, about), (predict, _), (join, _) = (onnx_session(line.split(":")[0]) for line in lines)
+    (encode, about), (predict, _), (join, _) = (onnx_session(line.split(":")[0]) for line in lines[:3])
     model, _ = transcribe.load(tickets["rnnt"])
     for path in speech:
         features = data.features_of(data.Utterance(path, ""), model.features)[0][None]
@@ -581,6 +634,11 @@ def test_a_transducer_in_onnx(tickets, speech, tmp_path, capsys):
                 ids.append(int(logits.argmax()))
                 predictor_out, h, c = map(torch.from_numpy, predict(token=torch.tensor([[ids[-1]]]), h=h, c=c))
         assert [ids] == model.transcribe(features, lengths) and ids
+    for name in ("net.onnx", "net-encoder.onnx"):
+        check_script(without_torch(), tmp_path / name, tickets["rnnt"], speech, capsys)
+    (tmp_path / "tokens.txt").write_text("of another\n")
+    code, lines, err = said(capsys, tickets["rnnt"], "--export", tmp_path / "net.onnx")
+    assert (code, lines) == (2, []) and "tokens.txt: is there with other tokens than this ticket's" in err
 
 
 def test_export_without_its_packages_is_one_line(tickets, tmp_path, capsys, monkeypatch):
