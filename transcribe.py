@@ -471,6 +471,7 @@ def score(args: argparse.Namespace) -> int:
     recordings, systems = scoring.references(args.audio), []
     for path in [args.ticket, *([args.against] if args.against else [])]:
         recogniser = ready(argparse.Namespace(**vars(args) | {"ticket": path}))
+        recogniser.ahead = choice.seconds_ahead(recordings)
         hear = functools.partial(heard, recogniser)
         systems.append(scoring.System(str(path), recogniser.ticket.info["tokens"], hear))
     return scoring.score(args, recordings, systems)
