@@ -11,9 +11,7 @@ import data
 import train
 from audio_lottery import compression, files
 from audio_lottery.console import printable
-from audio_lottery.texts import edits
-from audio_lottery.verdicts import verdict
-from lab import choice
+from lab import choice, scoring
 from runner.cache import load_examples
 from transcribe import load
 
@@ -21,8 +19,8 @@ HERE = Path(__file__).resolve().parents[1]
 TICKET, DATA = HERE / "tickets" / "demo-rnnt.safetensors", HERE / "demo"
 SHOWN, BATCH, TURNS = 6, 8, 3  # recordings that are shown; utterances at once; times that each way is timed
 CLOSING = (
-    "A quarter of an hour of speech teaches a network no more than this; tickets of AN4, 38 minutes of speech with an "
-    "official test of other speakers, are in RESULTS.md."
+    "A quarter of an hour of speech teaches a network no more than this. Where tickets stand on AN4, 38 minutes of "
+    "speech with an official test of other speakers: docs/an4.md."
 )
 
 
@@ -66,8 +64,6 @@ def bench_try(args: argparse.Namespace) -> None:
 
 def rate(references: list[str], texts: list[str]) -> str:
     """WER, and its interval: a bootstrap over utterances."""
-    errors = [edits(reference.split(), text.split()) for reference, text in zip(references, texts)]
-    words = [len(reference.split()) for reference in references]
-    among = verdict(errors, [0] * len(errors), words)
-    interval = f"95 % interval [{among.low:.3f}, {among.high:.3f}] over other utterances"
-    return f"WER    {sum(errors) / sum(words):.3f}, {interval}; {len(texts)} test recordings"
+    found = scoring.rates(references, texts)
+    told = scoring.rate(found["errors"], found["words"])
+    return f"WER    {told}, a 95 % interval over other utterances; {len(texts)} test recordings"

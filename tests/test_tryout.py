@@ -35,19 +35,19 @@ def test_a_ticket_is_shown(backbone, corpus, tmp_path, capsys, monkeypatch):
     assert out.startswith(f"{ticket}: {backbone}, ") and " prunable weights kept\n" in out
     assert [line[9:] for line in out.splitlines() if line.startswith("  said   ")] == texts[::2]
     assert out.count("\n  heard  ") == 4
-    wer, low, high = map(float, re.search(r"\nWER    ([\d.]+), 95 % interval \[([\d.]+), ([\d.]+)\]", out).groups())
+    wer, low, high = map(float, re.search(r"\nWER    ([\d.]+) \[([\d.]+), ([\d.]+)\], a 95 % interval", out).groups())
     assert 0 < low <= wer <= high
     assert "; 8 test recordings\nspeed  " in out and "; 8 of 8 texts the same\n" in out
     faster = " times as fast; " in out
     assert faster != ("sparse products for 0 of " in out) == (": no layer is faster sparse here; " in out)
     assert "sparse products for " in out and " times smaller\n\nA quarter of an hour of speech teaches" in out
-    assert "AN4" in out and out.rstrip().endswith("RESULTS.md.")
+    assert "AN4" in out and out.rstrip().endswith("docs/an4.md.")
 
 
 def test_wer_and_its_interval_by_hand():
     told = tryout.rate(["a b", "c d", "e f"], ["a b", "c x", "y"])  # 0, 1 and 2 errors of 6 words
     among = verdict([0, 1, 2], [0, 0, 0], [2, 2, 2])
-    assert told.startswith("WER    0.500, 95 % interval [0.000, 1.000] over other utterances; 3 test recordings")
+    assert told.startswith("WER    0.500 [0.000, 1.000], a 95 % interval over other utterances; 3 test recordings")
     assert (among.low, among.high) == (0.0, 1.0)
 
 
