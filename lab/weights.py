@@ -81,8 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("run", type=Path, metavar="RUN", help="run folder, for its ticket and its corpus")
     p.add_argument("--lm", type=Path, required=True, metavar="FILE.arpa", help="language model, n-grams of words")
     p.add_argument("--data", type=Path, metavar="DIR", help="the corpus, if it is not where the run found it")
-    p.add_argument("--lm-weights", type=numbers, default=(0.25, 0.5, 1.0, 1.5, 2.0), metavar="A,B,...",
-                   help="weights to try (default: 0.25,0.5,1,1.5,2)")  # fmt: skip
+    p.add_argument("--lm-weights", type=numbers, default=(0.1, 0.25, 0.5, 1.0, 2.0), metavar="A,B,...",
+                   help="weights to try (default: 0.1,0.25,0.5,1,2)")  # fmt: skip
     p.add_argument("--word-scores", type=numbers, default=(-1.0, 0.0, 1.0, 2.0), metavar="A,B,...",
                    help="scores of a word to try (default: -1,0,1,2)")  # fmt: skip
     p.add_argument("--beam", type=int, default=100, metavar="N", help="texts kept side by side (default: 100)")
