@@ -62,7 +62,7 @@ def copy_of_run(finished, tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("what, number", [("kills", 6), ("tickets", 1000), ("ledgers", 300), ("audio", 400)])
+@pytest.mark.parametrize("what, number", [("kills", 4), ("tickets", 1000), ("ledgers", 300), ("audio", 400)])
 def test_short_soak(what, number):
     done = subprocess.run(
         [sys.executable, "tests/soak.py", what, str(number)], capture_output=True, text=True, cwd=ROOT, timeout=250
