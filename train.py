@@ -529,9 +529,12 @@ def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signa
 
 
 def save_round(out: Path, ticket: lottery.Ticket, number: int, info: dict, masks: bool, rewinds: bool) -> None:
-    """The round's masks, and its ticket in place of the last round's; rewinds: with its rewind state."""
+    """The round's masks, and its ticket in place of the last round's; rewinds: with its rewind state. Of round 0 the
+    dense network, too, which stays."""
     if number and masks:
         files.save_masks(out / "masks" / f"{number:02d}.safetensors", ticket.masks)
+    if not number:
+        files.save_ticket(out / "dense.safetensors", ticket.masks, None, lottery.state_of(ticket.model), info)
     rewind = ticket.rewind_state if rewinds else None
     files.save_ticket(out / "ticket.safetensors", ticket.masks, rewind, lottery.state_of(ticket.model), info)
 

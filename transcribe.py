@@ -65,7 +65,8 @@ def parser() -> Parser:
         help="write the dense masked model as ONNX, with tokens.txt, and transcribe nothing")  # fmt: skip
     add = p.add_argument_group("how good it is").add_argument
     add("--score", action="store_true", help="print WER and CER against the texts of the manifests, and no text")
-    add("--against", type=Path, metavar="OTHER", help="with --score: another ticket or run folder, and the verdict")
+    add("--against", type=Path, metavar="OTHER",
+        help="with --score: another ticket or run folder, or dense (this run's), and the verdict")  # fmt: skip
     add("--by-utterance", type=Path, metavar="FILE.jsonl", help="with --score: write each utterance's texts and counts")
     add("--alignments", action="store_true", help="with --score: print the utterances with errors, word below word")
     flags.add(p.add_argument_group("with --against"), flags.NAMED["margin"])
@@ -469,7 +470,7 @@ def score(args: argparse.Namespace) -> int:
     """--score: how well the ticket recognises manifests, and how well another one does."""
     scoring.check_target(args)
     recordings, systems = scoring.references(args.audio), []
-    for path in [args.ticket, *([args.against] if args.against else [])]:
+    for path in [args.ticket, *scoring.other(args)]:
         recogniser = ready(argparse.Namespace(**vars(args) | {"ticket": path}))
         recogniser.ahead = choice.seconds_ahead(recordings)
         hear = functools.partial(heard, recogniser)

@@ -348,7 +348,20 @@ def check_ticket(run: Run) -> str | None:
         "its info (tokens, sizes, features) is not the last round's",
     )
     check_unpruned(run)
+    check_dense(run)
     return None
+
+
+def check_dense(run: Run) -> None:
+    """The dense network's weights, which transcribe.py --against dense takes; older runs have none."""
+    path = run.path / "dense.safetensors"
+    if path.exists():
+        file, row = load_ticket(path), run.rows[0]
+        tested = sha256(file.trained) == row["trained_sha256"] and sha256(file.masks) == row["mask_sha256"]
+        expect(tested, "dense.safetensors: its weights are not those that were tested in round 0")
+        expect(
+            ledger.hash_json(file.info) == row.get("info_sha256"), "dense.safetensors: its info is not that of round 0"
+        )
 
 
 def check_rewind(run: Run) -> None:

@@ -32,6 +32,18 @@ class System(NamedTuple):
 # ---------------------------------------------------------------------------- what is asked for
 
 
+def other(args: argparse.Namespace) -> list[Path]:
+    """The ticket that --against names: a path, or "dense", the network that this run's ticket was pruned from."""
+    if args.against is None or str(args.against) != "dense":
+        return [args.against] if args.against else []
+    folder = args.ticket if args.ticket.is_dir() else args.ticket.parent
+    path = folder / "dense.safetensors"
+    if not path.is_file():
+        why = "only the run folder of a search has it, and of a newer one"
+        raise data.DataError(f"--against dense: no {path}: {why}: name a ticket, or a run of --sparsity 0")
+    return [path]
+
+
 def check(parser: Parser, args: argparse.Namespace) -> None:
     """End in one line where flags of the score are without it, or others beside it."""
     if not args.score:
@@ -52,7 +64,7 @@ def check_target(args: argparse.Namespace) -> None:
     if not args.by_utterance:
         return
     files.check_target(args.by_utterance)
-    tickets = [files.ticket_path(path) for path in (args.ticket, args.against) if path]
+    tickets = [files.ticket_path(path) for path in (args.ticket, *other(args))]
     for path in [*map(Path, args.audio), *tickets]:
         if args.by_utterance.exists() and path.exists() and os.path.samefile(path, args.by_utterance):
             raise data.DataError(f"--by-utterance {args.by_utterance}: is what is read: name another file")

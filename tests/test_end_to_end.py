@@ -42,7 +42,7 @@ def test_from_speech_to_a_ticket(backbone, corpus, tmp_path, capsys):
     assert "against dense" in said.out and "ops: " in said.out
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"config.json", "ledger.jsonl", "test.jsonl", "rewind.safetensors", "masks", "lock"} | {
-        "ticket.safetensors", "report.md", "report.png",
+        "ticket.safetensors", "dense.safetensors", "report.md", "report.png",
     }  # fmt: skip
     assert [check.word for check in verify.verify(tmp_path / "run", networks)] == ["ok"] * 10
     *rows, end = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
@@ -84,6 +84,15 @@ def test_from_speech_to_a_ticket(backbone, corpus, tmp_path, capsys):
     ticket, audio = str(tmp_path / "run" / "ticket.safetensors"), [str(u.audio) for u in utterances]
     assert transcribe.main([ticket, *audio, "--dense"]) == 0
     assert capsys.readouterr().out.splitlines() == hypotheses
+
+    # --score gives the ledger's numbers, and against the dense network that the run keeps its last interval.
+    argv = [str(tmp_path / "run"), str(corpus / "test.jsonl"), "--score", "--dense", "--against", "dense"]
+    assert transcribe.main(argv) == 0
+    scored = capsys.readouterr().out
+    for name, row in (("run", rows[-1]), ("run/dense.safetensors", rows[0])):
+        assert f"{tmp_path / name}: WER {row['test_wer']:.3f} [" in scored
+    low, high = rows[-1]["interval"]
+    assert f"less {tmp_path}/run/dense.safetensors: WER " in scored and f" [{low:+.3f}, {high:+.3f}]" in scored
 
     # The same command on the finished run trains nothing and prints the table.
     assert run(corpus, tmp_path / "run", "--backbone", backbone) == 0

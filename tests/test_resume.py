@@ -182,7 +182,7 @@ def test_no_more_than_one_checkpoint_and_the_rewind_state(corpus, tmp_path, monk
     monkeypatch.setattr(files, "write_sealed", watch)
     assert train.main([*command(corpus, tmp_path / "run")[2:], "--save-every", "0"]) == 0
     assert {name for name in seen if not re.match(r"\d+\.", name)} == {
-        "rewind.safetensors", "checkpoint.safetensors", "ticket.safetensors",
+        "rewind.safetensors", "checkpoint.safetensors", "ticket.safetensors", "dense.safetensors",
     }  # fmt: skip
     assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
 
@@ -452,6 +452,7 @@ def test_verify_finds_tampering(copy_of_run):
         (lambda: (copy_of_run / "masks" / "01.safetensors").unlink(), "01.safetensors: cannot read the masks"),
         (lambda: regrow(copy_of_run), "keeps a weight that was pruned before"),
         (lambda: (copy_of_run / "ticket.safetensors").write_bytes(b"x"), "not a whole ticket"),
+        (lambda: swap(copy_of_run), "dense.safetensors: its weights are not those that were tested in round 0"),
         (lambda: unmask(copy_of_run), "its weights are not those that were tested"),
         (lambda: reseed(copy_of_run), "does not follow the configuration"),
     )
@@ -473,6 +474,11 @@ def regrow(run):
     masks[name].view(-1)[(~first[name]).flatten().nonzero()[0]] = True
     masks[name].view(-1)[masks[name].flatten().nonzero()[-1]] = False
     files.save_masks(path, masks)
+
+
+def swap(run):
+    """The ticket in the dense network's place."""
+    (run / "dense.safetensors").write_bytes((run / "ticket.safetensors").read_bytes())
 
 
 def unmask(run):
