@@ -218,10 +218,12 @@ def masks_of_a_round_that_is_not_there(f: Forged) -> None:
 @run_lie
 def another_report(f: Forged) -> None:
     path = f.run / f.rng.choice(["report.md", "report.png"])
-    if f.rng.random() < 0.5:
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes() + b"0")
+    path.write_bytes(path.read_bytes() + b"0")
+
+
+@run_lie
+def a_missing_report(f: Forged) -> None:
+    (f.run / f.rng.choice(["report.md", "report.png"])).unlink()
 
 
 @run_lie

@@ -201,6 +201,10 @@ def test_a_folder_without_masks_and_tickets(forged, capsys):
     for path in (*forged.run.glob("*.safetensors"), *forged.run.glob("report.*"), *(forged.run / "masks").iterdir()):
         path.unlink()
     (forged.run / "masks").rmdir()
+    assert verify.verify(forged.run, networks)[-1].missing == "report.md and report.png"  # which are left out, too
+    (forged.run / "report.md").write_bytes(b"another")
+    assert verify.verify(forged.run, networks)[-1].wrong == "report.md is not what the run wrote"
+    (forged.run / "report.md").unlink()
     forged.save(end=False)
     assert command.main(["verify", str(forged.run)]) == 0
     said = capsys.readouterr().out.splitlines()
