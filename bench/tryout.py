@@ -47,7 +47,8 @@ def bench_try(args: argparse.Namespace) -> None:
         user = {"dense": dense, "sparse": found.model}[name]
         texts[name] = train.recognise(user, examples, ticket.info["tokens"], BATCH, "cpu")
         took[name] = min(took.get(name, math.inf), time.perf_counter() - started)
-    print(f"{printable(path)}: {ticket.info['backbone']}, {shares(ticket)}\n")
+    name = path.relative_to(HERE) if path.is_relative_to(HERE) else path
+    print(f"{printable(name)}: {ticket.info['backbone']}, {shares(ticket)}\n")
     for at in range(0, len(utterances), -(-len(utterances) // SHOWN)):
         print(f"  said   {printable(utterances[at].text)}\n  heard  {printable(texts['sparse'][at])}\n")
     print(rate([utterance.text for utterance in utterances], texts["sparse"]))
