@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from audio_lottery import checked, files, ledger
 from audio_lottery.console import markdown_text, printable
-from audio_lottery.verdicts import Verdict, verdict
+from audio_lottery.verdicts import Verdict, interval
 from audio_lottery.verify import BUFFERS
 from lottery import LotteryError, sha256
 
@@ -89,10 +89,9 @@ def rates(origin: Origin | None) -> list[str]:
     found = []
     for name, row in {"": origin.row, **origin.row.get("other_tests", {})}.items():
         errors, words = row["test_errors"], row["test_words"]
-        told = verdict(errors, [0] * len(errors), words)
-        interval = f"95 % interval [{told.low:.3f}, {told.high:.3f}] over other utterances"
+        over = "95 % interval [{:.3f}, {:.3f}] over other utterances".format(*interval(errors, words))
         where = f"{name}, {len(words)} utterances" if name else f"the test's {len(words)} utterances"
-        found.append(f"WER on {where}: {row['test_wer']:.3f}, {interval}; CER {row['test_cer']:.3f}")
+        found.append(f"WER on {where}: {row['test_wer']:.3f}, {over}; CER {row['test_cer']:.3f}")
         if "verdict" in row and origin.row["round"]:
             dense = (origin.dense["other_tests"][name] if name else origin.dense)["test_wer"]
             power = f", power {row['power']:.0%}" if "power" in row else ""

@@ -215,11 +215,11 @@ class Method:
         """A second of audio, dense and with zeros skipped, mean over seeds."""
         backbone, size = self.settings["backbone"], self.settings["size"]
         sizes = models.BACKBONES[backbone].SIZES[size]
+        count = functools.partial(plan.multiply_adds, backbone, exclude=self.get("keep_dense"))
 
         def mean(rows: list[dict]) -> float:  # a narrower network's row has its own sizes
             return statistics.fmean(
-                plan.multiply_adds(backbone, row.get("sizes", sizes), row["kept_per_layer"], whole="sizes" in row)
-                for row in rows
+                count(row.get("sizes", sizes), row["kept_per_layer"], whole="sizes" in row) for row in rows
             )
 
         return mean(point.others), mean(point.rows)

@@ -374,9 +374,6 @@ def hash_samples(utterances: list[Utterance], workers: int = 0) -> dict[Path, st
     return dict(zip([utterance.audio for utterance in utterances], hashes))
 
 
-BY_SAMPLES = ("an4",)  # corpora whose recordings are known by their samples, not by the bytes of their files
-
-
 def an4_said(data_sha256: str) -> str:
     """Whether an AN4 is the one of our tables, in a line."""
     if data_sha256 in AN4_SHA256:

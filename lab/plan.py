@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -33,18 +34,19 @@ TOKENS = 29  # the paper's; how often a weight multiplies does not depend on the
 
 def multiply_adds(
     backbone: str, sizes: dict | None = None, kept: dict[str, int] | None = None, of: str = "transcribe",
-    whole: bool = False,
+    whole: bool = False, exclude: Sequence[str] = (),
 ) -> float:  # fmt: skip
     """Multiply-adds per second of speech, forward: convolutions, LSTMs (each step), linear layers, joiner.
 
     sizes: of the network (default: the paper's).  kept: weights by layer, as in a row of a ledger, so that zeros are
-    skipped (default: all, with the paper's 29 tokens); whole: they are all that such a network has.
+    skipped (default: all, with the paper's 29 tokens); whole: they are all that such a network has, less those of
+    `exclude` (as in lottery.prunable).
     of: "transcribe", greedy recognition, or "loss", which for a transducer computes its joiner over the whole lattice
     and a CTC output beside it.  Raises LotteryError if they are of other layers, or not as many; nothing is built then.
     The utterance is of 4 s and 15 tokens a second. Products of two activations, as in attention, are not counted.
     """
     if whole:
-        check_whole(backbone, sizes, kept)
+        check_whole(backbone, sizes, kept, exclude)
     uses, weights = _uses_and_weights(backbone, json.dumps(sizes or models.BACKBONES[backbone].SIZES["paper"]), of)
     kept = weights if kept is None else kept
     if not kept or kept.keys() - uses.keys():
@@ -52,14 +54,14 @@ def multiply_adds(
     return sum(uses[name] * kept.get(name, weights[name]) for name in uses) / SECONDS  # no count: kept dense
 
 
-def check_whole(backbone: str, sizes: dict, kept: dict[str, int]) -> None:
-    """Raise LotteryError unless a network of these sizes has these weights by layer, those of tokens aside.
-
-    A layer without a count is one that --keep-dense names.
-    """
+def check_whole(backbone: str, sizes: dict, kept: dict[str, int], exclude: Sequence[str]) -> None:
+    """Raise LotteryError unless a network of these sizes has these weights by layer, those of tokens aside."""
     model = networks.skeleton(backbone, sizes, TOKENS, len(kept))
-    there = {name: weight.numel() for name, weight in lottery.prunable(model).items()}
-    other = [n for n, count in kept.items() if n.split(".")[0] not in model.TOKEN_LAYERS and there.get(n) != count]
+    there = {name: weight.numel() for name, weight in lottery.prunable(model, exclude).items()}
+    other = [
+        n for n in there.keys() | kept.keys()
+        if n.split(".")[0] not in model.TOKEN_LAYERS and there.get(n) != kept.get(n)
+    ]  # fmt: skip
     if other:
         raise lottery.LotteryError(f"sizes of another {backbone} than kept_per_layer tells of: {min(other)}")
 

@@ -36,7 +36,7 @@ def code_sha256() -> str:
         "lottery", "models", "data", "train", "audio_lottery/files", "audio_lottery/ledger", "audio_lottery/sound",
         "audio_lottery/verdicts", "audio_lottery/draws", "runner/flags", "runner/values", "runner/recipes",
         "runner/settings", "runner/folder", "runner/cache", "runner/processes", "lab/controls", "lab/rivals",
-        "lab/corpora", "lab/decode", "lab/noise",
+        "lab/corpora", "lab/decode", "lab/noise", "lab/scoring",
     )  # fmt: skip
     sources = [HERE / f"{name}.py" for name in names] + sorted((HERE / "csrc").rglob("*.*"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
@@ -194,8 +194,8 @@ def leave_out_broken(utterances: dict[str, list[data.Utterance]], workers: int) 
 def hashes_of(
     utterances: dict[str, list[data.Utterance]], cache: str | Cache, args: argparse.Namespace
 ) -> dict[Path, str]:
-    """SHA-256 of every recording. Raises DataError if they are too many for --cache memory."""
-    if args.corpus in corpora.BY_SAMPLES:
+    """SHA-256 of every recording's bytes, of AN4 its samples. Raises DataError if --cache memory is too small."""
+    if args.corpus == "an4":
         return corpora.hash_samples([utterance for part in utterances.values() for utterance in part], args.workers)
     recordings = data.audio_files(utterances)
     if isinstance(cache, Cache):

@@ -135,3 +135,8 @@ def test_sizes_of_a_ledger_s_row_are_built_only_if_its_counts_confirm_them():
     for sizes in (SMALL["rnnt"] | {"hidden": 60_000}, SMALL["rnnt"] | {"hidden": 10**9}, None, {}):
         with pytest.raises(lottery.LotteryError, match="sizes"):
             plan.multiply_adds("rnnt", sizes, kept, whole=True)
+    gone = "predictor.weight_hh_l0"
+    del kept[gone]
+    assert plan.multiply_adds("rnnt", SMALL["rnnt"], kept, whole=True, exclude=[gone]) > 0
+    with pytest.raises(lottery.LotteryError, match=f"tells of: {gone}"):
+        plan.multiply_adds("rnnt", SMALL["rnnt"], kept, whole=True)
