@@ -36,6 +36,14 @@ def save(target: Path | io.BytesIO, figure) -> None:
 
 # ---------------------------------------------------------------------------- error rates
 
+# What others report on a corpus's official test without a language model, in their repositories: WER and CER.
+PUBLISHED = {
+    "an4": {
+        "ESPnet2's transformer": {"test_wer": 0.076, "test_cer": 0.036},
+        "deepspeech.pytorch V3": {"test_wer": 0.0957, "test_cer": 0.0552},
+    }
+}
+
 
 def wer_band(point: Point) -> tuple[float, float]:
     """The interval of the verdict, about dense."""
@@ -82,6 +90,10 @@ def draw(path: Path | io.BytesIO, title: str, methods: list[Method]) -> None:
                 low, high = zip(*map(wer_band, points[1:]))
                 ax.fill_between(remaining[1:], low, high, color=color, alpha=0.2)
                 ends += [*low, *high]
+        for name, rates in PUBLISHED.get(methods[0].get("corpus"), {}).items():
+            ax.axhline(rates[key], color="black", linewidth=1, linestyle=":")
+            ax.text(0.99, rates[key], name, transform=ax.get_yaxis_transform(), fontsize=7, ha="right", va="bottom")
+            ends.append(rates[key])
         room = 0.05 * (max(ends) - min(ends)) + 0.005
         ax.set_ylim(min(ends) - room, max(ends) + room)
         ax.set(xscale="log", xlabel="remaining prunable weights")

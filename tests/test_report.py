@@ -402,6 +402,18 @@ def test_bands_are_not_cut_off(tmp_path, monkeypatch):
     assert sorted(cer.lines[-1].get_ydata()) == [0.05, 0.15, 0.2, 0.2]  # a dot a seed
 
 
+@pytest.mark.parametrize("corpus, lines", [("an4", [0.076, 0.0957]), ("manifests", [])])
+def test_published_rates_stand_beside_those_of_their_corpus(tmp_path, monkeypatch, corpus, lines):
+    ((method,),) = merged(write_run(tmp_path / "run", [ROUND_0, [3] * 4], corpus=corpus)).values()
+    figures = drawn(monkeypatch)
+    pictures.draw(tmp_path / "a.png", "title", [method])
+    wer = figures["a.png"].axes[0]
+    assert [line.get_ydata()[0] for line in wer.lines if line.get_linestyle() == ":"] == lines
+    assert [text.get_text() for text in wer.texts] == list(pictures.PUBLISHED.get(corpus, []))
+    low, high = wer.get_ylim()
+    assert all(low < rate < high for rate in lines)
+
+
 def test_the_forest_has_a_row_a_claim_in_the_verdict_s_color(tmp_path, monkeypatch):
     figures = drawn(monkeypatch)
     rows = [("GM, 41.0%", verdicts.Verdict("winning", -0.1, -0.05), 0.01),
