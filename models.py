@@ -26,6 +26,12 @@ import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
 
+try:
+    import _lottery  # registers torch.ops.audio_lottery
+
+    COMPILED_ON = {"cpu", "cuda"} if _lottery.build_facts()["cuda"] else {"cpu"}
+except ImportError:
+    COMPILED_ON = set()
 BLANK = 0
 
 
@@ -240,6 +246,42 @@ class CnnLstm(nn.Module):
 # ---------------------------------------------------------------------------- RNN-Transducer
 
 
+def reference_transducer_loss(encoder_out, predictor_out, output, targets, lengths, target_lengths) -> Tensor:
+    """The transducer's loss (Graves 2012) of a tanh joiner, summed over the batch.
+
+    encoder_out (B, T, joiner), predictor_out (B, U + 1, joiner); output: (..., joiner) -> logits (..., V); targets
+    (B, U) int64; lengths, target_lengths: B ints each, 1 <= length <= T, 0 <= target length <= U.
+    """
+    # The valid cells (t, u) of all utterances in one column: a padded (B, T, U + 1, joiner) is mostly padding.
+    shapes = [(t, u + 1) for t, u in zip(lengths, target_lengths)]
+    cells = [(encoder_out[b, :t, None] + predictor_out[b, None, :u]).flatten(0, 1) for b, (t, u) in enumerate(shapes)]
+    logits = output(torch.tanh(torch.cat(cells))).split([t * u for t, u in shapes])  # each (t * u, V)
+
+    def loss_of(b: int) -> Tensor:
+        t, u = shapes[b]
+        sizes = targets.new_tensor([[t], [u - 1]]).int()
+        lattice, said = logits[b].view(1, t, u, -1).float(), targets[b : b + 1, : u - 1].int()
+        return torchaudio.functional.rnnt_loss(lattice, said, *sizes, BLANK, reduction="sum")
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # torchaudio's CPU kernel runs on one thread
+        losses = list((pool.map if targets.device.type == "cpu" else map)(loss_of, range(len(shapes))))
+    return torch.stack(losses).sum()
+
+
+class CompiledLoss(torch.autograd.Function):
+    """The same by csrc/, from (encoder_out, predictor_out, weight, bias, targets, lengths, target_lengths)."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        loss, *gradients = torch.ops.audio_lottery.transducer_loss(*arguments)
+        ctx.save_for_backward(*gradients)  # made with the loss, for backward() to scale
+        return loss
+
+    @staticmethod
+    def backward(ctx, scale):
+        return *(scale * gradient for gradient in ctx.saved_tensors), None, None, None
+
+
 class Transducer(nn.Module):
     """RNN-Transducer (Graves 2012): LSTM encoder, LSTM predictor, tanh joiner.
 
@@ -320,23 +362,14 @@ class Transducer(nn.Module):
         ctc = ctc_loss(log_probs, lengths, targets, target_lengths)
         encoder_out, lengths = self.every_second(encoder_out, lengths)
         predictor_out, _ = self.predict(F.pad(targets, (1, 0), value=BLANK))
-        # The valid cells (t, u) of all utterances in one column: a padded (B, T'', U + 1, joiner) is mostly padding.
-        shapes = [(t, u + 1) for t, u in zip(lengths.tolist(), target_lengths.tolist())]
-        cells = [encoder_out[b, :t, None] + predictor_out[b, None, :u] for b, (t, u) in enumerate(shapes)]
-        logits = self.join(torch.cat([c.flatten(0, 1) for c in cells])).split(
-            [t * u for t, u in shapes]
-        )  # each (t * u, V)
-
-        def rnnt_loss(b: int) -> Tensor:
-            t, u = shapes[b]
-            return torchaudio.functional.rnnt_loss(
-                logits[b].view(1, t, u, -1).float(), targets[b : b + 1, : u - 1].int(),
-                lengths[b : b + 1].int(), target_lengths[b : b + 1].int(), blank=BLANK, reduction="sum",
-            )  # fmt: skip
-
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # torchaudio's CPU kernel runs on one thread
-            losses = list((pool.map if features.device.type == "cpu" else map)(rnnt_loss, range(len(shapes))))
-        return torch.stack(losses).sum() / len(lengths) + self.ctc_weight * ctc
+        counts, layer = (lengths.tolist(), target_lengths.tolist()), self.output
+        # Compiled in float32, through a layer as it was built: nn.Linear, and no hooks that look at its inputs.
+        built = type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+        if built and encoder_out.dtype == layer.weight.dtype == torch.float32 and features.device.type in COMPILED_ON:
+            loss = CompiledLoss.apply(encoder_out, predictor_out, layer.weight, layer.bias, targets, *counts)
+        else:
+            loss = reference_transducer_loss(encoder_out, predictor_out, layer, targets, *counts)
+        return loss / len(lengths) + self.ctc_weight * ctc
 
     def transcribe(self, features: Tensor, input_lengths: Tensor) -> list[list[int]]:
         return [[emission.token for emission in found] for found in self.emissions(features, input_lengths)]

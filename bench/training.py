@@ -4,15 +4,15 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
-import torchaudio
 from torch import nn
 from torch.nn.utils import prune
 
 import lottery
 import models
-from bench.measure import in_a_process, in_turns, memory, timed
+from bench.measure import in_a_process, in_turns, memory, must_be_compiled, stop, timed
 
 
 class OfficialBiLstm(nn.Module):
@@ -121,6 +121,7 @@ def validate_training() -> None:
 
 
 def bench_train(args: argparse.Namespace) -> None:
+    must_be_compiled()
     validate_training()
     for threads in (1, 2):
         found = {}
@@ -148,51 +149,49 @@ def bench_train(args: argparse.Namespace) -> None:
 
 
 def transducer_step(size: str, repeats: int) -> None:
-    """Where the RNN-T's step goes, and what the padded joiner of most implementations would cost."""
+    """Where the RNN-T's step goes, and what its loss would take by the reference, which is torchaudio's."""
     torch.manual_seed(0)
     model = models.build("rnnt", size, 29)
     features, lengths = torch.randn(4, 500, 80), torch.tensor([500, 420, 350, 300])
     targets, target_lengths = torch.randint(1, 29, (4, 75)), torch.tensor([75, 60, 50, 45])
-    ahead, frames = (x.detach() for x in model.encode(features, lengths))
-    joined, joiner_lengths = (x.detach() for x in model.every_second(ahead, frames))
-    predicted = model.predict(nn.functional.pad(targets, (1, 0)))[0].detach()
+    joined, frames = model.every_second(*model.encode(features, lengths))
+    leaves = joined.detach().requires_grad_(), model.predict(nn.functional.pad(targets, (1, 0)))[0].detach()
+    leaves[1].requires_grad_()
+    counts, layer = (frames.tolist(), target_lengths.tolist()), model.output
 
-    def ours() -> None:  # the lattice's valid cells alone
-        cells = [
-            (joined[b, :t, None] + predicted[b, None, : u + 1]).flatten(0, 1)
-            for b, (t, u) in enumerate(zip(joiner_lengths.tolist(), target_lengths.tolist()))
-        ]
-        model.join(torch.cat(cells)).sum().backward()
+    def step() -> None:
+        model.zero_grad()
+        model.loss(features, lengths, targets, target_lengths).backward()
 
-    def padded() -> None:
-        model.join(joined[:, :, None] + predicted[:, None]).sum().backward()
+    def step_by_reference() -> None:
+        compiled_on, models.COMPILED_ON = models.COMPILED_ON, set()
+        step()
+        models.COMPILED_ON = compiled_on
 
-    def lattice() -> None:
-        logits = model.join(joined[:, :, None] + predicted[:, None]).detach().requires_grad_()
-        torchaudio.functional.rnnt_loss(
-            logits, targets.int(), joiner_lengths.int(), target_lengths.int(), blank=0, reduction="sum"
-        ).backward()
+    def gradients(way: Callable[[], None]) -> list[torch.Tensor]:
+        torch.manual_seed(1)  # the same dropout
+        way()
+        return [parameter.grad.clone() for parameter in model.parameters()]
 
-    def forward_join() -> None:
-        with torch.no_grad():
-            model.join(joined[:, :, None] + predicted[:, None])
-
+    for name, ours, theirs in zip(dict(model.named_parameters()), *map(gradients, (step, step_by_reference))):
+        if (ours - theirs).abs().max() > 1e-3 * theirs.abs().max():
+            stop(f"rnnt: the gradients of {name} are not the reference's")
     t = in_turns(
         "cpu",
         repeats,
-        step=lambda: model.loss(features, lengths, targets, target_lengths).backward(),
+        step=step,
+        step_by_reference=step_by_reference,
         encoder=lambda: model.encode(features, lengths)[0].sum().backward(),
         predictor=lambda: model.predict(nn.functional.pad(targets, (1, 0)))[0].sum().backward(),
-        joiner=ours,
-        padded=padded,
-        lattice=lattice,
-        forward_join=forward_join,
+        loss=lambda: models.CompiledLoss.apply(*leaves, layer.weight, layer.bias, targets, *counts).backward(),
+        reference=lambda: models.reference_transducer_loss(*leaves, layer, targets, *counts).backward(),
     )
-    loss = t["lattice"] - t["forward_join"]
-    parts = ", ".join(f"{name} {t[name] / t['step']:.0%}" for name in ("encoder", "predictor", "joiner"))
+    parts = ", ".join(f"{name} {t[name] / t['step']:.0%}" for name in ("encoder", "predictor", "loss"))
+    other = t["step_by_reference"]
     print(
-        f"rnnt {size}, {torch.get_num_threads()} threads: forward and backward {t['step']:.2f} s: {parts}, transducer "
-        f"loss {loss / t['step']:.0%}; a padded joiner would take {t['padded'] / t['joiner']:.1f} x ours",
+        f"rnnt {size}, {torch.get_num_threads()} threads: forward and backward {t['step']:.3f} s: {parts}; by the "
+        f"reference {other:.3f} s ({other / t['step']:.2f} x), the loss {t['reference'] / other:.0%} "
+        f"({t['reference'] / t['loss']:.1f} x)",
         flush=True,
     )
 

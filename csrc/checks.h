@@ -5,9 +5,11 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <tuple>
 
 namespace audio_lottery {
 
+using at::IntArrayRef;
 using at::Tensor;
 using at::TensorList;
 
@@ -77,6 +79,54 @@ inline void check_finite(bool finite, size_t i) {
 inline void check_keep(int64_t keep, int64_t survivors) {
   TORCH_CHECK_VALUE(keep >= 0 && keep <= survivors, "keep must be between 0 and the ", survivors,
                     " surviving weights, got ", keep);
+}
+
+// The loss and its gradients by encoder_out, predictor_out, weight and bias.
+using TransducerLoss = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+inline void check_shape(const Tensor& x, IntArrayRef shape, const Tensor& first, at::ScalarType type, const char* name) {
+  TORCH_CHECK_TYPE(x.scalar_type() == type, name, " must be ", type, ", got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.sizes() == shape, name, " must have the shape ", shape, ", got ", x.sizes());
+  TORCH_CHECK_VALUE(x.device() == first.device(), name, " must be on the device of encoder_out, got ", x.device(), " and ",
+                    first.device());
+}
+
+inline void check_lengths(IntArrayRef lengths, int64_t batch, int64_t least, int64_t most, const char* name) {
+  TORCH_CHECK_VALUE(static_cast<int64_t>(lengths.size()) == batch, name, " must be one an utterance, got ",
+                    lengths.size(), " for ", batch);
+  for (size_t b = 0; b < lengths.size(); ++b) {
+    TORCH_CHECK_VALUE(lengths[b] >= least && lengths[b] <= most, name, "[", b, "] must be between ", least, " and ", most,
+                      ", got ", lengths[b]);
+  }
+}
+
+// encoder_out (B, T, J), predictor_out (B, U + 1, J), weight (V, J), bias (V,), targets (B, U).
+inline void check_transducer(const Tensor& encoder_out, const Tensor& predictor_out, const Tensor& weight,
+                             const Tensor& bias, const Tensor& targets, IntArrayRef lengths,
+                             IntArrayRef target_lengths) {
+  TORCH_CHECK_VALUE(encoder_out.dim() == 3, "encoder_out must be (batch, frames, joiner), got ", encoder_out.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) >= 1, "weight must be (tokens, joiner), got ", weight.sizes());
+  TORCH_CHECK_VALUE(targets.dim() == 2, "targets must be (batch, tokens), got ", targets.sizes());
+  const int64_t batch = encoder_out.size(0), joiner = encoder_out.size(2), width = targets.size(1) + 1;
+  check_shape(encoder_out, encoder_out.sizes(), encoder_out, at::kFloat, "encoder_out");
+  check_shape(predictor_out, {batch, width, joiner}, encoder_out, at::kFloat, "predictor_out");
+  check_shape(weight, {weight.size(0), joiner}, encoder_out, at::kFloat, "weight");
+  check_shape(bias, {weight.size(0)}, encoder_out, at::kFloat, "bias");
+  check_shape(targets, {batch, width - 1}, encoder_out, at::kLong, "targets");
+  check_lengths(lengths, batch, 1, encoder_out.size(1), "lengths");
+  check_lengths(target_lengths, batch, 0, width - 1, "target_lengths");
+}
+
+// targets: on a CPU, contiguous.
+inline void check_targets(const Tensor& targets, int64_t tokens, IntArrayRef target_lengths) {
+  const auto* at = targets.const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < targets.size(0); ++b) {
+    for (int64_t u = 0; u < target_lengths[b]; ++u) {
+      const int64_t target = at[b * targets.size(1) + u];
+      TORCH_CHECK_VALUE(target >= 0 && target < tokens, "targets[", b, "][", u, "] must be between 0 and ", tokens - 1,
+                        ", got ", target);
+    }
+  }
 }
 
 // A weight as a matrix, (size(0), the rest flattened), and its tiles of rows x columns, which are cut to its size.

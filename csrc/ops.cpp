@@ -1,5 +1,5 @@
 // All operators of Audio Lottery. Implementations: cpu/*.cpp and cuda/*.cu, names mirrored; checks: checks.h;
-// the slow reference they are tested against: lottery.py and audio_lottery/sparse.py.
+// the slow reference they are tested against: lottery.py, models.py and audio_lottery/sparse.py.
 
 #include <torch/extension.h>
 #include <torch/library.h>
@@ -19,6 +19,11 @@ TORCH_LIBRARY(audio_lottery, m) {
   m.def("global_magnitude_masks(Tensor[] weights, Tensor[] masks, int keep) -> Tensor[]");
   // The sum of |w| over each tile of rows x columns of each weight, seen as (size(0), the rest), in float64.
   m.def("block_norms(Tensor[] weights, int rows, int columns) -> Tensor[]");
+  // The transducer's loss, summed over the batch, whose logits are tanh(encoder_out[b, t] + predictor_out[b, u]) through
+  // weight and bias, token 0 the blank; and its gradients by these four.
+  m.def(
+      "transducer_loss(Tensor encoder_out, Tensor predictor_out, Tensor weight, Tensor bias, Tensor targets, int[] lengths, "
+      "int[] target_lengths) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // x (..., inputs) times a matrix of kept blocks: values (blocks, r, c), columns uint16, offsets int32 (cpu/sparse.cpp).
   m.def(
       "sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor offsets, Tensor? scales, Tensor? bias, int outputs) "
