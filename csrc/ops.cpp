@@ -1,5 +1,5 @@
 // All operators of Audio Lottery. Implementations: cpu/*.cpp and cuda/*.cu, names mirrored; checks: checks.h;
-// the slow reference they are tested against: lottery.py and audio_lottery/sparse.py.
+// the slow reference they are tested against: lottery.py, audio_lottery/sparse.py and audio_lottery/fused.py.
 
 #include <torch/extension.h>
 #include <torch/library.h>
@@ -39,6 +39,9 @@ TORCH_LIBRARY(audio_lottery, m) {
   m.def(
       "sparse_transducer(Tensor encoder_out, Tensor inputs, Tensor[] recurrent, Tensor[] projection, Tensor[] output, "
       "Tensor? bias, int max_symbols, Tensor[] state) -> (Tensor, Tensor, Tensor, Tensor[])");
+  // A Conformer's GLU of x (batch, 2 * channels, time), depthwise convolution by weight (channels, an odd kernel) and SiLU:
+  // (batch, channels, time), zeros behind each end.
+  m.def("gated_convolution(Tensor x, Tensor weight, Tensor bias, Tensor? lengths) -> Tensor");
 }
 
 // Facts about this build; tensors go through the dispatcher.

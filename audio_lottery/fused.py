@@ -1,0 +1,106 @@
+"""Parts of a Conformer's block in one pass each, in place of several layers: what compress gives a block that asks.
+
+A block opts in by two methods; compress, which knows no more of it, calls
+`block.use_fused(*fused(**block.fused_parts()))`.
+
+fused_parts(): heads, depthwise and norm, as the arguments of fused() below.
+use_fused(attention, convolution): takes the two, as submodules, and calls them in evaluation mode, but for an export,
+whose graph is of its own layers. Both None: its own always.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lottery
+from audio_lottery.layers import FLOAT32, Fixed
+from audio_lottery.sparse import check_devices
+
+
+def reference_gated_convolution(x: Tensor, weight: Tensor, bias: Tensor, lengths: Tensor | None) -> Tensor:
+    """GLU of x (B, 2 C, T), depthwise convolution by weight (C, K) and bias (C,), K odd, and SiLU -> (B, C, T).
+
+    lengths: (B,) int64 or None. What stands behind an end counts as zeros, and is zeros in what comes.
+    """
+    check_devices("x", x, weight=weight, bias=bias, lengths=lengths)
+    time, kernel = x.shape[2], weight.shape[1]
+    lengths = x.new_full((len(x),), time) if lengths is None else lengths
+    valid = (torch.arange(time, device=x.device) < lengths[:, None])[:, None]  # (B, 1, T)
+    padded = F.pad(F.glu(x, 1).where(valid, 0.0), (kernel // 2, kernel // 2))
+    sums = sum(weight[:, k, None] * padded[:, :, k : k + time] for k in range(kernel)) + bias[:, None]
+    return F.silu(sums).where(valid, 0.0)
+
+
+if not lottery.ops.compiled:
+    gated_convolution = reference_gated_convolution
+else:
+    gated_convolution = torch.ops.audio_lottery.gated_convolution
+
+    @torch.library.register_fake("audio_lottery::gated_convolution")
+    def fake_gated_convolution(x, weight, bias, lengths):
+        check_devices("x", x, weight=weight, bias=bias, lengths=lengths)
+        return x.new_empty(len(x), len(weight), x.shape[2])
+
+
+def fused(heads: int, depthwise: nn.Conv1d, norm: nn.BatchNorm1d) -> "tuple[RotaryAttention, GatedConvolution]":
+    """What a block's use_fused takes.
+
+    heads: of its attention, which turns queries and keys by rotary positions.  depthwise: between a GLU over channels
+    and `norm`, which SiLU follows.  Raises LotteryError for layers of another form.
+    """
+    channels, kernel = depthwise.weight.shape[0], depthwise.weight.shape[-1]
+    form = depthwise.groups, depthwise.stride, depthwise.dilation, depthwise.padding, depthwise.padding_mode
+    if kernel % 2 == 0 or form != (channels, (1,), (1,), (kernel // 2,), "zeros") or norm.running_mean is None:
+        raise lottery.LotteryError(
+            "fused_parts: depthwise must be an nn.Conv1d of a group a channel, with an odd kernel, as many frames out "
+            f"as in, and norm one that keeps statistics, got {depthwise} and {norm}"
+        )
+    return RotaryAttention(heads), GatedConvolution(depthwise, norm)
+
+
+@functools.lru_cache(maxsize=8)
+def turns(frames: int, width: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of rotary positions, (frames, 1, 1, width) each, the sine negative in the first half."""
+    with torch.inference_mode(False):  # else they could be used in that mode alone, ever after
+        half = torch.arange(width // 2, dtype=torch.float32)
+        angle = torch.outer(torch.arange(frames, dtype=torch.float32), 10_000.0 ** (-half / (width // 2)))
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((cos, cos), 1)[:, None, None], torch.cat((-sin, sin), 1)[:, None, None]
+
+
+class RotaryAttention(nn.Module):
+    """What stands between the projections of self-attention with rotary positions."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, qkv: Tensor, valid: Tensor) -> Tensor:
+        """qkv (B, T, 3 * width), valid (B, T) bool -> (B, T, width)."""
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))  # (B, T, 3, heads, d)
+        both, (frames, width) = qkv[:, :, :2], (qkv.shape[1], qkv.shape[-1])
+        cos, sin = (table.to(device=qkv.device, dtype=qkv.dtype) for table in turns(frames, width))
+        swapped = torch.cat((both[..., width // 2 :], both[..., : width // 2]), -1)
+        q, k = torch.addcmul(both * cos, swapped, sin).permute(2, 0, 3, 1, 4)  # (B, heads, T, d) each
+        mask = None if valid.all() else valid[:, None, None]  # none is faster
+        return F.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2), mask).transpose(1, 2).flatten(2)
+
+
+class GatedConvolution(Fixed):
+    """GLU, the depthwise convolution with its norm in its weights, and SiLU. It keeps its own copy of the weights."""
+
+    def __init__(self, depthwise: nn.Conv1d, norm: nn.BatchNorm1d):
+        super().__init__()
+        scale = (norm.running_var.double() + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight.double())
+        bias = -norm.running_mean.double() if depthwise.bias is None else depthwise.bias - norm.running_mean.double()
+        shift = 0.0 if norm.bias is None else norm.bias.double()
+        self.register_buffer("weight", (depthwise.weight[:, 0] * scale[:, None]).detach().float())  # (C, K)
+        self.register_buffer("bias", (bias * scale + shift).detach().float())
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        """x (B, 2 C, T), valid (B, T) bool, True before each end -> (B, C, T)."""
+        on_cpu = x.device.type == "cpu"
+        product = gated_convolution if on_cpu else reference_gated_convolution
+        return product(x.to(FLOAT32), self.weight, self.bias, valid.sum(1)).to(x.dtype)
