@@ -33,15 +33,32 @@ def reference_gated_convolution(x: Tensor, weight: Tensor, bias: Tensor, lengths
     return F.silu(sums).where(valid, 0.0)
 
 
+def reference_rotary_heads(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """qkv (B, T, 3 * heads * d) -> (3, B, heads, T, d): queries and keys turned by rotary positions, and values.
+
+    cos, sin: (T, d / 2), of the angle of each pair (i, d / 2 + i).
+    """
+    check_devices("qkv", qkv, cos=cos, sin=sin)
+    q, k, v = qkv.unflatten(2, (3, heads, qkv.shape[2] // (3 * heads))).permute(2, 0, 3, 1, 4)  # (B, heads, T, d) each
+    pairs = (x.chunk(2, -1) for x in (q, k))
+    turned = [torch.cat((a * cos - b * sin, a * sin + b * cos), -1) for a, b in pairs]
+    return torch.stack((*turned, v))
+
+
 if not lottery.ops.compiled:
-    gated_convolution = reference_gated_convolution
+    gated_convolution, rotary_heads = reference_gated_convolution, reference_rotary_heads
 else:
-    gated_convolution = torch.ops.audio_lottery.gated_convolution
+    gated_convolution, rotary_heads = torch.ops.audio_lottery.gated_convolution, torch.ops.audio_lottery.rotary_heads
 
     @torch.library.register_fake("audio_lottery::gated_convolution")
     def fake_gated_convolution(x, weight, bias, lengths):
         check_devices("x", x, weight=weight, bias=bias, lengths=lengths)
         return x.new_empty(len(x), len(weight), x.shape[2])
+
+    @torch.library.register_fake("audio_lottery::rotary_heads")
+    def fake_rotary_heads(qkv, cos, sin, heads):
+        check_devices("qkv", qkv, cos=cos, sin=sin)
+        return qkv.new_empty(3, len(qkv), heads, qkv.shape[1], qkv.shape[2] // (3 * heads))
 
 
 def fused(heads: int, depthwise: nn.Conv1d, norm: nn.BatchNorm1d) -> "tuple[RotaryAttention, GatedConvolution]":
@@ -61,13 +78,12 @@ def fused(heads: int, depthwise: nn.Conv1d, norm: nn.BatchNorm1d) -> "tuple[Rota
 
 
 @functools.lru_cache(maxsize=8)
-def turns(frames: int, width: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of rotary positions, (frames, 1, 1, width) each, the sine negative in the first half."""
+def turns(frames: int, half: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of rotary positions, (frames, half) each."""
     with torch.inference_mode(False):  # else they could be used in that mode alone, ever after
-        half = torch.arange(width // 2, dtype=torch.float32)
-        angle = torch.outer(torch.arange(frames, dtype=torch.float32), 10_000.0 ** (-half / (width // 2)))
-        cos, sin = angle.cos(), angle.sin()
-        return torch.cat((cos, cos), 1)[:, None, None], torch.cat((-sin, sin), 1)[:, None, None]
+        rates = 10_000.0 ** (-torch.arange(half, dtype=torch.float32) / half)
+        angle = torch.outer(torch.arange(frames, dtype=torch.float32), rates)
+        return angle.cos(), angle.sin()
 
 
 class RotaryAttention(nn.Module):
@@ -79,13 +95,11 @@ class RotaryAttention(nn.Module):
 
     def forward(self, qkv: Tensor, valid: Tensor) -> Tensor:
         """qkv (B, T, 3 * width), valid (B, T) bool -> (B, T, width)."""
-        qkv = qkv.unflatten(-1, (3, self.heads, -1))  # (B, T, 3, heads, d)
-        both, (frames, width) = qkv[:, :, :2], (qkv.shape[1], qkv.shape[-1])
-        cos, sin = (table.to(device=qkv.device, dtype=qkv.dtype) for table in turns(frames, width))
-        swapped = torch.cat((both[..., width // 2 :], both[..., : width // 2]), -1)
-        q, k = torch.addcmul(both * cos, swapped, sin).permute(2, 0, 3, 1, 4)  # (B, heads, T, d) each
+        cos, sin = (table.to(qkv.device) for table in turns(qkv.shape[1], qkv.shape[2] // (6 * self.heads)))
+        by_heads = rotary_heads if qkv.device.type == "cpu" else reference_rotary_heads
+        q, k, v = by_heads(qkv.to(FLOAT32), cos, sin, self.heads).to(qkv.dtype)
         mask = None if valid.all() else valid[:, None, None]  # none is faster
-        return F.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2), mask).transpose(1, 2).flatten(2)
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
 class GatedConvolution(Fixed):

@@ -42,6 +42,9 @@ TORCH_LIBRARY(audio_lottery, m) {
   // A Conformer's GLU of x (batch, 2 * channels, time), depthwise convolution by weight (channels, an odd kernel) and SiLU:
   // (batch, channels, time), zeros behind each end.
   m.def("gated_convolution(Tensor x, Tensor weight, Tensor bias, Tensor? lengths) -> Tensor");
+  // qkv (batch, time, 3 * heads * size) -> queries and keys turned by rotary positions, cos and sin (time, size / 2), and
+  // values: (3, batch, heads, time, size).
+  m.def("rotary_heads(Tensor qkv, Tensor cos, Tensor sin, int heads) -> Tensor");
 }
 
 // Facts about this build; tensors go through the dispatcher.

@@ -101,8 +101,44 @@ def test_what_it_refuses(change, error, message):
         fused.gated_convolution(*(usual | change).values())
 
 
+def test_heads_by_hand():
+    """Two frames, one head of two numbers: the second frame's are turned by a right angle."""
+    qkv = torch.tensor([[[1.0, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]]])
+    found = fused.rotary_heads(qkv, torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]]), 1)
+    assert found[:, 0, 0].tolist() == [[[1, 2], [-2, 1]], [[3, 4], [-4, 3]], [[5, 6], [5, 6]]]
+
+
+@built
+@pytest.mark.parametrize("batch, time, heads, size", [
+    (1, 1, 1, 2), (2, 7, 3, 6), (3, 33, 8, 52), (1, 1000, 4, 32), (2, 5, 2, 70), (0, 4, 2, 4), (2, 0, 2, 4),
+])  # fmt: skip
+def test_heads_are_their_reference(batch, time, heads, size, threads):
+    qkv, (cos, sin) = drawn(batch, time, 3 * heads * size), fused.turns(time, size // 2)
+    found = fused.rotary_heads(qkv, cos, sin, heads)
+    assert found.shape == (3, batch, heads, time, size)
+    torch.testing.assert_close(found, fused.reference_rotary_heads(qkv, cos, sin, heads))
+    turned = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (qkv, cos, sin))
+    assert torch.equal(fused.rotary_heads(*turned, heads), found)
+
+
+@built
+@pytest.mark.parametrize("change, error, message", [
+    (dict(qkv=torch.zeros(1, 2, 12).half()), TypeError, "qkv must be float32, got Half"),
+    (dict(sin=torch.zeros(2)), ValueError, r"sin must have 2 dimension\(s\), got \[2\]"),
+    (dict(heads=0), ValueError, "qkv must be three vectors of an even size a head"),
+    (dict(qkv=torch.zeros(1, 2, 18)), ValueError, r"even size a head, got \[1, 2, 18\] for 2 heads"),
+    (dict(cos=torch.zeros(2, 2)), ValueError, r"cos must be \[2, 1\], got \[2, 2\]"),
+    (dict(sin=torch.zeros(3, 1)), ValueError, r"sin must be \[2, 1\], got \[3, 1\]"),
+])  # fmt: skip
+def test_what_heads_refuse(change, error, message):
+    usual = dict(qkv=torch.zeros(1, 2, 12), cos=torch.zeros(2, 1), sin=torch.zeros(2, 1), heads=2)
+    with pytest.raises(error, match=message):
+        fused.rotary_heads(*(usual | change).values())
+
+
 @built
 def test_opcheck():
+    torch.library.opcheck(torch.ops.audio_lottery.rotary_heads, (drawn(2, 5, 24), drawn(5, 2), drawn(5, 2), 2))
     for lengths in (None, torch.tensor([9, 4])):
         arguments = drawn(2, 6, 9), drawn(3, 5), drawn(3), lengths
         torch.library.opcheck(torch.ops.audio_lottery.gated_convolution, arguments)

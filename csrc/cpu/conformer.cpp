@@ -1,12 +1,16 @@
-// gated_convolution on CPU: a Conformer's GLU, depthwise convolution and SiLU in one pass over each channel, whose frames
-// stay in the first cache. Loops are plain, and vectors are the compiler's: cut to numbers of 32 bits and without
-// branches, so that it makes them without -ffast-math.
+// gated_convolution and rotary_heads on CPU: parts of a Conformer's block in one pass. A channel's GLU, depthwise
+// convolution and SiLU, while its frames stay in the first cache; a frame's queries and keys, turned and put by heads.
+// Loops are plain, and vectors are the compiler's: of numbers of 32 bits and without branches, so that it makes them
+// without -ffast-math.
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../checks.h"
@@ -63,13 +67,17 @@ void convolve(const float* frames, const float* gates, const float* weights, flo
   for (int64_t t = 0; t < length; ++t) out[t] = sums[t] * sigmoid(sums[t]);
 }
 
+void check_floats(const Tensor& tensor, const char* name, int64_t dim, const Tensor& first, const char* first_name) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, name, " must be float32, got ", tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.dim() == dim, name, " must have ", dim, " dimension(s), got ", tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.device() == first.device(), name, " must be on the device of ", first_name, ", got ",
+                    tensor.device(), " and ", first.device());
+}
+
 void check(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& lengths) {
   for (const auto& [tensor, name, dim] :
        {std::tuple(&x, "x", 3), std::tuple(&weight, "weight", 2), std::tuple(&bias, "bias", 1)}) {
-    TORCH_CHECK_TYPE(tensor->scalar_type() == at::kFloat, name, " must be float32, got ", tensor->scalar_type());
-    TORCH_CHECK_VALUE(tensor->dim() == dim, name, " must have ", dim, " dimension(s), got ", tensor->sizes());
-    TORCH_CHECK_VALUE(tensor->device() == x.device(), name, " must be on the device of x, got ", tensor->device(), " and ",
-                      x.device());
+    check_floats(*tensor, name, dim, x, "x");
   }
   TORCH_CHECK_VALUE(x.size(1) == 2 * weight.size(0) && bias.size(0) == weight.size(0),
                     "x must have two channels a row of weight, and bias a number, got ", x.sizes(), ", ", weight.sizes(),
@@ -97,16 +105,63 @@ Tensor gated_convolution(const Tensor& x, const Tensor& weight, const Tensor& bi
   }
   Tensor out = at::empty({batch, channels, time}, x.options());
   if (out.numel() == 0) return out;
-  const float *from = in.const_data_ptr<float>(), *w = weights.const_data_ptr<float>(), *b = biases.const_data_ptr<float>();
+  const float *from = in.const_data_ptr<float>(), *w = weights.const_data_ptr<float>();
+  const float* b = biases.const_data_ptr<float>();
   float* to = out.data_ptr<float>();
-  at::parallel_for(0, batch * channels, std::max<int64_t>(1, THREAD_PRODUCTS / (time * kernel)), [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, THREAD_PRODUCTS / (time * kernel));
+  at::parallel_for(0, batch * channels, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> padded(time + kernel - 1), sums(time);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / channels, c = i % channels, length = ends[n];
       std::fill(padded.begin() + kernel / 2 + length, padded.end(), 0.0f);
-      const float* frames = from + (2 * n * channels + c) * time;
-      convolve(frames, frames + channels * time, w + c * kernel, b[c], padded.data(), sums.data(), to + i * time, length, kernel);
+      const float *frames = from + (2 * n * channels + c) * time, *gates = frames + channels * time;
+      convolve(frames, gates, w + c * kernel, b[c], padded.data(), sums.data(), to + i * time, length, kernel);
       std::fill(to + i * time + length, to + (i + 1) * time, 0.0f);
+    }
+  });
+  return out;
+}
+
+// One frame's vectors of all heads, each of two halves (a, b) -> (a cos - b sin, a sin + b cos), `apart` floats apart.
+AUDIO_LOTTERY_CLONES
+void turn(const float* x, const float* cos, const float* sin, float* __restrict out, int64_t heads, int64_t half,
+          int64_t apart) {
+  for (int64_t head = 0; head < heads; ++head, x += 2 * half, out += apart) {
+    for (int64_t i = 0; i < half; ++i) out[i] = x[i] * cos[i] - x[half + i] * sin[i];
+    for (int64_t i = 0; i < half; ++i) out[half + i] = x[i] * sin[i] + x[half + i] * cos[i];
+  }
+}
+
+Tensor rotary_heads(const Tensor& qkv, const Tensor& cos, const Tensor& sin, int64_t heads) {
+  for (const auto& [tensor, name, dim] :
+       {std::tuple(&qkv, "qkv", 3), std::tuple(&cos, "cos", 2), std::tuple(&sin, "sin", 2)}) {
+    check_floats(*tensor, name, dim, qkv, "qkv");
+  }
+  TORCH_CHECK_VALUE(heads > 0 && qkv.size(2) % (6 * heads) == 0,
+                    "qkv must be three vectors of an even size a head, got ", qkv.sizes(), " for ", heads, " heads");
+  const int64_t batch = qkv.size(0), time = qkv.size(1), size = qkv.size(2) / (3 * heads), half = size / 2;
+  for (const auto& [tensor, name] : {std::pair(&cos, "cos"), std::pair(&sin, "sin")}) {
+    TORCH_CHECK_VALUE(tensor->size(0) == time && tensor->size(1) == half, name, " must be [", time, ", ", half, "], got ",
+                      tensor->sizes());
+  }
+  const Tensor in = qkv.contiguous(), cosines = cos.contiguous(), sines = sin.contiguous();
+  Tensor out = at::empty({3, batch, heads, time, size}, qkv.options());
+  if (out.numel() == 0) return out;
+  const float *from = in.const_data_ptr<float>(), *c = cosines.const_data_ptr<float>();
+  const float* s = sines.const_data_ptr<float>();
+  float* to = out.data_ptr<float>();
+  const int64_t apart = time * size, part = batch * heads * apart;
+  const int64_t grain = std::max<int64_t>(1, THREAD_PRODUCTS / qkv.size(2));
+  at::parallel_for(0, batch * time, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / time, t = i % time;
+      const float* x = from + i * qkv.size(2);
+      float* y = to + n * heads * apart + t * size;
+      turn(x, c + t * half, s + t * half, y, heads, half, apart);
+      turn(x + heads * size, c + t * half, s + t * half, y + part, heads, half, apart);
+      for (int64_t h = 0; h < heads; ++h) {
+        std::memcpy(y + 2 * part + h * apart, x + (2 * heads + h) * size, size * sizeof(float));
+      }
     }
   });
   return out;
@@ -114,6 +169,9 @@ Tensor gated_convolution(const Tensor& x, const Tensor& weight, const Tensor& bi
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(audio_lottery, CPU, m) { m.impl("gated_convolution", &gated_convolution); }
+TORCH_LIBRARY_IMPL(audio_lottery, CPU, m) {
+  m.impl("gated_convolution", &gated_convolution);
+  m.impl("rotary_heads", &rotary_heads);
+}
 
 }  // namespace audio_lottery
