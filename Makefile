@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OPERATORS := tests/test_ops.py tests/test_sparse.py tests/test_fused.py tests/test_transducer_loss.py
 
 try: $(VENV)/installed
 	$(BIN)/python -m bench try
@@ -32,7 +33,7 @@ sanitize: $(VENV)/dev
 	export LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0; \
 	(cd build/sanitize && $(abspath $(BIN))/python -c 'import torch, _lottery; assert "sanitize" in _lottery.__file__') && \
-	$(BIN)/python -m pytest -o pythonpath="build/sanitize . tests" tests/test_ops.py tests/test_sparse.py tests/test_transducer_loss.py
+	$(BIN)/python -m pytest -o pythonpath="build/sanitize . tests" $(OPERATORS)
 
 # the operators' tests on the code for other processors: no AVX2, no AVX-512
 baseline: $(VENV)/dev
@@ -41,7 +42,7 @@ baseline: $(VENV)/dev
 	--build-temp build/baseline/temp --build-lib build/baseline
 	(cd build/baseline && $(abspath $(BIN))/python -c 'import torch, _lottery; \
 	assert "baseline" in _lottery.__file__ and _lottery.build_facts()["instructions"] == "baseline"') && \
-	$(BIN)/python -m pytest -o pythonpath="build/baseline . tests" tests/test_ops.py tests/test_sparse.py tests/test_transducer_loss.py
+	$(BIN)/python -m pytest -o pythonpath="build/baseline . tests" $(OPERATORS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -480,6 +480,11 @@ def rotate(x: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
+def in_one_pass(module: nn.Module) -> bool:
+    """Does it compute by what use_fused was given?"""
+    return module.fused is not None and not module.training and not torch.compiler.is_exporting()
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with relative positions through rotation; padded keys are masked."""
 
@@ -487,9 +492,12 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fused = None  # what ConformerBlock.use_fused was given
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         """x: (B, T, width), valid: (B, T) bool -> (B, T, width)."""
+        if in_one_pass(self):
+            return self.out(self.fused(self.qkv(x), valid))
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, T, d)
         x = F.scaled_dot_product_attention(rotate(q), rotate(k), v, valid[:, None, None])
         return self.out(x.transpose(1, 2).flatten(2))
@@ -517,9 +525,25 @@ class ConformerBlock(nn.Module):
         self.batch_norm = BatchNorm(width)
         self.pointwise2 = nn.Conv1d(width, width, 1)
         self.norm, self.drop = nn.LayerNorm(width), drop
+        self.fused = None  # what use_fused was given
+
+    def fused_parts(self) -> dict:
+        """What `use_fused` is given other forms of, by the names that their maker takes it under."""
+        return {"heads": self.attention.heads, "depthwise": self.depthwise, "norm": self.batch_norm}
+
+    def use_fused(self, attention: nn.Module | None, convolution: nn.Module | None) -> None:
+        """Compute by these, made of fused_parts, but for training and export; None: by its own layers.
+
+        attention(qkv (B, T, 3 * width), valid) -> (B, T, width), before the output projection.
+        convolution(x (B, 2 * width, T), valid) -> (B, width, T): all between the two pointwise convolutions.
+        """
+        self.attention.fused, self.fused = attention, convolution
 
     def convolution(self, x: Tensor, valid: Tensor, rows: Tensor) -> Tensor:
-        x = F.glu(self.pointwise1(self.conv_norm(x).transpose(1, 2)), 1)  # (B, width, T)
+        x = self.pointwise1(self.conv_norm(x).transpose(1, 2))  # (B, 2 * width, T)
+        if in_one_pass(self):
+            return self.pointwise2(self.fused(x, valid)).transpose(1, 2)
+        x = F.glu(x, 1)  # (B, width, T)
         x = self.depthwise(x * valid[:, None]).transpose(1, 2)  # masked: no padding leaks in
         x = F.silu(on_rows(self.batch_norm, x, rows))  # (B, T, width)
         return self.drop(self.pointwise2(x.transpose(1, 2)).transpose(1, 2))

@@ -3,8 +3,8 @@
     python transcribe.py runs/NAME recording.flac folder/ manifest.jsonl --format json
 
 What is longer than --piece is cut into pieces that overlap, each recognised by itself; their words are joined in the
-widest pause in the middle half of the overlap. A piece is dropped as soon as it is recognised, so that of a recording
-nothing but its words is kept.
+widest pause in the middle half of the overlap. Pieces of all recordings are read a window ahead, and those of similar
+lengths are recognised together (--batch). Behind the window nothing but words is kept.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 if __name__ == "__main__":
     from lab import missing
@@ -42,8 +42,10 @@ from lab.scoring import MANIFESTS
 from models import Emission
 from runner import flags
 
-BATCH = 8  # pieces
+BATCH = 16  # pieces that are recognised together, by default
 PIECE = 20  # seconds, by default
+HELD = 300  # seconds of audio that are read before any is recognised, so that pieces of similar lengths meet
+PADDED = 160  # seconds of audio in a batch, at most, each piece as long as the longest; a longer piece is alone
 
 
 def parser() -> Parser:
@@ -94,6 +96,9 @@ def parser() -> Parser:
         help="measure now which layers are faster sparse, however "
         f"short the audio (default: from {choice.MINUTES} minutes on, once; kept in the user's cache)",
     )
+    machine.add_argument("--batch", type=int, metavar="N",
+                         help="recordings of similar length (or their pieces) that are recognised together, "
+                         f"at most (default: {BATCH})")  # fmt: skip
     machine.add_argument("--values", choices=["float32", "bfloat16", "int8"],
                          help="how the weights of sparse products are kept (default: float32)")  # fmt: skip
     flags.add(machine, flags.NAMED["threads"])
@@ -122,6 +127,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error(f"--chunk must be at least 0.01 seconds and at most 60, got {args.chunk:g}")
     if args.calibrate and not (args.stream or args.normalize == "running"):
         p.error("--calibrate goes with --stream or --normalize running")
+    if args.batch is not None and not 1 <= args.batch <= 1024:
+        p.error(f"--batch must be at least 1 and at most 1024, got {args.batch}")
+    if args.batch and (args.stream or args.export):
+        p.error("--batch is of whole recordings: --stream takes one at a time, and --export none")
+    args.batch = args.batch or BATCH
     if args.lm == flags.NONE:
         args.lm = None
     flags.check_beam(p, args)
@@ -232,9 +242,9 @@ class Recogniser:
         """run: the use that layers are measured in."""
         args = self.args
         if not args.dense:
-            how = {"dtype": args.values or "float32", "use": f"chunks of {args.chunk:g} s" if args.stream else "pieces"}
+            use = f"chunks of {args.chunk:g} s" if args.stream else f"pieces, {args.batch} at a time"
             self.model, told, _ = choice.choose(
-                self.model, self.ticket.masks, run, self.ahead, **how, anew=args.measure
+                self.model, self.ticket.masks, run, self.ahead, args.values or "float32", use, args.measure
             )
             print(printable(told), file=sys.stderr)
         self.emissions = self.model.emissions
@@ -292,14 +302,26 @@ def blocks_of(recording: data.Utterance, seconds: float) -> Iterator[Tensor]:
 
 @dataclass
 class Hearing:
-    """A recording of which some pieces are recognised already."""
+    """A recording of which some pieces are recognised already, in whatever order."""
 
     source: data.Utterance
     words: list[Word] = field(default_factory=list)
     end: float = 0.0  # seconds, of what is in words
-    waiting: int = 0  # pieces that are decoded and not yet recognised
+    pieces: int = 0  # decoded
+    joined: int = 0  # of which the words are in `words`
+    early: dict[int, tuple[float, float, list[Word]]] = field(default_factory=dict)  # heard before one in front of them
     decoded: bool = False  # to its end
     error: str = ""
+
+    def add(self, piece: "Piece", words: list[Word]) -> None:
+        self.early[piece.place] = piece.start, piece.end, words
+        while self.joined in self.early:
+            start, end, more = self.early.pop(self.joined)
+            join(self.words, self.end, start, more)
+            self.end, self.joined = end, self.joined + 1
+
+    def done(self) -> bool:
+        return self.decoded and self.joined == self.pieces
 
     def transcript(self) -> Transcript:
         if self.error:
@@ -307,46 +329,70 @@ class Hearing:
         return Transcript(self.source, self.end, self.words)
 
 
-def hear(recogniser: Recogniser, batch: list[tuple[Hearing, int, int, Tensor]]) -> None:
-    """Recognise pieces (of a recording, from and to which sample, features) and drop them."""
+class Piece(NamedTuple):
+    hearing: Hearing
+    place: int  # among those of its recording
+    start: float  # seconds
+    end: float
+    features: Tensor  # (T, F)
+
+
+def batches_of(pieces: list[Piece], most: int) -> Iterator[list[Piece]]:
+    """Pieces of similar lengths together, at most `most` and PADDED seconds; first the batch with the first of all."""
+    batches, longest, room = [], 0, 0
+    for i in sorted(range(len(pieces)), key=lambda i: -len(pieces[i].features)):
+        frames = len(pieces[i].features)
+        if not room or 2 * frames < longest:  # else padding would cost more than company gains
+            longest, room = frames, max(1, min(most, int(PADDED / (frames * sound.FRAME_SECONDS))))
+            batches.append([])
+        batches[-1].append(i)
+        room -= 1
+    return ([pieces[i] for i in batch] for batch in sorted(batches, key=min))
+
+
+def hear(recogniser: Recogniser, batch: list[Piece]) -> None:
+    """Recognise pieces, one at least."""
     try:
-        with told_of(batch[0][0].source):
-            found = recogniser.recognise([features for *_, features in batch])
+        with told_of(batch[0].hearing.source):
+            found = recogniser.recognise([piece.features for piece in batch])
     except data.DataError as error:
         if len(batch) > 1:  # each by itself takes less
-            for one in batch:
-                hear(recogniser, [one])
-        else:
-            batch[0][0].error, batch[0][0].waiting = str(error), batch[0][0].waiting - 1
-        return
-    for (hearing, start, end, _), emissions in zip(batch, found):
-        start, end = start / data.SAMPLE_RATE, end / data.SAMPLE_RATE
-        join(hearing.words, hearing.end, start, words_of(emissions, recogniser.tokens, recogniser.frame, start))
-        hearing.end, hearing.waiting = end, hearing.waiting - 1
+            for piece in batch:
+                hear(recogniser, [piece])
+            return
+        batch[0].hearing.error, found = str(error), [[]]
+    for piece, emissions in zip(batch, found):
+        piece.hearing.add(piece, words_of(emissions, recogniser.tokens, recogniser.frame, piece.start))
 
 
 def transcripts(recogniser: Recogniser, recordings: Iterable[data.Utterance]) -> Iterator[Transcript]:
-    """In order. Pieces are taken together until they are a batch, of whatever recordings they are."""
-    hearings, batch = collections.deque(), []
+    """In order, each as soon as those before it are known."""
+    hearings, window, most = collections.deque(), [], recogniser.args.batch
+
+    def known() -> Iterator[Transcript]:
+        while hearings and hearings[0].done():
+            yield hearings.popleft().transcript()
 
     def flush() -> Iterator[Transcript]:
-        if batch:
+        for batch in batches_of(window, most):
             hear(recogniser, batch)
-            batch.clear()
-        while hearings and hearings[0].decoded and not hearings[0].waiting:
-            yield hearings.popleft().transcript()
+            yield from known()
+        window.clear()
 
     for recording in recordings:
         hearings.append(hearing := Hearing(recording))
         try:
             for start, end, features in recogniser.pieces(recording):
-                batch.append((hearing, start, end, features))
-                hearing.waiting += 1
-                if len(batch) == BATCH:
+                times = start / data.SAMPLE_RATE, end / data.SAMPLE_RATE
+                window.append(Piece(hearing, hearing.pieces, *times, features))
+                hearing.pieces += 1
+                held = sum(piece.end - piece.start for piece in window)
+                if most == 1 or held >= HELD:
                     yield from flush()
         except data.DataError as error:
             hearing.error = str(error)
         hearing.decoded = True
+        yield from known()
     yield from flush()
 
 

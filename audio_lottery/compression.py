@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 import lottery
+from audio_lottery.fused import fused
 from audio_lottery.layers import Conv, DenseProduct, Greedy, Layer, Lstm, Product, Recurrent
 from audio_lottery.masked import check_names, masked_copy
 from audio_lottery.sparse import DTYPES, LAYOUTS, Matrix, to_matrix, whole
@@ -418,7 +419,8 @@ def use_products(model: nn.Module, dense: nn.Module) -> None:
 
     torch's path for an nn.TransformerEncoderLayer in inference reads the weights of its linear layers; it is not taken
     where the layer's activation is none that it knows. dense: the model before anything was replaced. A network that
-    offers its greedy loop gets one of what it has now; layers.Greedy says how it does.
+    offers its greedy loop gets one of what it has now; layers.Greedy says how it does. A block that offers parts of
+    itself gets them in one pass each; fused.py says how.
     """
     for name, layer in dense.named_modules():
         if isinstance(layer, nn.TransformerEncoderLayer):
@@ -427,6 +429,11 @@ def use_products(model: nn.Module, dense: nn.Module) -> None:
             ours.activation_relu_or_gelu = 0 if replaced else layer.activation_relu_or_gelu
     if hasattr(model, "greedy_parts"):
         model.use_greedy(Greedy(**model.greedy_parts()))
+    for module in list(model.modules()):
+        parts = module.fused_parts() if hasattr(module, "fused_parts") else {}
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in parts.values() if isinstance(m, nn.Module))
+        if parts and not hooked:
+            module.use_fused(*fused(**parts))
 
 
 def checked_choice(model: nn.Module, chosen: dict[str, str] | None, run: Callable | None) -> dict[str, str] | None:
@@ -463,7 +470,8 @@ def compress(
     keep_dense: names of layers (with all in them) or of weights that stay dense.
     chosen: what each weight takes, as choice(rows) of another call on such a model says; weights that it does not name
     stay dense. Nothing is measured, and `run` is called twice; not at all where everything stays dense.
-    A model with the methods `greedy_parts` and `use_greedy` gets a compiled greedy loop too: see layers.Greedy.
+    A model with the methods `greedy_parts` and `use_greedy` gets a compiled greedy loop too: see layers.Greedy. A block
+    in it with `fused_parts` and `use_fused` gets what these name in one pass each: see fused.py.
     Raises LotteryError for another layout or dtype, for masks and names that are not the model's, for `chosen` without
     `run`, and for greedy_parts that do not fit. What `run` raises on the dense model passes through.
     """

@@ -1,5 +1,5 @@
 // All operators of Audio Lottery. Implementations: cpu/*.cpp and cuda/*.cu, names mirrored; checks: checks.h;
-// the slow reference they are tested against: lottery.py, models.py and audio_lottery/sparse.py.
+// the slow references they are tested against: lottery.py, models.py, audio_lottery/sparse.py and fused.py.
 
 #include <torch/extension.h>
 #include <torch/library.h>
@@ -44,6 +44,12 @@ TORCH_LIBRARY(audio_lottery, m) {
   m.def(
       "sparse_transducer(Tensor encoder_out, Tensor inputs, Tensor[] recurrent, Tensor[] projection, Tensor[] output, "
       "Tensor? bias, int max_symbols, Tensor[] state) -> (Tensor, Tensor, Tensor, Tensor[])");
+  // A Conformer's GLU of x (batch, 2 * channels, time), depthwise convolution by weight (channels, an odd kernel) and SiLU:
+  // (batch, channels, time), zeros behind each end.
+  m.def("gated_convolution(Tensor x, Tensor weight, Tensor bias, Tensor? lengths) -> Tensor");
+  // qkv (batch, time, 3 * heads * size) -> queries and keys turned by rotary positions, cos and sin (time, size / 2), and
+  // values: (3, batch, heads, time, size).
+  m.def("rotary_heads(Tensor qkv, Tensor cos, Tensor sin, int heads) -> Tensor");
 }
 
 // Facts about this build; tensors go through the dispatcher.

@@ -308,6 +308,94 @@ def test_batches_of_recordings_are_transcribed_as_in_the_test(backbone, tickets,
     assert code == 0 and lines == [data.decode(i, TOKENS) for i in ids] and all(lines) and len(set(lines)) == 3
 
 
+@pytest.mark.parametrize("backbone", list(SIZES))
+def test_files_taken_together_have_the_texts_and_times_of_files_alone(backbone, tickets, tmp_path, capsys):
+    """Cut into pieces, a broken one among them, whatever the batch; in the order given."""
+    rows = [json.loads(line) for line in (DEMO / "test.jsonl").read_text().splitlines()][:24]
+    paths = [DEMO / row["audio_filepath"] for row in rows]
+    (tmp_path / "broken.wav").write_bytes(b"RIFF" + bytes(99))
+    argv = [tickets[backbone], *paths[:5], tmp_path / "broken.wav", *paths[5:], "--dense", "--json"]
+    argv += ["--piece", "2", "--overlap", "0.4"]
+    told = []
+    for batch in (1, 3, 16, 1024):
+        code, lines, err = said(capsys, *argv, "--batch", batch)
+        told.append([json.loads(line) for line in lines])
+        assert code == 1 and err.count("broken.wav: cannot decode") == 1 and "1 of 25 files failed" in err
+    alone = told[0]
+    names = [*paths[:5], tmp_path / "broken.wav", *paths[5:]]
+    assert [row["audio_filepath"] for row in alone] == list(map(str, names)) and "error" in alone[5]
+    assert len({row.get("text") for row in alone}) > 20
+    timeless = [[row | {"confidence": 0, "words": []} for row in rows] for rows in told]
+    assert timeless[1:] == timeless[:1] * 3
+    for rows in told[1:]:
+        for row, other in zip(rows, alone):
+            assert [w["word"] for w in row.get("words", [])] == [w["word"] for w in other.get("words", [])]
+            for key in ("start", "end", "confidence"):
+                theirs = [w[key] for w in other.get("words", [])]
+                assert [w[key] for w in row.get("words", [])] == pytest.approx(theirs, abs=2e-3)
+
+
+def piece(seconds: float) -> transcribe.Piece:
+    return transcribe.Piece(None, 0, 0.0, seconds, torch.empty(round(100 * seconds), 1))
+
+
+def test_batches_by_hand():
+    def lengths(*seconds, most):
+        return [[p.end for p in batch] for batch in transcribe.batches_of(list(map(piece, seconds)), most)]
+
+    assert lengths(most=4) == []
+    assert lengths(3, 9, 2, 8, 4, most=1) == [[3], [9], [2], [8], [4]]  # in the order they came
+    assert lengths(3, 9, 2, 8, 5, most=2) == [[5, 3], [9, 8], [2]]  # first what the first one is in
+    assert lengths(3, 9, 2, 8, 4, most=8) == [[4, 3, 2], [9, 8]]  # 4 is less than half of 9
+    assert lengths(20, 20, 20, 20, 20, 20, 20, 20, 20, most=16) == [[20] * 8, [20]]  # 160 s
+    assert lengths(50, 100, 50, 200, most=16) == [[50, 50], [100], [200]]  # 2 * 100 s are too many, one alone is not
+
+
+def test_a_window_is_read_ahead_and_no_more(tickets):
+    """Seconds that are held when something is recognised, and what is told before more is read."""
+    recogniser = transcribe.Recogniser(transcribe.parse([str(tickets["conformer"]), "x", "--batch", "4"]))
+    lengths, order = [3, 19, 2, 18, 4, 17, 300, 6, 5], []
+
+    def pieces(recording):
+        order.append(f"read {recording.audio}")
+        yield 0, 16_000 * int(str(recording.audio)), torch.empty(100 * int(str(recording.audio)), 80)
+
+    def recognise(features):
+        order.append([len(f) // 100 for f in features])
+        return [[Emission(2, 0, 1, 0.5)]] * len(features)
+
+    recogniser.pieces, recogniser.recognise = pieces, recognise
+    for transcript in transcribe.transcripts(recogniser, [data.Utterance(Path(str(n)), "") for n in lengths]):
+        order.append(f"told {transcript.source.audio}")
+    assert order == [
+        *(f"read {n}" for n in (3, 19, 2, 18, 4, 17, 300)), [4, 3, 2], "told 3",
+        [19, 18, 17], *(f"told {n}" for n in (19, 2, 18, 4, 17)), [300], "told 300",
+        "read 6", "read 5", [6, 5], "told 6", "told 5",
+    ]  # fmt: skip
+
+
+def test_batches_go_with_beams_subtitles_and_scores(tickets, speech, tmp_path, capsys):
+    """And with --normalize running and sparse products."""
+    (tmp_path / "ref.jsonl").write_text(
+        "\n".join(json.dumps({"audio_filepath": str(path), "text": "a b"}) for path in speech)
+    )
+    unigrams = "-9\t<s>\t0\n-1\t</s>\n-1\tabc\t0\n-1\tde\t0"
+    arpa = f"\\data\\\nngram 1=4\nngram 2=1\n\n\\1-grams:\n{unigrams}\n\n\\2-grams:\n-1\tabc de\n\n\\end\\\n"
+    (tmp_path / "lm.arpa").write_text(arpa)
+    ways = [(), ("--normalize", "running"), ("--score",), ("--format", "vtt", "--out", tmp_path), ("--measure",)]
+    if importlib.util.find_spec("flashlight"):
+        ways += [("--beam", "4"), ("--beam", "4", "--lm", tmp_path / "lm.arpa")]
+    for flags in ways:
+        audio = [tmp_path / "ref.jsonl"] if "--score" in flags else speech
+        found = []
+        for batch in (1, 16):
+            dense = [] if "--measure" in flags else ["--dense"]
+            code, lines, _ = said(capsys, tickets["conformer"], *audio, *dense, *flags, "--batch", batch)
+            found.append((code, lines, [path.read_text() for path in sorted(tmp_path.glob("*.vtt"))]))
+        assert found[0] == found[1] and found[0][0] == 0 and found[0][1], flags
+    assert len(found[0][2]) == 3
+
+
 def test_a_manifest_on_stdin(tickets, speech, capsys, monkeypatch):
     def give(*rows):
         content = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
@@ -392,6 +480,8 @@ def test_a_ticket_by_its_run_folder(tickets, speech, tmp_path, capsys):
         (["/nowhere", "--export", "/dev/full"], "/dev/full: not a regular file: only those, and new names"),
         (["{rnnt}", "x.wav", "--calibrate", "y"], "--calibrate goes with --stream or --normalize running"),
         (["{rnnt}", "x.wav", "--word-score", "1"], "--lm-weight and --word-score need --lm"),
+        (["{rnnt}", "x.wav", "--batch", "0"], "--batch must be at least 1 and at most 1024, got 0"),
+        (["{rnnt}", "x.wav", "--batch", "4", "--stream"], "--batch is of whole recordings: --stream takes one"),
         (["{rnnt}", "x.wav", "--beam", "0"], "--beam must be at least 1"),
         (["{rnnt}", "x.wav", "--beam", "4"], "--beam and --lm go with CTC"),
         (["{rnnt}", "x.wav", "--stream", "--normalize", "utterance"], "--stream normalises with running statistics"),
