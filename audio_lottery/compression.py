@@ -21,7 +21,7 @@ import lottery
 from audio_lottery.fused import fused
 from audio_lottery.layers import Conv, DenseProduct, Greedy, Layer, Lstm, Product, Recurrent
 from audio_lottery.masked import check_names, masked_copy
-from audio_lottery.sparse import DTYPES, LAYOUTS, Matrix, to_matrix, whole
+from audio_lottery.sparse import DTYPES, FEW_COLUMNS, LAYOUTS, WAYS, Matrix, to_matrix, whole
 
 FRAMES = 100  # that layers are measured on where `run` is not given
 TURNS = 2  # of the whole model, dense and compressed
@@ -48,7 +48,7 @@ class Taken(NamedTuple):
     shape: tuple[int, int]  # (outputs, inputs), as a product
     remaining: float
     columns: int  # in its largest call
-    layout: str  # one of LAYOUTS, "dense" or "dense prepacked"
+    layout: str  # one of WAYS
     bytes: int
     why: str  # milliseconds of everything tried, in all calls of `run` together; or why nothing was
 
@@ -177,9 +177,9 @@ def products(
     return candidates | {name: Product(matrix, bias, weight.shape, layer) for name, matrix in matrices.items()}
 
 
-def row(name: str, mask: Tensor, columns: int, layout: str, matrices: dict[str, Matrix], why: str) -> Taken:
-    tensors = [t for t in matrices[layout] if t is not None] if layout in matrices else []
-    size = sum(t.numel() * t.element_size() for t in tensors) if tensors else 4 * mask.numel()
+def row(name: str, mask: Tensor, columns: int, layout: str, kept: list[Tensor], why: str) -> Taken:
+    """kept: the sparse form's tensors, none where the weight stays dense."""
+    size = sum(t.numel() * t.element_size() for t in kept) if kept else 4 * mask.numel()
     return Taken(name, tuple(mask.shape), float(mask.float().mean()), columns, layout, size, why)
 
 
@@ -194,13 +194,14 @@ class Maker(NamedTuple):
 
     def smaller(self, name: str, weight: Tensor, mask: Tensor) -> dict[str, Matrix]:
         """The matrix in each layout that stores less than all of it, of those that are wanted."""
-        wanted = self.layouts if self.chosen is None else [x for x in LAYOUTS if x == self.chosen.get(name)]
-        return smaller(weight, mask, wanted, self.dtype)
+        if self.chosen is None:
+            return smaller(weight, mask, self.layouts, self.dtype)
+        layout = "unstructured" if self.chosen.get(name) == "windows" else self.chosen.get(name)
+        return smaller(weight, mask, [x for x in LAYOUTS if x == layout], self.dtype)
 
     def fastest(
-        self, name: str, mask: Tensor, columns: int, candidates: dict[str, nn.Module], matrices: dict[str, Matrix],
-        calls: Calls,
-    ) -> tuple[nn.Module, Taken]:  # fmt: skip
+        self, name: str, mask: Tensor, columns: int, candidates: dict[str, nn.Module], calls: Calls
+    ) -> tuple[nn.Module, Taken]:
         """The candidate that needs least time for all calls, or the one that is chosen, and its row."""
         if self.chosen is None:
             times = time_calls(candidates, calls)
@@ -209,7 +210,8 @@ class Maker(NamedTuple):
             layout, why = self.chosen.get(name, "dense"), "chosen before"
             if layout not in candidates:
                 raise lottery.LotteryError(f"{layout} was chosen, and stores no less than all of it or is not here")
-        return candidates[layout], row(name, mask, columns, layout, matrices, why)
+        become = candidates[layout]
+        return become, row(name, mask, columns, layout, list(become.buffers()), why)
 
 
 def compress_layer(
@@ -224,7 +226,7 @@ def compress_layer(
         candidates = products(weight, bias, matrices, columns, layer)
     else:
         candidates = {"dense": layer} | {layout: Conv(layer, matrix, bias) for layout, matrix in matrices.items()}
-    become, taken = maker.fastest(f"{name}.weight", mask, columns, candidates, matrices, calls)
+    become, taken = maker.fastest(f"{name}.weight", mask, columns, candidates, calls)
     return become, [taken]
 
 
@@ -252,7 +254,7 @@ def compress_lstm(
             matrices = maker.smaller(f"{name}.weight_ih_{suffix}", weight, mask)
             candidates = products(weight, None if bias is None else bias.detach(), matrices, columns)
             product, taken = maker.fastest(
-                f"{name}.weight_ih_{suffix}", mask, columns, candidates, matrices, [(often, (x,)) for often, x in xs]
+                f"{name}.weight_ih_{suffix}", mask, columns, candidates, [(often, (x,)) for often, x in xs]
             )
             inputs.append(product)
             rows.append(taken)
@@ -282,12 +284,14 @@ def compress_recurrence(
     columns = max(x.shape[0] for _, x in projections)  # at a time
     matrices = maker.smaller(f"{name}.weight_hh_{suffix}", weight, mask)
     matrices["dense"] = whole(weight)
-    candidates = {layout: Recurrent(matrix, None, weight.shape) for layout, matrix in matrices.items()}
+    candidates = {layout: Recurrent(matrix, weight.shape) for layout, matrix in matrices.items()}
+    if "unstructured" in matrices and (columns < FEW_COLUMNS or maker.chosen is not None):
+        candidates["windows"] = Recurrent(matrices["unstructured"], weight.shape, windowed=True)
     calls = []
     for often, x in projections:
         zeros = x.new_zeros(x.shape[0], lstm.hidden_size)
         calls.append((often, (x, zeros, zeros, suffix.endswith("reverse"))))
-    become, taken = maker.fastest(f"{name}.weight_hh_{suffix}", mask, columns, candidates, matrices, calls)
+    become, taken = maker.fastest(f"{name}.weight_hh_{suffix}", mask, columns, candidates, calls)
     return become, taken, [become(*arguments)[0] for _, arguments in calls]
 
 
@@ -346,7 +350,7 @@ def made(maker: Maker, name: str, module: nn.Module, masks: lottery.Masks, own: 
     except Exception as error:
         why = failing(error)
     full = {n: masks.get(n, torch.ones_like(w, dtype=torch.bool)) for n, w in zip(own, inside.values())}
-    return module, [row(n, mask.flatten(1), 0, "dense", {}, why) for n, mask in full.items()]
+    return module, [row(n, mask.flatten(1), 0, "dense", [], why) for n, mask in full.items()]
 
 
 def failing(error: Exception) -> str:
@@ -442,10 +446,9 @@ def checked_choice(model: nn.Module, chosen: dict[str, str] | None, run: Callabl
         return None
     if run is None and set(chosen.values()) - {"dense"}:
         raise lottery.LotteryError("chosen needs run: what a layer is called with shapes what it becomes")
-    ways = (*LAYOUTS, "dense", "dense prepacked")
     for name, layout in chosen.items():
-        if layout not in ways:
-            raise lottery.LotteryError(f"chosen, {name}: must be one of {', '.join(ways)}, got {layout!r}")
+        if layout not in WAYS:
+            raise lottery.LotteryError(f"chosen, {name}: must be one of {', '.join(WAYS)}, got {layout!r}")
     return dict(zip(check_names(model, chosen, "chosen"), chosen.values()))
 
 

@@ -14,11 +14,13 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import lottery
 from audio_lottery.sparse import (
     Matrix,
+    Windows,
     sparse_conv2d,
     sparse_linear,
     sparse_lstm,
     sparse_transducer,
     to_dense,
+    to_windows,
     whole,
 )  # fmt: skip
 
@@ -107,12 +109,25 @@ class Product(Layer):
 
 
 class Recurrent(Product):
-    """The recurrence of an LSTM, W_hh in one layout. lengths: (B,) int64 or None."""
+    """The recurrence of an LSTM, W_hh in one layout. lengths: (B,) int64 or None.
+
+    windowed: keep single weights as Windows too, about twice as large again, for fewer than FEW_COLUMNS utterances.
+    """
+
+    def __init__(self, matrix: Matrix, shape: tuple[int, ...], windowed: bool = False):
+        super().__init__(matrix, None, shape)
+        self.names = [f"windows_{name}" for name in Windows._fields] if windowed else []
+        for name, tensor in zip(self.names, to_windows(matrix, shape[1]) if windowed else ()):
+            self.register_buffer(name, tensor)
+
+    def windows(self) -> list[Tensor]:
+        """The tensors of the Windows, if there are."""
+        return [self._buffers[name] for name in self.names]
 
     def forward(
         self, projections: Tensor, h: Tensor, c: Tensor, reverse: bool, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return sparse_lstm(projections, *self.matrix(), h, c, lengths, reverse)
+        return sparse_lstm(projections, *self.matrix(), h, c, lengths, reverse, self.windows())
 
 
 class DenseProduct(Layer):
@@ -267,10 +282,11 @@ class Greedy(Fixed):
         super().__init__()
         if isinstance(predictor, Lstm) and len(predictor.inputs) == 1:
             inputs, recurrent = predictor.inputs[0](embedding.weight), predictor.recurrent[0].matrix()
+            windows = predictor.recurrent[0].windows()
         elif isinstance(predictor, nn.LSTM) and len(predictor.all_weights) == 1 and not predictor.proj_size:
             bias = predictor.bias_ih_l0 + predictor.bias_hh_l0 if predictor.bias else None
             inputs = F.linear(embedding.weight, predictor.weight_ih_l0, bias)
-            recurrent = whole(predictor.weight_hh_l0)
+            recurrent, windows = whole(predictor.weight_hh_l0), []
         else:
             raise lottery.LotteryError(
                 f"greedy_parts: predictor must be an nn.LSTM of one layer and direction, got {predictor}"
@@ -287,6 +303,9 @@ class Greedy(Fixed):
             self.names[name] = list(tensors)
             for part, tensor in tensors.items():
                 self.register_buffer(part, tensor)
+        self.windows = [f"windows_{i}" for i in range(len(windows))]
+        for name, tensor in zip(self.windows, windows):
+            self.register_buffer(name, tensor)
 
     def forward(self, encoder_out: Tensor, state: list[Tensor]) -> tuple[list[tuple], list[Tensor]]:
         """One utterance, or what follows of it.
@@ -297,7 +316,10 @@ class Greedy(Fixed):
         """
         matrices = [[getattr(self, part) for part in parts] for parts in self.names.values()]
         dtype, encoder_out, state = encoder_out.dtype, encoder_out.float(), [s.float() for s in state]
-        *found, state = sparse_transducer(encoder_out, self.inputs, *matrices, self.bias, self.max_symbols, state)
+        windows = [getattr(self, name) for name in self.windows]
+        *found, state = sparse_transducer(
+            encoder_out, self.inputs, *matrices, self.bias, self.max_symbols, state, windows
+        )
         return list(zip(*(tensor.tolist() for tensor in found))), [s.to(dtype) for s in state]
 
 

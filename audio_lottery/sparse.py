@@ -16,6 +16,8 @@ from torch import Tensor
 import lottery
 
 LAYOUTS = {"unstructured": (1, 1), "1x4": (1, 4), "4x1": (4, 1), "8x1": (8, 1), "16x1": (16, 1)}
+WAYS = (*LAYOUTS, "windows", "dense", "dense prepacked")  # that a weight's product may take
+FEW_COLUMNS = 4  # csrc/cpu/sparse.cpp takes fewer one at a time
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -54,6 +56,57 @@ def to_matrix(weight: Tensor, mask: Tensor, layout: str, dtype: str = "float32")
         kept.nonzero()[:, 1].to(torch.uint16),
         F.pad(kept.sum(1).cumsum(0), (1, 0)).int(),
         scales,
+    )
+
+
+class Windows(NamedTuple):
+    """A Matrix of single weights again, in the form that is fastest for one column.
+
+    Eight rows are a group, one a lane, rows with many weights first. A step has a window of eight neighbouring inputs;
+    each lane takes its next weight, left to right, if its input is there, and 0 otherwise. Eight steps are a bundle.
+    """
+
+    values: Tensor  # (bundles, 8, 8), as in Matrix: by steps, then by lanes
+    places: Tensor  # (bundles, 8) int32: of each lane's inputs in the windows, four bits a step
+    starts: Tensor  # (bundles, 8) uint16: each step's first input
+    offsets: Tensor  # (groups + 1,) int32: each group's first bundle
+    rows: Tensor  # (groups, 8) int32: each lane's output; as many as there are outputs where there is none
+
+
+def to_windows(matrix: Matrix, inputs: int) -> Windows:
+    """`matrix`, of layout "unstructured", as Windows. inputs: its columns."""
+    values, columns = (F.pad(x, (0, 1)) for x in (matrix.values.flatten(), matrix.columns.long()))  # none: the last
+    begins, outputs = matrix.offsets.long(), len(matrix.offsets) - 1
+    rows = begins.diff().argsort(descending=True, stable=True)
+    rows = F.pad(rows, (0, -outputs % 8), value=outputs).view(-1, 8)  # (groups, 8)
+    at, end = begins[rows], F.pad(begins, (0, 1), value=int(begins[-1]))[rows + 1]
+    taken, places, starts = [], [], []  # (groups, 8), (groups, 8) and (groups, 1) a step
+    while len(taken) % 8 or bool((at < end).any()):
+        column = torch.where(at < end, columns[at], 1 << 30)
+        starts.append(column.amin(1, keepdim=True).clamp(max=max(inputs - 8, 0)))
+        takes = column < starts[-1] + 8
+        taken.append(torch.where(takes, at, len(values) - 1))
+        places.append(torch.where(takes, column - starts[-1], 0))
+        at = at + takes
+    if not taken:
+        empty = matrix.columns.new_zeros
+        return Windows(
+            values.new_zeros(0, 8, 8), empty((0, 8), dtype=torch.int32), empty((0, 8)),
+            empty(len(rows) + 1, dtype=torch.int32), rows.int(),
+        )  # fmt: skip
+
+    def bundles(steps: list[Tensor]) -> Tensor:  # -> (groups, bundles of the longest, 8 steps, 8 or 1)
+        return torch.stack(steps, 1).unflatten(1, (-1, 8))
+
+    taken = bundles(taken)
+    used = (taken < len(values) - 1).flatten(2).any(2)  # (groups, bundles)
+    shifts = 4 * torch.arange(8, device=at.device)[:, None]
+    return Windows(
+        values[taken[used]],
+        (bundles(places)[used] << shifts).sum(1).int(),
+        bundles(starts)[used].squeeze(2).to(torch.uint16),
+        F.pad(used.sum(1).cumsum(0), (1, 0)).int(),
+        rows.int(),
     )
 
 
@@ -123,13 +176,15 @@ def reference_sparse_conv2d(
     return F.conv2d(x, weight.view(outputs, x.shape[1], *kernel), bias, stride, padding, dilation)
 
 
-def reference_sparse_lstm(projections, values, columns, offsets, scales, h0, c0, lengths, reverse: bool):
+def reference_sparse_lstm(projections, values, columns, offsets, scales, h0, c0, lengths, reverse: bool, windows):
     """The LSTM's recurrence over projections (B, T, 4 H), which hold W_ih x and both biases.
+
+    windows: the tensors of the matrix's Windows, or nothing; the outputs are the same, up to rounding.
 
     h0, c0: (B, H).  Returns outputs (B, T, H), zeros behind an end, and the last h and c. `reverse` starts at each end.
     """
     matrix = {"values": values, "columns": columns, "offsets": offsets, "scales": scales}
-    check_devices("projections", projections, **matrix, h0=h0, c0=c0, lengths=lengths)
+    check_devices("projections", projections, **matrix, h0=h0, c0=c0, lengths=lengths, windows=windows)
     batch, time, hidden = *projections.shape[:2], h0.shape[1]
     weight = to_dense(values, columns, offsets, scales, 4 * hidden, hidden)
     lengths = torch.full((batch,), time) if lengths is None else lengths
@@ -146,18 +201,18 @@ def reference_sparse_lstm(projections, values, columns, offsets, scales, h0, c0,
 
 
 def reference_sparse_transducer(
-    encoder_out, inputs, recurrent, projection, output, bias, max_symbols: int, state: list[Tensor]
+    encoder_out, inputs, recurrent, projection, output, bias, max_symbols: int, state: list[Tensor], windows
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Greedy decoding of one utterance by a transducer; token 0 is the blank.
 
     encoder_out: (T, joiner), what the joiner adds to the predictor.  inputs: (tokens, 4 H), the embeddings through W_ih
     with both biases.  recurrent (W_hh), projection (joiner, H), output (tokens, joiner): the tensors of a Matrix.
     max_symbols: tokens that a frame may emit.
-    state: [predictor_out (joiner,), h (H,), c (H,)] of the frames before, or [].
+    state: [predictor_out (joiner,), h (H,), c (H,)] of the frames before, or [].  windows: W_hh's, as in sparse_lstm.
     Returns tokens (n,) int64, their frames (n,) int64 and probabilities (n,), and the state after the last frame.
     """
     matrices = {"recurrent": recurrent, "projection": projection, "output": output}
-    check_devices("encoder_out", encoder_out, inputs=inputs, **matrices, bias=bias, state=state)
+    check_devices("encoder_out", encoder_out, inputs=inputs, **matrices, bias=bias, state=state, windows=windows)
     hidden, joiner = inputs.shape[1] // 4, encoder_out.shape[1]
     projection = to_dense(*projection, *[None] * (4 - len(projection)), joiner, hidden)
     output = to_dense(*output, *[None] * (4 - len(output)), len(inputs), joiner)
@@ -165,7 +220,7 @@ def reference_sparse_transducer(
 
     def predict(token: int, h: Tensor, c: Tensor) -> list[Tensor]:
         projections = inputs[token].view(1, 1, -1)
-        out, h, c = reference_sparse_lstm(projections, *recurrent[:3], scales, h[None], c[None], None, False)
+        out, h, c = reference_sparse_lstm(projections, *recurrent[:3], scales, h[None], c[None], None, False, [])
         return [projection @ out[0, 0], h[0], c[0]]
 
     tokens, frames, probabilities = [], [], []
@@ -203,15 +258,15 @@ else:
         return x.new_empty(len(x), outputs, *conv_size(x.shape[2:], kernel, stride, padding, dilation))
 
     @torch.library.register_fake("audio_lottery::sparse_lstm")
-    def fake_lstm(projections, values, columns, offsets, scales, h0, c0, lengths, reverse):
+    def fake_lstm(projections, values, columns, offsets, scales, h0, c0, lengths, reverse, windows):
         matrix = {"values": values, "columns": columns, "offsets": offsets, "scales": scales}
-        check_devices("projections", projections, **matrix, h0=h0, c0=c0, lengths=lengths)
+        check_devices("projections", projections, **matrix, h0=h0, c0=c0, lengths=lengths, windows=windows)
         return projections.new_empty(*projections.shape[:2], h0.shape[1]), torch.empty_like(h0), torch.empty_like(c0)
 
     @torch.library.register_fake("audio_lottery::sparse_transducer")
-    def fake_transducer(encoder_out, inputs, recurrent, projection, output, bias, max_symbols, state):
+    def fake_transducer(encoder_out, inputs, recurrent, projection, output, bias, max_symbols, state, windows):
         matrices = {"recurrent": recurrent, "projection": projection, "output": output}
-        check_devices("encoder_out", encoder_out, inputs=inputs, **matrices, bias=bias, state=state)
+        check_devices("encoder_out", encoder_out, inputs=inputs, **matrices, bias=bias, state=state, windows=windows)
         emitted, hidden = torch.library.get_ctx().new_dynamic_size(), inputs.shape[1] // 4
         ids = [encoder_out.new_empty(emitted, dtype=torch.int64) for _ in range(2)]
         after = [encoder_out.new_empty(size) for size in (encoder_out.shape[1], hidden, hidden)]

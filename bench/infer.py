@@ -64,7 +64,7 @@ def validate() -> None:
                 x = torch.randn(columns, 256)
                 want = F.linear(x, sparse.to_dense(*matrix, 1024, 256))
                 close(f"sparse_linear {layout} {dtype}", sparse.sparse_linear(x, *matrix, None, 1024), want, 1e-4)
-            arguments = torch.randn(1, 20, 1024), *matrix, torch.zeros(1, 256), torch.zeros(1, 256), None, False
+            arguments = torch.randn(1, 20, 1024), *matrix, torch.zeros(1, 256), torch.zeros(1, 256), None, False, []
             for got, want in zip(sparse.sparse_lstm(*arguments), sparse.reference_sparse_lstm(*arguments)):
                 close(f"sparse_lstm {layout} {dtype}", got, want, 1e-4)
     print("validated against dense masked products: every layout and dtype")
@@ -185,26 +185,28 @@ def bench_streaming(repeats: int, sparsities: tuple[float, ...], hidden: int = 1
 # ---------------------------------------------------------------------------- whole utterances
 
 
-def utterance_of(backbone: str) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    """A model of paper size and one utterance. The transducer emits a token every 80 ms, as letters are spoken."""
+def utterances_of(backbone: str, batch: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """A model of paper size and utterances. The transducer emits a token every 80 ms, as letters are spoken."""
     torch.manual_seed(0)
     model = models.build(backbone, "paper", 29).eval().requires_grad_(False)
     if backbone == "rnnt":
         model.MAX_SYMBOLS = 1
         model.output.bias[models.BLANK] = -1e9
-    return model, (torch.randn(1, 100 * SECONDS, 161 if model.features == "log1p-stft" else 80), torch.tensor([500]))
+    frames = 100 * SECONDS
+    features = torch.randn(batch, frames, 161 if model.features == "log1p-stft" else 80)
+    return model, (features, torch.full((batch,), frames))
 
 
-def transcribe(model: nn.Module, utterance: tuple[Tensor, Tensor]) -> list[list[int]]:
+def transcribe(model: nn.Module, utterances: tuple[Tensor, Tensor]) -> list[list[int]]:
     with torch.inference_mode():
-        return model.transcribe(*utterance)
+        return model.transcribe(*utterances)
 
 
-def with_parts(model: nn.Module, wrap: Callable[[Callable, tuple], Callable], utterance: tuple) -> nn.Module:
+def with_parts(model: nn.Module, wrap: Callable[[Callable, tuple], Callable], utterances: tuple) -> nn.Module:
     """A copy whose heavy parts go through wrap(part, an example of its arguments)."""
     other = copy.copy(model)
     if isinstance(model, models.Transducer):
-        token = torch.zeros(1, 1, dtype=torch.int64)
+        token = torch.zeros(len(utterances[0]), 1, dtype=torch.int64)
         first = model.predict(token)[1]
         step = wrap(
             lambda token, h, c: (lambda out, state: (out, *state))(*model.predict(token, (h, c))), (token, *first)
@@ -214,9 +216,9 @@ def with_parts(model: nn.Module, wrap: Callable[[Callable, tuple], Callable], ut
             out, *state = step(tokens, *(state or (torch.zeros_like(first[0]), torch.zeros_like(first[1]))))
             return out, tuple(state)
 
-        other.encode, other.predict = wrap(model.encode, utterance), predict
+        other.encode, other.predict = wrap(model.encode, utterances), predict
     else:
-        other.forward = wrap(model.forward, utterance)
+        other.forward = wrap(model.forward, utterances)
     return other
 
 
@@ -225,11 +227,19 @@ def compiled(part: Callable, example: tuple) -> Callable:
     return torch.compile(part, options={"freezing": True})
 
 
-def in_onnxruntime(part: Callable, example: tuple) -> Callable:
-    """One utterance has no padding, so that its masking may be left out of the graph."""
+def in_onnxruntime(part: Callable, example: tuple, int8_of: nn.Module | None = None) -> Callable:
+    """The utterances have no padding, so that its masking may be left out of the graph.
+
+    int8_of: the model that `part` is of, to quantize its LSTMs and linear layers; convolutions stay float32.
+    """
     import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
 
     class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = int8_of  # so that its weights have names in the graph, as the quantizer wants them
+
         def forward(self, *arguments):
             return part(*arguments)
 
@@ -241,10 +251,18 @@ def in_onnxruntime(part: Callable, example: tuple) -> Callable:
     with plain, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(Whole().eval(), example, file, input_names=names, opset_version=17, dynamo=False)
+    graph = file.getvalue()
+    if int8_of is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            before, after = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
+            before.write_bytes(graph)
+            kinds = ["LSTM", "MatMul", "Gemm"]
+            quantize_dynamic(before, after, op_types_to_quantize=kinds, weight_type=QuantType.QInt8)
+            graph = after.read_bytes()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.force_spinning_stop", "1")  # else its threads spin into others' turns
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     takes = {value.name for value in session.get_inputs()}  # lengths that nothing depends on are no input
 
     def run(*arguments: Tensor) -> tuple:
@@ -281,16 +299,17 @@ class Way(NamedTuple):
     resident: int
 
 
-def peers_of(model: nn.Module, utterance: tuple[Tensor, Tensor], run: Callable) -> dict[str, Way]:
+def peers_of(model: nn.Module, utterances: tuple[Tensor, Tensor], run: Callable) -> dict[str, Way]:
     """The dense ways to run a model. Says which cannot, or say something else."""
     wanted, size = run(model), saved_bytes(model)
     ways = {"dense torch": Way(model, size, size)}
     all_kept = {name: torch.ones_like(w, dtype=torch.bool) for name, w in lottery.prunable(model).items()}
     makers = {
-        "torch.compile": lambda: with_parts(model, compiled, utterance),
+        "torch.compile": lambda: with_parts(model, compiled, utterances),
         "ours, nothing left out": lambda: compression.compress(model, all_kept, run)[0],
         "torch.ao dynamic int8": lambda: quantized(model),
-        "onnxruntime float32": lambda: with_parts(model, in_onnxruntime, utterance),
+        "onnxruntime float32": lambda: with_parts(model, in_onnxruntime, utterances),
+        "onnxruntime int8": lambda: with_parts(model, functools.partial(in_onnxruntime, int8_of=model), utterances),
     }
     for name, make in makers.items():
         try:
@@ -309,17 +328,17 @@ def peers_of(model: nn.Module, utterance: tuple[Tensor, Tensor], run: Callable) 
 
 
 def tickets_of(model: nn.Module, backbone: str, run: Callable, sparsities: tuple[float, ...]) -> dict[str, Way]:
-    """The model compressed, with masks of each sparsity in blocks of each layout."""
-    ways = {}
+    """The model compressed, with masks of each sparsity in blocks of each layout; single weights in bfloat16 too."""
+    ways, layouts = {}, ("unstructured", "unstructured bfloat16", "1x4", "8x1", "16x1")
     for sparsity in sparsities:
-        for layout in ("unstructured", "1x4", "8x1", "16x1"):
-            masks, name = random_masks(model, sparsity, layout), f"{sparsity:.1%} {layout}"
+        for layout, _, dtype in (name.partition(" ") for name in layouts):
+            masks, name = random_masks(model, sparsity, layout), f"{sparsity:.1%} {layout} {dtype}".rstrip()
             masked = copy.deepcopy(model)
             lottery.ops.hold_ticket_(list(lottery.prunable(masked).values()), [], list(masks.values()))
             if layout == "unstructured":  # the layout makes no difference there
                 disk = ticket_bytes(masked, masks)
-            compressed, rows = compression.compress(model, masks, run)
-            if run(compressed) != run(masked):
+            compressed, rows = compression.compress(model, masks, run, dtype=dtype or "float32")
+            if run(compressed) != run(masked) and not dtype:
                 print(f"  {name}: says something else than the dense masked model")
             ways[name] = Way(compressed, disk, compression.resident_bytes(compressed))
             if sparsity == 0.9 and layout in ("unstructured", "16x1"):
@@ -328,24 +347,26 @@ def tickets_of(model: nn.Module, backbone: str, run: Callable, sparsities: tuple
     return ways
 
 
-def bench_utterance(backbone: str, repeats: int, sparsities: tuple[float, ...]) -> None:
-    """One utterance through transcribe at paper size."""
-    model, utterance = utterance_of(backbone)
-    run = functools.partial(transcribe, utterance=utterance)
-    ways = peers_of(model, utterance, run)
+def bench_utterances(backbone: str, repeats: int, sparsities: tuple[float, ...], batch: int = 1) -> None:
+    """Utterances through transcribe at paper size, `batch` at once."""
+    model, utterances = utterances_of(backbone, batch)
+    run = functools.partial(transcribe, utterances=utterances)
+    ways = peers_of(model, utterances, run)
     ways |= tickets_of(model, backbone, run, sparsities)
     t = in_turns("cpu", repeats, **{name: functools.partial(run, way.model) for name, way in ways.items()})
     best = min((name for name in ("dense torch", "torch.compile") if name in t), key=t.get)
-    print(f"\n{backbone} at paper size, one utterance of {SECONDS} s, masks in blocks of the layout named:")
     print(
-        f"real-time factor; times over {best}, over ours with nothing left out, torch.ao dynamic int8 and onnxruntime;"
+        f"\n{backbone} at paper size, utterances of {SECONDS} s at once: {batch}; masks in blocks of the layout named:"
     )
-    print("MB on the disk and resident")
+    print(f"real-time factor; times over {best}, ours with nothing left out, torch.ao dynamic int8, onnxruntime and")
+    print("onnxruntime int8; MB on the disk and resident")
     for name, took in t.items():
-        peers = (best, "ours, nothing left out", "torch.ao dynamic int8", "onnxruntime float32")
+        peers = (
+            best, "ours, nothing left out", "torch.ao dynamic int8", "onnxruntime float32", "onnxruntime int8",
+        )  # fmt: skip
         ratios = " ".join(f"{t[peer] / took:6.2f} x" if peer in t else "       -" for peer in peers)
         sizes = f"{ways[name].disk / 1e6:7.1f} {ways[name].resident / 1e6:7.1f}"
-        print(f"  {name:32} {took * 1e3:8.1f} ms  {took / SECONDS:.4f}  {ratios}  {sizes}", flush=True)
+        print(f"  {name:32} {took * 1e3:8.1f} ms  {took / SECONDS / batch:.4f}  {ratios}  {sizes}", flush=True)
 
 
 # ---------------------------------------------------------------------------- real tickets
@@ -360,7 +381,7 @@ def bench_tickets(paths: list[Path], corpus: Path, repeats: int) -> None:
         examples = load_examples(data.read_corpus(corpus)["test"], tokens, model.features)
         texts, seconds = [example.text for example in examples], sum(e.frames for e in examples) * sound.FRAME_SECONDS
         middle = sorted(examples, key=lambda e: e.frames)[len(examples) // 2].features[None]
-        run = functools.partial(transcribe, utterance=(middle, torch.tensor([middle.shape[1]])))
+        run = functools.partial(transcribe, utterances=(middle, torch.tensor([middle.shape[1]])))
         remaining = sum(int(m.sum()) for m in ticket.masks.values()) / sum(m.numel() for m in ticket.masks.values())
         about = f"{ticket.info['backbone']}, {remaining:.1%} remaining"
         print(f"\n{path}: {about}, {len(texts)} utterances, {seconds:.0f} s")
@@ -408,4 +429,5 @@ def bench_infer(args: argparse.Namespace) -> None:
         for hidden in (1664,) if args.short else (1664, 1024):
             bench_streaming(max(3, args.repeats // 4), sparsities, hidden)
         for backbone in [args.backbone] if args.backbone else models.BACKBONES:
-            bench_utterance(backbone, max(3, args.repeats // 4), sparsities)
+            for batch in (1, 16):
+                bench_utterances(backbone, max(3, args.repeats // 4), sparsities, batch)

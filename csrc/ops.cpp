@@ -34,16 +34,17 @@ TORCH_LIBRARY(audio_lottery, m) {
       "sparse_conv2d(Tensor x, Tensor values, Tensor columns, Tensor offsets, Tensor? scales, Tensor? bias, int outputs, "
       "int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor");
   // LSTM over projections (batch, time, 4 * hidden) = inputs through W_ih, with both biases; the matrix is W_hh. Reverse
-  // starts at each end. Returns outputs (zeros behind an end) and the last h and c.
+  // starts at each end. Returns outputs (zeros behind an end) and the last h and c. windows: the matrix again, of single
+  // weights, in the form that is fastest for few utterances (cpu/sparse.cpp), or nothing.
   m.def(
       "sparse_lstm(Tensor projections, Tensor values, Tensor columns, Tensor offsets, Tensor? scales, Tensor h0, "
-      "Tensor c0, Tensor? lengths, bool reverse) -> (Tensor, Tensor, Tensor)");
+      "Tensor c0, Tensor? lengths, bool reverse, Tensor[] windows) -> (Tensor, Tensor, Tensor)");
   // Greedy decoding of one utterance: encoder_out (frames, joiner) and projection (joiner, hidden) are what is added
   // before tanh, inputs (tokens, 4 * hidden) are the embeddings through W_ih, with both biases; recurrent is W_hh. Returns
   // the tokens, their frames and probabilities, and the state to go on from: [predictor_out, h, c], none at the start.
   m.def(
       "sparse_transducer(Tensor encoder_out, Tensor inputs, Tensor[] recurrent, Tensor[] projection, Tensor[] output, "
-      "Tensor? bias, int max_symbols, Tensor[] state) -> (Tensor, Tensor, Tensor, Tensor[])");
+      "Tensor? bias, int max_symbols, Tensor[] state, Tensor[] windows) -> (Tensor, Tensor, Tensor, Tensor[])");
   // A Conformer's GLU of x (batch, 2 * channels, time), depthwise convolution by weight (channels, an odd kernel) and SiLU:
   // (batch, channels, time), zeros behind each end.
   m.def("gated_convolution(Tensor x, Tensor weight, Tensor bias, Tensor? lengths) -> Tensor");

@@ -24,12 +24,12 @@ from torch import nn
 import data
 import lottery
 from audio_lottery import __version__, checked, compression, files
-from audio_lottery.sparse import LAYOUTS
+from audio_lottery.sparse import WAYS
 
 MINUTES = 10  # of audio ahead, from which on measuring is repaid: docs/transcribe.md has the times
 FRAMES = 200  # of each piece of a first batch that are enough to measure layers on
 LIMIT = 2**20  # bytes of a file
-LAYER = checked.one_of(*LAYOUTS, "dense", "dense prepacked")
+LAYER = checked.one_of(*WAYS)
 KEPT = checked.record({"key": checked.OBJECT, "layers": checked.keyed(LAYER)}, others=False)
 
 

@@ -21,7 +21,7 @@ def always(monkeypatch):
     """Has compress take the form of this name; without one, the sparsest."""
 
     def choose(first="unstructured"):
-        names = ["dense", "nn.LSTM", "dense prepacked", *LAYOUTS, "ours", first]
+        names = ["dense", "nn.LSTM", "dense prepacked", "windows", *LAYOUTS, "ours", first]
         order = {name: -i for i, name in enumerate(names)}
         monkeypatch.setattr(
             compression, "time_calls", lambda candidates, *_: {name: order[name] for name in candidates}
@@ -66,7 +66,7 @@ LAYERS = [
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["unstructured", "dense prepacked"])
+@pytest.mark.parametrize("form", ["unstructured", "windows", "dense prepacked"])
 @pytest.mark.parametrize("layer, size, attributes", LAYERS)
 def test_attributes_and_weights(layer, size, attributes, form, always):
     always(form)
@@ -207,7 +207,7 @@ def mixed(always):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["unstructured", "dense prepacked", "dense"])
+@pytest.mark.parametrize("form", ["unstructured", "windows", "dense prepacked", "dense"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)])
 def test_casts(dtype, tolerance, form, mixed):
     compressed, model = mixed(form)
@@ -233,7 +233,7 @@ def test_casts(dtype, tolerance, form, mixed):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["unstructured", "dense prepacked"])
+@pytest.mark.parametrize("form", ["unstructured", "windows", "dense prepacked"])
 def test_copies(form, mixed):
     compressed, model = mixed(form)
     x = torch.randn(2, 4, 9)

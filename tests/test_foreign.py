@@ -154,7 +154,9 @@ def made(name: str) -> nn.Module:
 @pytest.fixture
 def sparsest(monkeypatch):
     """Has compress replace all that it can, however long it takes."""
-    order = {form: -i for i, form in enumerate(["nn.LSTM", "dense", "dense prepacked", *sparse.LAYOUTS, "ours"])}
+    order = {
+        form: -i for i, form in enumerate(["nn.LSTM", "dense", "dense prepacked", "windows", *sparse.LAYOUTS, "ours"])
+    }
     monkeypatch.setattr(compression, "time_calls", lambda candidates, *_: {form: order[form] for form in candidates})
 
 

@@ -88,6 +88,34 @@ def test_to_matrix_refuses_places_of_more_than_16_bits():
     assert torch.equal(sparse.to_dense(*matrix, 1, 65_540), mask.float())
 
 
+def test_to_windows_by_hand():
+    """Three rows of a group: the fullest first; lanes wait for a weight beyond the window; it never ends behind x."""
+    mask = torch.zeros(3, 20, dtype=torch.bool)
+    mask[0, 0] = mask[1, [1, 7, 8]] = mask[1, 19] = True
+    weight = torch.arange(1.0, 61).view(3, 20)
+    windows = sparse.to_windows(sparse.to_matrix(weight, mask, "unstructured"), 20)
+    assert windows.rows.tolist() == [[1, 0, 2, 3, 3, 3, 3, 3]] and windows.offsets.tolist() == [0, 1]
+    assert windows.starts.tolist() == [[0, 7, 8, 12, 12, 12, 12, 12]]
+    assert windows.values[0, :, :2].tolist() == [[22, 1], [28, 0], [29, 0], [40, 0], [0, 0], [0, 0], [0, 0], [0, 0]]
+    assert windows.places.tolist() == [[1 + (7 << 12), 0, 0, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_windows_hold_the_matrix(dtype):
+    for outputs, inputs in ((1, 1), (3, 5), (8, 8), (17, 19), (100, 67)):
+        for remaining in (0.0, 0.1, 1.0):
+            matrix, dense = random_matrix(outputs, inputs, "unstructured", dtype, remaining)
+            windows, found = sparse.to_windows(matrix, inputs), torch.zeros(outputs + 1, max(inputs, 8))
+            assert windows.values.dtype == matrix.values.dtype and windows.starts.dtype == torch.uint16
+            rows = windows.rows.long().repeat_interleave(windows.offsets.diff(), 0)
+            for step in range(8):
+                columns = windows.starts.long()[:, step, None] + (windows.places >> 4 * step & 15)
+                found.index_put_((rows, columns), windows.values[:, step].float(), accumulate=True)
+            scales = 1.0 if matrix.scales is None else matrix.scales[:, None]
+            assert torch.equal(found[:outputs, :inputs] * scales, dense)
+            assert not found[outputs:].any() and not found[:, inputs:].any()
+
+
 # ---------------------------------------------------------------------------- sparse_linear
 
 
@@ -188,25 +216,52 @@ def test_linear_refuses():
 def check_lstm(hidden, batch, frames, layout, dtype="float32", remaining=0.1):
     matrix, _ = random_matrix(4 * hidden, hidden, layout, dtype, remaining)
     projections, (h0, c0) = torch.randn(batch, frames, 4 * hidden), torch.randn(2, batch, hidden)
+    windows = [list(sparse.to_windows(matrix, hidden))] if layout == "unstructured" else []
     for ends in (None, torch.arange(batch).clamp(max=frames)):
         for reverse in (False, True):
             arguments = projections, *matrix, h0, c0, ends, reverse
-            got, want = sparse.sparse_lstm(*arguments), sparse.reference_sparse_lstm(*arguments)
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+            want = sparse.reference_sparse_lstm(*arguments, [])
+            for more in ([], *windows):
+                got = sparse.sparse_lstm(*arguments, more)
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @built
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_lstm_equals_reference(layout, instructions):
     for dtype in DTYPES:
-        for hidden, batch, frames in ((1, 1, 1), (5, 3, 4), (16, 1, 3), (37, 2, 6)):
+        for hidden, batch, frames in (
+            (1, 1, 1),
+            (5, 3, 4),
+            (16, 1, 3),
+            (37, 2, 6),
+            (9, 16, 3),
+            (19, 17, 18),
+            (3, 0, 2),
+        ):
             check_lstm(hidden, batch, frames, layout, dtype)
 
 
 @built
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_lstm_on_two_threads(layout, two_threads):
-    check_lstm(301, 2, 4, layout, remaining=0.3)
+    for batch in (1, 2, 17):
+        check_lstm(301, batch, 4, layout, remaining=0.3)
+
+
+@built
+def test_lstm_of_a_batch_is_that_of_each_utterance():
+    """In no order of lengths, from the state that each begins with."""
+    matrix, _ = random_matrix(4 * 21, 21, "unstructured")
+    lengths = torch.tensor([2, 7, 0, 7, 3, 1, 5])
+    projections, (h0, c0) = torch.randn(7, 7, 84), torch.randn(2, 7, 21)
+    for reverse in (False, True):
+        out, h, c = sparse.sparse_lstm(projections, *matrix, h0, c0, lengths, reverse, [])
+        for b, length in enumerate(lengths.tolist()):
+            alone = projections[b : b + 1, :length], *matrix, h0[b : b + 1], c0[b : b + 1], None, reverse, []
+            want = sparse.sparse_lstm(*alone)
+            torch.testing.assert_close((out[b, :length], h[b], c[b]), tuple(t[0] for t in want), rtol=1e-5, atol=1e-6)
+            assert not out[b, length:].any()
 
 
 @built
@@ -215,7 +270,7 @@ def test_lstm_gates_far_out():
     matrix = sparse.to_matrix(torch.zeros(20, 5), torch.zeros(20, 5, dtype=torch.bool), "unstructured")
     zeros = torch.zeros(1, 5)
     gates = torch.tensor([-1e30, -100.0, 0.0, 100.0, float("nan")]).expand(1, 1, 4, 5).reshape(1, 1, 20)
-    out, h, c = sparse.sparse_lstm(gates, *matrix, zeros, zeros, None, False)
+    out, h, c = sparse.sparse_lstm(gates, *matrix, zeros, zeros, None, False, [])
     torch.testing.assert_close(out[0, 0], torch.tensor([0, 0, 0, 0.76159416, float("nan")]), equal_nan=True)
     torch.testing.assert_close(c[0], torch.tensor([0, 0, 0, 1, float("nan")]), equal_nan=True)
 
@@ -226,7 +281,7 @@ def test_lstm_refuses():
     projections, state = torch.randn(2, 3, 32), torch.zeros(2, 8)
 
     def call(projections=projections, h0=state, c0=state, lengths=None, matrix=matrix):
-        return sparse.sparse_lstm(projections, *matrix, h0, c0, lengths, False)
+        return sparse.sparse_lstm(projections, *matrix, h0, c0, lengths, False, [])
 
     call()
     wrong = [
@@ -244,6 +299,35 @@ def test_lstm_refuses():
             call(**changes)
 
 
+@built
+def test_lstm_refuses_windows():
+    matrix, _ = random_matrix(36, 9, "unstructured", remaining=0.5)
+    windows = sparse.to_windows(matrix, 9)
+
+    def call(*windows, matrix=matrix):
+        return sparse.sparse_lstm(torch.zeros(1, 3, 36), *matrix, *torch.zeros(2, 1, 9), None, False, list(windows))
+
+    call(*windows)
+    wrong = [
+        (ValueError, "windows must be values, places, starts, offsets and rows", windows[:4]),
+        (TypeError, "windows: values must be Float, got BFloat16", windows._replace(values=windows.values.bfloat16())),
+        (ValueError, "windows: values must be", windows._replace(values=windows.values[:, :7])),
+        (ValueError, "windows: places must be", windows._replace(places=windows.places[1:])),
+        (TypeError, "windows: starts must be UInt16, got Int", windows._replace(starts=windows.starts.int())),
+        (ValueError, "windows: starts must be at least 8 below 9 inputs, got 2",
+         windows._replace(starts=torch.full_like(windows.starts.int(), 2).to(torch.uint16))),
+        (ValueError, "windows: offsets must rise from 0", windows._replace(offsets=windows.offsets + 1)),
+        (ValueError, "windows: offsets must rise from 0", windows._replace(offsets=windows.offsets.flip(0))),
+        (ValueError, "windows: rows must be at least 0", windows._replace(rows=windows.rows - 1)),
+        (ValueError, r"windows: rows must be \[5, 8\], got \[4, 8\]", windows._replace(rows=windows.rows[1:])),
+    ]  # fmt: skip
+    for error, message, tensors in wrong:
+        with pytest.raises(error, match=message):
+            call(*tensors)
+    with pytest.raises(ValueError, match="of single weights, got 5 tensors and blocks 4x1"):
+        call(*windows, matrix=random_matrix(36, 9, "4x1")[0])
+
+
 def transducer_arguments(layout, dtype, hidden=21, joiner=19, tokens=37):
     """Small products of one layout; the blank wins now and then."""
     sizes = (4 * hidden, hidden), (joiner, hidden), (tokens, joiner)
@@ -259,17 +343,20 @@ def transducer_arguments(layout, dtype, hidden=21, joiner=19, tokens=37):
 def test_transducer_equals_reference(layout, instructions):
     for dtype in DTYPES:
         encoder_out, *others, _ = transducer_arguments(layout, dtype)
-        tokens, frames, probabilities, state = got = sparse.sparse_transducer(encoder_out, *others, [])
-        want = sparse.reference_sparse_transducer(encoder_out, *others, [])
+        tokens, frames, probabilities, state = got = sparse.sparse_transducer(encoder_out, *others, [], [])
+        want = sparse.reference_sparse_transducer(encoder_out, *others, [], [])
         assert torch.equal(tokens, want[0]) and torch.equal(frames, want[1]) and 0 < len(tokens) < 36
         torch.testing.assert_close(got[2:], want[2:])
-        first = sparse.sparse_transducer(encoder_out[:5], *others, [])  # in two chunks
-        second = sparse.sparse_transducer(encoder_out[5:], *others, first[3])
+        first = sparse.sparse_transducer(encoder_out[:5], *others, [], [])  # in two chunks
+        second = sparse.sparse_transducer(encoder_out[5:], *others, first[3], [])
         assert torch.equal(torch.cat([first[0], second[0]]), tokens)
         assert torch.equal(torch.cat([first[1], second[1] + 5]), frames)
         assert torch.equal(torch.cat([first[2], second[2]]), probabilities)
         assert all(map(torch.equal, second[3], state))
-        nothing = sparse.sparse_transducer(encoder_out[:0], *others, state)
+        if layout == "unstructured":
+            windows = sparse.to_windows(sparse.Matrix(*others[1], *[None] * (4 - len(others[1]))), 21)
+            torch.testing.assert_close(sparse.sparse_transducer(encoder_out, *others, [], list(windows)), got)
+        nothing = sparse.sparse_transducer(encoder_out[:0], *others, state, [])
         assert not len(nothing[0]) and all(map(torch.equal, nothing[3], state))
 
 
@@ -289,14 +376,14 @@ def test_transducer_refuses():
     ]  # fmt: skip
     for error, message, arguments in wrong:
         with pytest.raises(error, match=message):
-            sparse.sparse_transducer(*arguments, most, [])
+            sparse.sparse_transducer(*arguments, most, [], [])
     arguments = encoder_out, inputs, recurrent, projection, output, bias, most
     for message, state in (
         ("state must be predictor_out, h and c, or nothing, got 1 tensors", [torch.zeros(19)]),
         (r"h must be \[21\], got \[20\]", [torch.zeros(19), torch.zeros(20), torch.zeros(21)]),
     ):
         with pytest.raises(ValueError, match=message):
-            sparse.sparse_transducer(*arguments, state)
+            sparse.sparse_transducer(*arguments, state, [])
 
 
 # ---------------------------------------------------------------------------- sparse_conv2d
@@ -417,6 +504,7 @@ def operators(implementation):
     parts = matrix._asdict()
     encoder_out, inputs, recurrent, projection, output, bias, most, _ = transducer_arguments("4x1", "float32")
     image, _ = random_matrix(32, 8, "8x1", "int8")
+    single, _ = random_matrix(32, 8, "unstructured", "int8")
     window = {"kernel": (2, 2), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
     state = [torch.zeros(19), torch.zeros(21), torch.zeros(21)]
     arguments = {
@@ -425,12 +513,13 @@ def operators(implementation):
             "x": torch.randn(1, 2, 4, 4), **image._asdict(), "bias": torch.zeros(32), "outputs": 32, **window,
         },
         "sparse_lstm": {
-            "projections": torch.randn(2, 3, 32), **parts, "h0": torch.zeros(2, 8), "c0": torch.zeros(2, 8),
-            "lengths": torch.tensor([3, 2]), "reverse": False,
+            "projections": torch.randn(2, 3, 32), **single._asdict(), "h0": torch.zeros(2, 8),
+            "c0": torch.zeros(2, 8), "lengths": torch.tensor([3, 2]), "reverse": False,
+            "windows": list(sparse.to_windows(single, 8)),
         },
         "sparse_transducer": {
             "encoder_out": encoder_out, "inputs": inputs, "recurrent": recurrent, "projection": projection,
-            "output": output, "bias": bias, "max_symbols": most, "state": state,
+            "output": output, "bias": bias, "max_symbols": most, "state": state, "windows": [],
         },
     }  # fmt: skip
     prefix = "reference_" if implementation == "reference" else ""
@@ -468,12 +557,17 @@ def test_devices_are_not_mixed(name, implementation):
 def test_opcheck():
     matrix, _ = random_matrix(32, 8, "8x1", "int8")
     torch.library.opcheck(torch.ops.audio_lottery.sparse_linear, (torch.randn(5, 8), *matrix, torch.randn(32), 32))
-    arguments = torch.randn(2, 3, 32), *matrix, torch.zeros(2, 8), torch.zeros(2, 8), torch.tensor([3, 2]), True
+    arguments = torch.randn(2, 3, 32), *matrix, torch.zeros(2, 8), torch.zeros(2, 8), torch.tensor([3, 2]), True, []
     torch.library.opcheck(torch.ops.audio_lottery.sparse_lstm, arguments)
+    matrix, _ = random_matrix(32, 8, "unstructured")
+    windows = list(sparse.to_windows(matrix, 8))
+    arguments = torch.randn(2, 3, 32), *matrix, torch.zeros(2, 8), torch.zeros(2, 8), None, False, windows
+    torch.library.opcheck(torch.ops.audio_lottery.sparse_lstm, arguments)
+    matrix, _ = random_matrix(32, 8, "8x1", "int8")
     arguments = torch.randn(2, 2, 5, 9), *matrix, None, 32, (2, 2), (1, 2), (1, 0), (1, 1)
     torch.library.opcheck(torch.ops.audio_lottery.sparse_conv2d, arguments)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = transducer_arguments("1x4", "float32")
+    arguments = *transducer_arguments("1x4", "float32"), []
     torch.library.opcheck(torch.ops.audio_lottery.sparse_transducer, arguments, test_utils=tests)
 
 
@@ -514,7 +608,9 @@ def outputs(model, features, lengths):
 
 def always_sparse(monkeypatch, but=()):
     """Take the last layout there is, however long it takes; `but`: what is taken before all others."""
-    order = {name: -i for i, name in enumerate(["nn.LSTM", "dense", "dense prepacked", *LAYOUTS, "ours", *but])}
+    order = {
+        name: -i for i, name in enumerate(["nn.LSTM", "dense", "dense prepacked", "windows", *LAYOUTS, "ours", *but])
+    }
     monkeypatch.setattr(compression, "time_calls", lambda candidates, *_: {name: order[name] for name in candidates})
 
 
@@ -550,6 +646,28 @@ def test_compressed_models_say_the_same(backbone, monkeypatch):
             < compression.resident_bytes(compressed)
             < compression.resident_bytes(model) / 3
         )
+
+
+@pytest.mark.parametrize("backbone", ["cnn-lstm", "rnnt"])
+def test_compressed_models_take_batches(backbone, monkeypatch):
+    """Measured on one utterance, used on 17 of other lengths: what each of them says by itself."""
+    always_sparse(monkeypatch, but=["windows"])
+    model, masks = masked_model(backbone, "unstructured")
+    one = torch.randn(1, 66, 80), torch.tensor([66])
+    compressed, rows = compression.compress(model, masks, lambda m: m.transcribe(*one), layout="unstructured")
+    recurrent = [row.layout for row in rows if "weight_hh" in row.name]
+    assert recurrent and set(recurrent) == {"windows"}
+    again, same = compression.compress(
+        model, masks, lambda m: m.transcribe(*one), layout="unstructured", chosen=compression.choice(rows)
+    )
+    assert [row[:6] for row in same] == [row[:6] for row in rows]
+    features, lengths = torch.randn(17, 90, 80), torch.arange(17) * 5 + 10
+    for ours in (compressed, again):
+        got, want = (outputs(m, features, lengths) for m in (ours, model))
+        assert (got - want).abs().max() <= 1e-4 * max(1, want.abs().max())
+        texts = ours.transcribe(features, lengths)
+        assert texts == model.transcribe(features, lengths)
+        assert texts == [ours.transcribe(f[None, :n], n[None])[0] for f, n in zip(features, lengths)]
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")

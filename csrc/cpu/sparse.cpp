@@ -19,6 +19,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <thread>
@@ -38,6 +39,7 @@ namespace {
 
 constexpr int64_t BAND = 64;             // outputs; a multiple of every r
 constexpr int64_t LINE = 16;             // floats of a cache line; a multiple of every vector
+constexpr int64_t FIRST_CACHE = 12288;   // floats that mostly stay in the first cache
 constexpr int64_t PANEL = 1 << 17;       // floats that stay in the second cache
 constexpr int64_t SIZES = int64_t{1} << 31;  // numbers of a window are below: then nothing overflows
 constexpr int64_t FEW_COLUMNS = 4;       // below this, one at a time
@@ -56,13 +58,27 @@ struct Matrix {
   int64_t outputs, inputs, groups, r, c;
 };
 
+// Single weights again, for products with one column: eight rows to a group, one a lane. A step has a window of eight
+// inputs, from which each lane takes its next weight's, if it is there; eight steps are a bundle.
+struct Windows {
+  const void* values;       // (bundles, 8, 8): by steps, then by lanes; 0 where a lane takes nothing
+  const int32_t* places;    // (bundles, 8): where in its window each lane's input is, four bits a step
+  const uint16_t* starts;   // (bundles, 8): each step's first input
+  const int32_t* offsets;   // (groups + 1): each group's first bundle
+  const int32_t* rows;      // (groups, 8): each lane's output; `outputs` where there is none
+  const float* scales;      // as in Matrix
+  at::ScalarType type;
+  int64_t outputs, groups;
+};
+
 struct Kernels {
   const char* name;
   int64_t lanes;
   void (*one_column)(const Matrix&, const float*, float*, int64_t, int64_t);
+  void (*in_windows)(const Windows&, const float*, const float*, float*, int64_t, int64_t);
   void (*many_columns)(const Matrix&, const float*, const int64_t*, const float*, float*, int64_t, int64_t, int64_t);
-  void (*convolution)(const Matrix&, const float*, const int64_t*, int64_t, int64_t, const float*, float*, int64_t,
-                      int64_t, int64_t, int64_t);
+  void (*convolution)(const Matrix&, const float*, const int64_t*, int64_t, int64_t, int64_t, const float*, float*,
+                      int64_t, int64_t, int64_t, int64_t);
   void (*transpose)(const float*, int64_t, int64_t, int64_t, float*, int64_t);
   void (*lstm_cell)(const float*, float*, float*, int64_t, int64_t, int64_t);
   uint16_t (*largest)(const uint16_t*, int64_t);
@@ -181,14 +197,51 @@ void check_floats(const Tensor& t, const char* name, at::IntArrayRef sizes, cons
   TORCH_CHECK_VALUE(t.sizes() == sizes, name, " must be ", sizes, ", got ", t.sizes());
 }
 
-// The first block row of each of `parts` shares with about as many blocks, and the end; a multiple of `multiple`.
-std::vector<int64_t> share(const Matrix& m, int64_t parts, int64_t multiple) {
-  std::vector<int64_t> begin(parts + 1, m.groups);
-  for (int64_t p = 0; p < parts; ++p) {
-    const auto wanted = static_cast<int64_t>(m.offsets[m.groups]) * p / parts;
-    const int64_t g = std::lower_bound(m.offsets, m.offsets + m.groups, wanted) - m.offsets;
-    begin[p] = std::min(p ? g / multiple * multiple : 0, m.groups);
+// The windows of m, or none (groups < 0) where they are not given.
+Windows check_windows(at::TensorList t, const Matrix& m, const Tensor& x, const char* first) {
+  if (t.empty()) return {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, m.type, 0, -1};
+  TORCH_CHECK_VALUE(t.size() == 5 && m.r * m.c == 1,
+                    "windows must be values, places, starts, offsets and rows of single weights, got ", t.size(),
+                    " tensors and blocks ", m.r, "x", m.c);
+  const int64_t groups = (m.outputs + 7) / 8, bundles = t[0].size(0);
+  const at::ScalarType types[] = {m.type, at::kInt, at::kUInt16, at::kInt, at::kInt};
+  const std::vector<int64_t> sizes[] = {{bundles, 8, 8}, {bundles, 8}, {bundles, 8}, {groups + 1}, {groups, 8}};
+  const char* names[] = {"values", "places", "starts", "offsets", "rows"};
+  for (int i = 0; i < 5; ++i) {
+    check_device(t[i], "windows", x, first);
+    TORCH_CHECK_TYPE(t[i].scalar_type() == types[i], "windows: ", names[i], " must be ", types[i], ", got ",
+                     t[i].scalar_type());
+    TORCH_CHECK_VALUE(t[i].sizes() == at::IntArrayRef(sizes[i]) && t[i].is_contiguous(), "windows: ", names[i],
+                      " must be ", at::IntArrayRef(sizes[i]), ", got ", t[i].sizes());
   }
+  const auto* places = t[1].const_data_ptr<int32_t>();
+  const auto* starts = static_cast<const uint16_t*>(t[2].const_data_ptr());
+  const auto *offsets = t[3].const_data_ptr<int32_t>(), *rows = t[4].const_data_ptr<int32_t>();
+  TORCH_CHECK_VALUE(offsets[0] == 0 && offsets[groups] == bundles && std::is_sorted(offsets, offsets + groups + 1),
+                    "windows: offsets must rise from 0 to the ", bundles, " bundles");
+  const int64_t most = bundles ? kernels().largest(starts, 8 * bundles) : 0;
+  TORCH_CHECK_VALUE(most + 8 <= std::max<int64_t>(m.inputs, 8), "windows: starts must be at least 8 below ", m.inputs,
+                    " inputs, got ", most);
+  TORCH_CHECK_VALUE(std::all_of(rows, rows + 8 * groups, [](int32_t row) { return row >= 0; }),
+                    "windows: rows must be at least 0");
+  return {t[0].const_data_ptr(), places, starts, offsets, rows, m.scales, m.type, m.outputs, groups};
+}
+
+// The first of each of `parts` shares of groups with about as much in them, and the end; a multiple of `multiple`.
+std::vector<int64_t> share(const int32_t* offsets, int64_t groups, int64_t parts, int64_t multiple = 1) {
+  std::vector<int64_t> begin(parts + 1, groups);
+  for (int64_t p = 0; p < parts; ++p) {
+    const auto wanted = static_cast<int64_t>(offsets[groups]) * p / parts;
+    const int64_t g = std::lower_bound(offsets, offsets + groups, wanted) - offsets;
+    begin[p] = std::min(p ? g / multiple * multiple : 0, groups);
+  }
+  return begin;
+}
+
+// The same of bands of outputs.
+std::vector<int64_t> share_bands(const Matrix& m, int64_t parts) {
+  auto begin = share(m.offsets, m.groups, parts, BAND / m.r);
+  for (auto& g : begin) g = (g * m.r + BAND - 1) / BAND;
   return begin;
 }
 
@@ -212,7 +265,7 @@ std::vector<float> padded_bias(const std::optional<Tensor>& bias, int64_t size) 
 // Y += X W^T, a few rows of X one at a time; they are `stride` apart and readable up to a multiple of c.
 void few_columns(const Matrix& m, const float* x, int64_t stride, float* y, int64_t n) {
   const int64_t threads = threads_for(m, n);
-  const auto begin = share(m, threads, 1);
+  const auto begin = share(m.offsets, m.groups, threads);
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = 0; i < n; ++i) kernels().one_column(m, x + i * stride, y + i * m.outputs, begin[first], begin[last]);
   });
@@ -250,8 +303,7 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& column
   const std::vector<float> biases = padded_bias(bias, round_up(outputs, BAND));
   std::vector<int64_t> places(padded_inputs);
   for (int64_t i = 0; i < padded_inputs; ++i) places[i] = i * width;
-  auto begin = share(m, threads, BAND / m.r);
-  for (auto& g : begin) g = (g * m.r + BAND - 1) / BAND;  // block rows to bands
+  const auto begin = share_bands(m, threads);
   for (int64_t from = 0; from < n; from += panel) {
     const int64_t count = std::min(panel, n - from);
     const float* in = rows.const_data_ptr<float>() + from * m.inputs;
@@ -331,7 +383,7 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const Tensor& column
   const std::vector<float> biases = padded_bias(bias, round_up(outputs, BAND));
   const int64_t rows = batch * size[0];
   at::parallel_for(0, rows, threads > 1 ? (rows + threads - 1) / threads : rows, [&](int64_t begin, int64_t end) {
-    kernels().convolution(m, to, places.data(), channels * height * row, stride[0] * row, biases.data(),
+    kernels().convolution(m, to, places.data(), kernel[1], channels * height * row, stride[0] * row, biases.data(),
                           y.data_ptr<float>(), size[0], size[1], begin, end);
   });
   return y;
@@ -340,7 +392,7 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const Tensor& column
 std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const Tensor& values, const Tensor& columns,
                                                const Tensor& offsets, const std::optional<Tensor>& scales,
                                                const Tensor& h0, const Tensor& c0, const std::optional<Tensor>& lengths,
-                                               bool reverse) {
+                                               bool reverse, at::TensorList windows) {
   TORCH_CHECK_TYPE(projections.scalar_type() == at::kFloat, "projections must be float32, got ",
                    projections.scalar_type());
   TORCH_CHECK_VALUE(projections.dim() == 3 && projections.size(2) % 4 == 0,
@@ -349,6 +401,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
   check_floats(h0, "h0", {batch, hidden}, projections, "projections");
   check_floats(c0, "c0", {batch, hidden}, projections, "projections");
   const Matrix m = check_matrix(values, columns, offsets, scales, 4 * hidden, hidden, projections, "projections");
+  const Windows w = check_windows(windows, m, projections, "projections");
   std::vector<int64_t> ends(batch, time);
   if (lengths) {
     check_device(*lengths, "lengths", projections, "projections");
@@ -361,49 +414,74 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
                         ends[b]);
     }
   }
-  const int64_t longest = batch ? *std::max_element(ends.begin(), ends.end()) : 0;
+  // The longest come first, so that those that have not ended are the first of them at every step.
+  std::vector<int64_t> order(batch);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return ends[a] > ends[b]; });
   Tensor out = at::empty({batch, time, hidden}, projections.options());
   for (int64_t b = 0; b < batch; ++b) {
     if (ends[b] < time) out.select(0, b).narrow(0, ends[b], time - ends[b]).zero_();
   }
 
-  // States and gates with room for whole vectors; behind `hidden` the state stays 0, so that blocks 1 x 4 may read it.
-  const int64_t wide = round_up(hidden, 16), gates_wide = 4 * hidden + 16;
-  std::vector<float> gates(batch * gates_wide), h(batch * wide), c(batch * wide);
-  const auto copy_state = [&](const Tensor& state, std::vector<float>& to) {
-    const Tensor given = state.contiguous();
-    for (int64_t b = 0; b < batch; ++b) {
-      std::memcpy(to.data() + b * wide, given.const_data_ptr<float>() + b * hidden, hidden * sizeof(float));
-    }
-  };
-  copy_state(h0, h);
-  copy_state(c0, c);
-  const Tensor given = projections.contiguous();
+  // States and gates, an utterance a row, with room for whole vectors; behind `hidden` the state stays 0, so that blocks
+  // 1 x 4 may read it. Many utterances are columns of one product, so that a step reads the matrix once: `turned` is h as
+  // (hidden, utterances).
+  const int64_t wide = round_up(hidden, 16), width = round_up(batch, LINE);
+  std::vector<float> gates(batch * 4 * hidden + 16), h(batch * wide), c(batch * wide);
+  std::vector<float> turned(batch < FEW_COLUMNS ? 0 : wide * width), zeros(round_up(m.outputs, BAND));
+  std::vector<int64_t> places(wide);
+  for (int64_t i = 0; i < wide; ++i) places[i] = i * width;
+  const Tensor given = projections.contiguous(), h_given = h0.contiguous(), c_given = c0.contiguous();
+  for (int64_t i = 0; i < batch; ++i) {
+    std::memcpy(&h[i * wide], h_given.const_data_ptr<float>() + order[i] * hidden, hidden * sizeof(float));
+    std::memcpy(&c[i * wide], c_given.const_data_ptr<float>() + order[i] * hidden, hidden * sizeof(float));
+  }
+  if (!turned.empty()) kernels().transpose(h.data(), wide, batch, hidden, turned.data(), width);
   const auto* projection = given.const_data_ptr<float>();
   auto* out_data = out.data_ptr<float>();
   const int64_t threads = threads_for(m, batch);
-  const auto begin = share(m, threads, 1);
+  const auto begin = w.groups < 0 ? share(m.offsets, m.groups, threads) : share(w.offsets, w.groups, threads);
+  const auto bands = share_bands(m, threads);
   Barrier barrier;
   const auto run = [&](int64_t thread, int64_t of) {  // this thread's share of every step
     const int64_t first = begin[thread * threads / of], last = begin[(thread + 1) * threads / of];
-    const int64_t row = first * m.r, rows = std::min(last * m.r, m.outputs) - row;
+    const int64_t band = bands[thread * threads / of], band_end = bands[(thread + 1) * threads / of];
     const int64_t unit = wide / 16 * thread / of * 16, units = std::min(wide / 16 * (thread + 1) / of * 16, hidden) - unit;
-    for (int64_t step = 0; step < longest; ++step) {
-      for (int64_t b = 0; b < batch; ++b) {
-        if (step >= ends[b]) continue;
-        const int64_t t = reverse ? ends[b] - 1 - step : step;
-        float* own = gates.data() + b * gates_wide;
-        std::memcpy(own + row, projection + (b * time + t) * 4 * hidden + row, rows * sizeof(float));
-        kernels().one_column(m, h.data() + b * wide, own, first, last);
+    const auto frame = [&](int64_t i, int64_t step) {
+      return order[i] * time + (reverse ? ends[order[i]] - 1 - step : step);
+    };
+    int64_t n = batch;  // utterances that have not ended
+    for (int64_t step = 0;; ++step) {
+      while (n > 0 && ends[order[n - 1]] <= step) --n;
+      if (n == 0) break;
+      if (n < FEW_COLUMNS) {
+        for (int64_t i = 0; i < n; ++i) {
+          const float *from = projection + frame(i, step) * m.outputs, *own = &h[i * wide];
+          float* to = &gates[i * m.outputs];
+          if (w.groups >= 0) {
+            kernels().in_windows(w, own, from, to, first, last);
+          } else {
+            std::copy(from + first * m.r, from + std::min(last * m.r, m.outputs), to + first * m.r);
+            kernels().one_column(m, own, to, first, last);
+          }
+        }
+      } else {
+        kernels().many_columns(m, turned.data(), places.data(), zeros.data(), gates.data(), n, band, band_end);
+        for (int64_t i = 0; i < n; ++i) {
+          const float* from = projection + frame(i, step) * m.outputs;
+          float* to = &gates[i * m.outputs];
+          for (int64_t row = band * BAND; row < std::min(band_end * BAND, m.outputs); ++row) to[row] += from[row];
+        }
       }
       barrier.wait(of);
-      for (int64_t b = 0; b < batch; ++b) {
-        if (step >= ends[b] || units <= 0) continue;
-        const int64_t t = reverse ? ends[b] - 1 - step : step;
-        float* own = h.data() + b * wide;
-        kernels().lstm_cell(gates.data() + b * gates_wide, c.data() + b * wide, own, hidden, unit, unit + units);
-        std::memcpy(out_data + (b * time + t) * hidden + unit, own + unit, units * sizeof(float));
-        for (int64_t i = hidden; i < wide && unit + units == hidden; ++i) own[i] = 0;
+      if (units > 0) {
+        for (int64_t i = 0; i < n; ++i) {
+          float* own = &h[i * wide];
+          kernels().lstm_cell(&gates[i * m.outputs], &c[i * wide], own, hidden, unit, unit + units);
+          std::memcpy(out_data + frame(i, step) * hidden + unit, own + unit, units * sizeof(float));
+          if (unit + units == hidden) std::fill(own + hidden, own + wide, 0.0f);
+        }
+        if (n >= FEW_COLUMNS) kernels().transpose(&h[unit], wide, n, units, &turned[unit * width], width);
       }
       barrier.wait(of);
     }
@@ -416,8 +494,8 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
 #endif
   const auto last_state = [&](const std::vector<float>& from) {
     Tensor state = at::empty({batch, hidden}, projections.options());
-    for (int64_t b = 0; b < batch; ++b) {
-      std::memcpy(state.data_ptr<float>() + b * hidden, from.data() + b * wide, hidden * sizeof(float));
+    for (int64_t i = 0; i < batch; ++i) {
+      std::memcpy(state.data_ptr<float>() + order[i] * hidden, &from[i * wide], hidden * sizeof(float));
     }
     return state;
   };
@@ -427,7 +505,8 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
 // Greedy decoding of one utterance: at each frame tokens are emitted until the blank, token 0, wins.
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sparse_transducer(
     const Tensor& encoder_out, const Tensor& inputs, at::TensorList recurrent, at::TensorList projection,
-    at::TensorList output, const std::optional<Tensor>& bias, int64_t max_symbols, at::TensorList state) {
+    at::TensorList output, const std::optional<Tensor>& bias, int64_t max_symbols, at::TensorList state,
+    at::TensorList windows) {
   for (const auto& [x, name] : {std::pair(&encoder_out, "encoder_out"), std::pair(&inputs, "inputs")}) {
     TORCH_CHECK_TYPE(x->scalar_type() == at::kFloat, name, " must be float32, got ", x->scalar_type());
     TORCH_CHECK_VALUE(x->dim() == 2, name, " must have two dimensions, got ", x->sizes());
@@ -445,6 +524,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sparse_transducer(
     return check_matrix(t[0], t[1], t[2], scales, outputs, inputs, encoder_out, "encoder_out");
   };
   const Matrix w_hh = matrix("recurrent", recurrent, 4 * hidden, hidden);
+  const Windows in_windows = check_windows(windows, w_hh, encoder_out, "encoder_out");
   const Matrix projects = matrix("projection", projection, joiner, hidden), out = matrix("output", output, tokens, joiner);
   TORCH_CHECK_VALUE(state.empty() || state.size() == 3, "state must be predictor_out, h and c, or nothing, got ",
                     state.size(), " tensors");
@@ -455,9 +535,18 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sparse_transducer(
   const std::vector<float> biases = padded_bias(bias, tokens);
   std::vector<int64_t> emitted, at_frame;
   std::vector<float> probability;
+  const int64_t threads = threads_for(w_hh, 1);
+  const auto begin = in_windows.groups < 0 ? std::vector<int64_t>() : share(in_windows.offsets, in_windows.groups, threads);
   const auto predict = [&](int64_t token) {
-    std::memcpy(gates.data(), given.const_data_ptr<float>() + token * 4 * hidden, 4 * hidden * sizeof(float));
-    few_columns(w_hh, h.data(), 0, gates.data(), 1);
+    const float* input = given.const_data_ptr<float>() + token * 4 * hidden;
+    if (in_windows.groups < 0) {
+      std::memcpy(gates.data(), input, 4 * hidden * sizeof(float));
+      few_columns(w_hh, h.data(), 0, gates.data(), 1);
+    } else {
+      at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+        kernels().in_windows(in_windows, h.data(), input, gates.data(), begin[first], begin[last]);
+      });
+    }
     kernels().lstm_cell(gates.data(), c.data(), h.data(), hidden, 0, hidden);
     std::fill(h.begin() + hidden, h.end(), 0.0f);  // blocks 1 x 4 may read it
     std::fill(predicted.begin(), predicted.end(), 0.0f);

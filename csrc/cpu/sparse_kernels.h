@@ -201,6 +201,50 @@ KERNEL void one_column(const Matrix& m, const float* x, float* y, int64_t begin,
   one_column_of<int8_t>(m, x, y, begin, end);
 }
 
+// ---------------------------------------------------------------------------- one column, in windows
+
+// inputs[i] = x[i-th of the last three bits of places]; x is eight inputs.
+KERNEL inline void pick(Lanes<8>::Floats& inputs, const float* x, const Lanes<8>::Ints& places) {
+#if defined(__x86_64__) && LANES > 4
+  __m256 window = _mm256_loadu_ps(x);
+  asm("" : "+x"(window));  // loaded by itself: AMD takes twice as long where it is the shuffle's operand
+  inputs = (Lanes<8>::Floats)_mm256_permutevar8x32_ps(window, (__m256i)places);
+#else
+  for (int i = 0; i < 8; ++i) inputs[i] = x[places[i] & 7];
+#endif
+}
+
+template <typename Value>
+KERNEL void in_windows_of(const Windows& w, const float* x, const float* from, float* y, int64_t begin, int64_t end) {
+  for (int64_t g = begin; g < end; ++g) {
+    Lanes<8>::Floats sums[4] = {}, v, inputs;
+    for (int64_t b = w.offsets[g]; b < w.offsets[g + 1]; ++b) {
+      const Value* values = static_cast<const Value*>(w.values) + b * 64;
+      const uint16_t* starts = w.starts + b * 8;
+      Lanes<8>::Ints places;
+      read(places, w.places + b * 8);
+#pragma GCC unroll 8
+      for (int step = 0; step < 8; ++step) {
+        load<8>(v, values + step * 8);
+        pick(inputs, x + starts[step], places >> 4 * step);
+        sums[step % 4] += v * inputs;
+      }
+    }
+    const Lanes<8>::Floats sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int i = 0; i < 8; ++i) {
+      const int64_t row = w.rows[g * 8 + i];
+      if (row < w.outputs) y[row] = from[row] + (w.scales ? sum[i] * w.scales[row] : sum[i]);
+    }
+  }
+}
+
+// y = from + W x for groups [begin, end) of eight rows. x is readable up to eight floats.
+KERNEL void in_windows(const Windows& w, const float* x, const float* from, float* y, int64_t begin, int64_t end) {
+  if (w.type == at::kFloat) return in_windows_of<float>(w, x, from, y, begin, end);
+  if (w.type == at::kBFloat16) return in_windows_of<Bfloat16>(w, x, from, y, begin, end);
+  in_windows_of<int8_t>(w, x, from, y, begin, end);
+}
+
 // ---------------------------------------------------------------------------- many columns
 
 // to[j * to_stride + i] = from[i * from_stride + j]
@@ -232,34 +276,57 @@ KERNEL void transpose(const float* from, int64_t from_stride, int64_t rows, int6
   }
 }
 
-// R outputs by N vectors of columns stay in registers while the blocks of a row pass by; a block's values are `stride`
-// apart from the next one's, input i is at x + places[i], y is (R, width).
+// sums (R outputs, N vectors of columns) += a block times its inputs; input i is at x + places[i].
+template <int R, int C, int N>
+KERNEL inline void add_block(Floats (&sums)[R][N], const float* block, const float* x, const int64_t* places) {
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) {
+    const float* input = x + places[c];
+    Floats v[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) read(v[n], input + n * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sums[r][n] += v[n] * block[r * C + c];
+    }
+  }
+}
+
+// R outputs by N vectors of columns stay in registers while blocks of a row pass by; a block's values are `stride` apart
+// from the next one's, y is (R, width). The sums begin with the bias, or with y where there is none. Few sums are kept
+// several times, so that an addition need not wait for the one before.
 template <int R, int C, int N>
 KERNEL void tile(const float* values, int64_t stride, const uint16_t* columns, int64_t count, const float* x,
                  const int64_t* places, const float* bias, float* y, int64_t width) {
-  Floats sums[R][N] = {};
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t* own_places = places + columns[k] * C;
-    const float* block = values + k * stride;
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      const float* input = x + own_places[c];
-      Floats v[N];
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) read(v[n], input + n * LANES);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) sums[r][n] += v[n] * block[r * C + c];
-      }
-    }
-  }
+  constexpr int CHAINS = std::clamp(8 / (R * N), 1, 4);
+  Floats sums[CHAINS][R][N] = {};
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      sums[r][n] += bias[r];
-      std::memcpy(y + r * width + n * LANES, &sums[r][n], sizeof(Floats));
+      if (bias) {
+        sums[0][r][n] += bias[r];
+      } else {
+        read(sums[0][r][n], y + r * width + n * LANES);
+      }
+    }
+  }
+  int64_t k = 0;
+  for (; k + CHAINS <= count; k += CHAINS) {
+#pragma GCC unroll 4
+    for (int s = 0; s < CHAINS; ++s) {
+      add_block<R, C, N>(sums[s], values + (k + s) * stride, x, places + columns[k + s] * C);
+    }
+  }
+  for (; k < count; ++k) add_block<R, C, N>(sums[0], values + k * stride, x, places + columns[k] * C);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+#pragma GCC unroll 4
+      for (int s = 1; s < CHAINS; ++s) sums[0][r][n] += sums[s][r][n];
+      std::memcpy(y + r * width + n * LANES, &sums[0][r][n], sizeof(Floats));
     }
   }
 }
@@ -274,27 +341,48 @@ KERNEL void tile_of(int64_t n, const float* values, int64_t stride, const uint16
   tile<R, C, N>(values, stride, columns, count, x, places, bias, y, width);
 }
 
-// Rows of y (r, width) that block row g makes, R outputs at a time.
+// Rows of y (outputs, width) that block rows [begin, end) make, R outputs at a time. values and bias begin with theirs.
+// Inputs pass in panels, so that what a tile's columns need of them stays in the first cache for all rows; `overlap`
+// neighbouring inputs share their places.
 template <int R, int C>
-KERNEL void block_row_of(const Matrix& m, const float* values, int64_t g, const float* x, const int64_t* places,
-                         const float* bias, float* y, int64_t width) {
+KERNEL void block_rows_of(const Matrix& m, const float* values, int64_t begin, int64_t end, const float* x,
+                          const int64_t* places, int64_t overlap, const float* bias, float* y, int64_t width) {
   constexpr int N = std::min(8, (LANES == 16 ? 24 : 12) / R);  // of 32 registers, or of 16
-  const int64_t count = m.offsets[g + 1] - m.offsets[g], vectors = width / LANES, tiles = (vectors + N - 1) / N;
+  const int64_t panel = FIRST_CACHE / (N * LANES) * overlap / C, last = (m.inputs + C - 1) / C;
+  const int64_t panels = std::max<int64_t>((last + panel - 1) / panel, 1), rows = end - begin;
+  std::vector<int32_t> from((panels + 1) * rows);  // each panel's first block of each row
+  for (int64_t g = 0; g < rows; ++g) {
+    const int32_t first = m.offsets[begin + g], behind = m.offsets[begin + g + 1];
+    for (int64_t p = 0; p < panels; ++p) {
+      const auto limit = static_cast<int32_t>(std::min(p * panel, last));
+      int32_t before = 0;
+      for (int32_t k = first; k < behind; ++k) before += m.columns[k] < limit;
+      from[p * rows + g] = first + before;
+    }
+    from[panels * rows + g] = behind;
+  }
+  const int64_t vectors = width / LANES, tiles = (vectors + N - 1) / N;
   for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t from = vectors * t / tiles, n = vectors * (t + 1) / tiles - from;
-    for (int64_t r = 0; r < m.r; r += R) {
-      tile_of<R, C, N>(n, values + r * C, m.r * C, m.columns + m.offsets[g], count, x + from * LANES, places, bias + r,
-                       y + r * width + from * LANES, width);
+    const int64_t start = vectors * t / tiles, n = vectors * (t + 1) / tiles - start;
+    for (int64_t p = 0; p < panels; ++p) {
+      for (int64_t g = 0; g < rows; ++g) {
+        const int32_t k = from[p * rows + g], count = from[(p + 1) * rows + g] - k;
+        const float* block = values + (k - m.offsets[begin]) * m.r * C;
+        for (int64_t r = 0; r < m.r && (count || p == 0); r += R) {
+          tile_of<R, C, N>(n, block + r * C, m.r * C, m.columns + k, count, x + start * LANES, places,
+                           p ? nullptr : bias + g * m.r + r, y + (g * m.r + r) * width + start * LANES, width);
+        }
+      }
     }
   }
 }
 
-KERNEL void block_row(const Matrix& m, const float* values, int64_t g, const float* x, const int64_t* places,
-                      const float* bias, float* y, int64_t width) {
-  if (m.r >= 8) return block_row_of<8, 1>(m, values, g, x, places, bias, y, width);
-  if (m.r == 4) return block_row_of<4, 1>(m, values, g, x, places, bias, y, width);
-  if (m.c == 4) return block_row_of<1, 4>(m, values, g, x, places, bias, y, width);
-  block_row_of<1, 1>(m, values, g, x, places, bias, y, width);
+KERNEL void block_rows(const Matrix& m, const float* values, int64_t begin, int64_t end, const float* x,
+                       const int64_t* places, int64_t overlap, const float* bias, float* y, int64_t width) {
+  if (m.r >= 8) return block_rows_of<8, 1>(m, values, begin, end, x, places, overlap, bias, y, width);
+  if (m.r == 4) return block_rows_of<4, 1>(m, values, begin, end, x, places, overlap, bias, y, width);
+  if (m.c == 4) return block_rows_of<1, 4>(m, values, begin, end, x, places, overlap, bias, y, width);
+  block_rows_of<1, 1>(m, values, begin, end, x, places, overlap, bias, y, width);
 }
 
 // The values of block row g as floats: where they are, or decoded into `buffer`.
@@ -322,41 +410,46 @@ KERNEL const float* as_floats(const Matrix& m, int64_t g, float* buffer) {
   return decoded(m, static_cast<const int8_t*>(m.values), g, buffer);
 }
 
+// Values of block rows [begin, end) as floats: where they are, or decoded into `buffer`.
+KERNEL const float* all_as_floats(const Matrix& m, int64_t begin, int64_t end, std::vector<float>& buffer) {
+  const int64_t size = m.r * m.c, first = m.offsets[begin];
+  if (m.type == at::kFloat) return static_cast<const float*>(m.values) + first * size;
+  buffer.resize((m.offsets[end] - first) * size);
+  for (int64_t g = begin; g < end; ++g) as_floats(m, g, buffer.data() + (m.offsets[g] - first) * size);
+  return buffer.data();
+}
+
 // Y = X W^T + bias for bands [begin, end) of BAND outputs. Input i is at x + places[i], readable up to whole vectors of
 // columns, and 0 from the last input to a multiple of c; y is (columns, outputs); bias holds zeros up to a whole band.
 KERNEL void many_columns(const Matrix& m, const float* x, const int64_t* places, const float* bias, float* y,
                          int64_t columns, int64_t begin, int64_t end) {
-  const int64_t width = (columns + LANES - 1) / LANES * LANES;
-  int64_t longest = 0;
-  for (int64_t g = begin * BAND / m.r; g < std::min(end * BAND / m.r, m.groups); ++g) {
-    longest = std::max<int64_t>(longest, m.offsets[g + 1] - m.offsets[g]);
-  }
-  std::vector<float> buffer(m.type == at::kFloat ? 0 : longest * m.r * m.c), band(BAND * width);
+  const int64_t width = (columns + LANES - 1) / LANES * LANES, size = BAND / m.r;
+  std::vector<float> buffer, band(BAND * width);
   for (int64_t b = begin; b < end; ++b) {
-    for (int64_t g = b * BAND / m.r; g < std::min((b + 1) * BAND / m.r, m.groups); ++g) {
-      const float* values = as_floats(m, g, buffer.data());
-      block_row(m, values, g, x, places, bias + g * m.r, band.data() + (g * m.r - b * BAND) * width, width);
-    }
-    const int64_t rows = std::min(BAND, m.outputs - b * BAND);
+    const int64_t first = b * size, last = std::min(first + size, m.groups), rows = std::min(BAND, m.outputs - b * BAND);
+    const float* values = all_as_floats(m, first, last, buffer);
+    block_rows(m, values, first, last, x, places, 1, bias + b * BAND, band.data(), width);
     transpose(band.data(), width, rows, columns, y + b * BAND, m.outputs);
   }
 }
 
 // Rows [begin, end) of all images' rows of a convolution: row i of image b is W x + bias, where x begins at
-// b * image + i * step; y is (images, outputs, rows, columns).
-KERNEL void convolution(const Matrix& m, const float* x, const int64_t* places, int64_t image, int64_t step,
-                        const float* bias, float* y, int64_t rows, int64_t columns, int64_t begin, int64_t end) {
-  const int64_t width = (columns + LANES - 1) / LANES * LANES, size = m.r * m.c;
-  std::vector<float> made(m.r * width), decoded(m.type == at::kFloat ? 0 : m.offsets[m.groups] * size);
-  const auto* values = m.type == at::kFloat ? static_cast<const float*>(m.values) : decoded.data();
-  for (int64_t g = 0; g < m.groups && !decoded.empty(); ++g) as_floats(m, g, decoded.data() + m.offsets[g] * size);
+// b * image + i * step; y is (images, outputs, rows, columns). `overlap` neighbouring inputs share their places.
+KERNEL void convolution(const Matrix& m, const float* x, const int64_t* places, int64_t overlap, int64_t image,
+                        int64_t step, const float* bias, float* y, int64_t rows, int64_t columns, int64_t begin,
+                        int64_t end) {
+  const int64_t width = (columns + LANES - 1) / LANES * LANES, size = BAND / m.r;
+  std::vector<float> band(BAND * width), decoded;
+  const float* values = all_as_floats(m, 0, m.groups, decoded);
   for (int64_t at = begin; at < end; ++at) {  // what a row needs of x stays in the caches for all block rows
     const int64_t b = at / rows, i = at % rows;
-    for (int64_t g = 0; g < m.groups; ++g) {
-      block_row(m, values + m.offsets[g] * size, g, x + b * image + i * step, places, bias + g * m.r, made.data(), width);
-      for (int64_t r = 0; r < std::min(m.r, m.outputs - g * m.r); ++r) {
+    for (int64_t g = 0; g < m.groups; g += size) {
+      const float* own = values + m.offsets[g] * m.r * m.c;
+      block_rows(m, own, g, std::min(g + size, m.groups), x + b * image + i * step, places, overlap, bias + g * m.r,
+                 band.data(), width);
+      for (int64_t r = 0; r < std::min(BAND, m.outputs - g * m.r); ++r) {
         float* to = y + ((b * m.outputs + g * m.r + r) * rows + i) * columns;
-        std::memcpy(to, made.data() + r * width, columns * sizeof(float));
+        std::memcpy(to, band.data() + r * width, columns * sizeof(float));
       }
     }
   }
@@ -410,7 +503,7 @@ KERNEL uint16_t largest(const uint16_t* columns, int64_t n) {
   return most;
 }
 
-constexpr Kernels KERNELS{NAME, LANES, one_column, many_columns, convolution, transpose, lstm_cell, largest};
+constexpr Kernels KERNELS{NAME, LANES, one_column, in_windows, many_columns, convolution, transpose, lstm_cell, largest};
 
 }  // namespace SPARSE_ISA
 
