@@ -438,33 +438,6 @@ class Transducer(nn.Module):
         return found, (predictor_out, (h[None], c[None]))
 
 
-class Stream:
-    """A Transducer on one utterance whose features arrive in pieces: `emissions` of all of them, up to rounding.
-
-    A frame is known when the features of its window are, (window - 8) * 10 ms after its own 80 ms.
-    """
-
-    def __init__(self, model: Transducer):
-        self.model, self.rest, self.frames = model, torch.zeros(0, 80), 0  # encoder frames so far
-        self.states = self.decoded = None  # of the encoder's LSTMs, of the greedy loop
-
-    def push(self, features: Tensor, last: bool = False) -> list[Emission]:
-        """features: (T, 80), T may be 0.  Returns what is new. last: nothing follows."""
-        x = torch.cat([self.rest, features])
-        new = -(-len(x) // 4) if last else max(0, (len(x) - self.model.window) // 4 + 1)
-        self.rest = x[4 * new :]
-        if not new:
-            return []
-        x = F.pad(x, (0, 0, 0, self.model.window - 1 if last else 0))[: 4 * (new - 1) + self.model.window]
-        encoder_out, self.states = self.model.windows(x.T[None], self.states)
-        first = -(-self.frames // 2)  # the joiner's frames so far: it sees encoder frames 0, 2, 4, ...
-        encoder_out = encoder_out[:, self.frames % 2 :]
-        self.frames += new
-        length = torch.tensor([encoder_out.shape[1]])
-        (found,), self.decoded = self.model.greedy(*self.model.every_second(encoder_out, length), self.decoded)
-        return [e._replace(start=first + e.start, end=first + e.end) for e in found]
-
-
 # ---------------------------------------------------------------------------- Conformer with CTC
 
 

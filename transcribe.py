@@ -422,7 +422,7 @@ def follow(
     model: models.Transducer, chunks: Iterable[tuple[Tensor, bool]], moments: Tensor | None, path: Path | str = ""
 ) -> Iterator[tuple[list[Emission], int, float]]:
     """What each chunk (N,) of 16 kHz audio adds, N, and the seconds that took, features included."""
-    features, stream = streaming.FeatureStream(moments), models.Stream(model)
+    features, stream = streaming.FeatureStream(moments), streaming.Stream(model)
     for samples, last in chunks:
         started = time.monotonic()
         with torch.inference_mode():

@@ -210,7 +210,7 @@ def test_memory_does_not_grow_with_the_recording(flags, tickets, lasting, monkey
 
     monkeypatch.setattr(sound, "BLOCK", 2**17)  # numbers that are decoded at once, at most
     monkeypatch.setitem(data.FEATURES, "log-mel", featured)
-    monkeypatch.setattr(models.Stream, "push", watched)
+    monkeypatch.setattr(streaming.Stream, "push", watched)
     short, long = (most(lasting / f"{seconds}.flac", seconds) for seconds in (30, 600))
     assert long - short < 2.5e7
 
@@ -581,7 +581,7 @@ def test_emissions_in_pieces_are_those_of_the_whole(pieces, tickets):
         features = torch.randn(frames, 80, generator=torch.Generator().manual_seed(frames))
         with torch.inference_mode():
             (whole,) = model.emissions(features[None], torch.tensor([frames]))
-            stream = models.Stream(model)
+            stream = streaming.Stream(model)
             found = [e for part in features.split(pieces) for e in stream.push(part)] + stream.push(features[:0], True)
         assert [e[:3] for e in found] == [e[:3] for e in whole]
         assert [e.probability for e in found] == pytest.approx([e.probability for e in whole], abs=1e-5)
