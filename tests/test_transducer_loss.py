@@ -13,6 +13,7 @@ from test_ops import DEVICES
 
 import lottery
 import models
+from bench.measure import peak_memory
 
 if not lottery.ops.compiled:
     pytest.skip(f"the extension is not built: {lottery.ops.path}", allow_module_level=True)
@@ -248,6 +249,14 @@ def test_a_target_that_is_no_token(target, device):
     arguments[4][1, 1] = target
     with pytest.raises(ValueError, match=rf"targets\[1\]\[1\] must be between 0 and 4, got {target}"):
         compiled(*arguments)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_matrix_of_cells_and_tokens():
+    """38,376 cells of 512 tokens in float32 would be 79 MB."""
+    arguments = batch(8, 512, [123, 123, 123, 123], [77, 77, 77, 77])
+    compiled(*arguments)
+    assert peak_memory(lambda: compiled(*arguments)) < 10e6
 
 
 def test_opcheck():

@@ -257,12 +257,55 @@ AUDIO_LOTTERY_AVX512 void count_avx512(const uint32_t* weight, const uint8_t* ma
   }
 }
 
+// The same with 256-bit vectors, for processors without AVX-512: a third of the time of what compilers make.
+__attribute__((target("avx2,popcnt"))) void scan_avx2(const uint32_t* weight, const uint8_t* mask, uint8_t* out, int64_t n,
+                                                      uint32_t low, uint32_t high, Counts& counts,
+                                                      Found<uint32_t>& found, uint32_t offset) {
+  const __m256i below_low = _mm256_set1_epi32(low - 1), below_high = _mm256_set1_epi32(high - 1);  // > for >=
+  const __m256i signless = _mm256_set1_epi32(0x7fffffff), zero = _mm256_setzero_si256(), one = _mm256_set1_epi8(1);
+  const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // after two packs, which go by halves
+  __m256i largest = zero;
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    __m256i at_least_low[4], at_least_high[4];
+    for (int part = 0; part < 4; ++part) {
+      const __m256i key = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(weight + i + 8 * part)), signless);
+      at_least_low[part] = _mm256_cmpgt_epi32(key, below_low);
+      at_least_high[part] = _mm256_cmpgt_epi32(key, below_high);
+      largest = _mm256_max_epi32(largest, key);
+    }
+    __m256i bytes[2];
+    for (int which = 0; which < 2; ++which) {
+      const __m256i* words = which ? at_least_high : at_least_low;
+      bytes[which] = _mm256_packs_epi16(_mm256_packs_epi32(words[0], words[1]), _mm256_packs_epi32(words[2], words[3]));
+      bytes[which] = _mm256_permutevar8x32_epi32(bytes[which], in_order);
+    }
+    const __m256i pruned = _mm256_cmpeq_epi8(_mm256_loadu_si256((const __m256i*)(mask + i)), zero);
+    const __m256i above = _mm256_andnot_si256(pruned, bytes[1]);
+    _mm256_storeu_si256((__m256i*)(out + i), _mm256_and_si256(above, one));
+    counts.survivors += 32 - __builtin_popcount(_mm256_movemask_epi8(pruned));
+    counts.above += __builtin_popcount(_mm256_movemask_epi8(above));
+    uint32_t inside = _mm256_movemask_epi8(_mm256_andnot_si256(bytes[1], _mm256_andnot_si256(pruned, bytes[0])));
+    counts.inside += __builtin_popcount(inside);
+    for (; inside; inside &= inside - 1) {
+      const uint32_t place = static_cast<uint32_t>(i) + __builtin_ctz(inside);
+      found.offsets[found.count] = offset + place;
+      found.keys[found.count++] = weight[place] & 0x7fffffff;
+    }
+  }
+  uint32_t each[8];
+  _mm256_storeu_si256((__m256i*)each, largest);
+  counts.largest = std::max<uint64_t>(counts.largest, *std::max_element(each, each + 8));
+  scan(weight + i, mask + i, out + i, n - i, low, high, counts, found, offset + static_cast<uint32_t>(i));
+}
+
 template <>
 void scan_best(const uint32_t* weight, const uint8_t* mask, uint8_t* out, int64_t n, uint32_t low, uint32_t high,
                Counts& counts, Found<uint32_t>& found, uint32_t offset) {
-  static const bool available = has_avx512();
-  (available ? scan_avx512 : static_cast<decltype(&scan_avx512)>(scan))(weight, mask, out, n, low, high, counts, found,
-                                                                        offset);
+  static const auto best = has_avx512()                    ? scan_avx512
+                           : __builtin_cpu_supports("avx2") ? scan_avx2
+                                                            : static_cast<decltype(&scan_avx512)>(scan);
+  best(weight, mask, out, n, low, high, counts, found, offset);
 }
 
 template <>
