@@ -85,7 +85,12 @@ class Setting:
             "config_sha256": ledger.hash_json(settings),
             "data_sha256": settings["data_sha256"],
             "code_sha256": CODE_SHA256,
-            "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+            "versions": {
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+                "operators": lottery.ops.path_on(self.args.device)[:100],  # the transducer's loss rounds as they do
+            },
             "device": self.args.device,
             "threads": torch.get_num_threads(),
         }

@@ -429,6 +429,17 @@ def test_the_hash_of_the_code_is_of_what_was_imported(monkeypatch):
     assert settings.Setting.facts(setting)["code_sha256"] == stated != settings.code_sha256()
 
 
+def test_a_row_names_the_operators_that_it_ran_on(monkeypatch):
+    setting = types.SimpleNamespace(
+        args=types.SimpleNamespace(seed=0, device="cpu"), config={"machine": {}, "data_sha256": "x"}
+    )
+    for path in ("compiled C++ (AVX2, OpenMP)", "pure PyTorch (" + 200 * "x"):
+        monkeypatch.setattr(lottery, "ops", lottery.ops._replace(path=path))
+        row = settings.Setting.facts(setting)
+        assert row["versions"]["operators"] == path[:100]
+        ledger.ROW_MAY["versions"](row["versions"], "versions")
+
+
 def test_a_signal_while_a_checkpoint_is_read_is_no_damage(corpus, tmp_path, monkeypatch, capsys):
     stopped_run(corpus, tmp_path / "run", monkeypatch)
     with monkeypatch.context() as patch:
