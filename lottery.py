@@ -245,9 +245,11 @@ def choose_ops() -> Ops:
     """The operators of csrc/ where they are built, the reference elsewhere: the one place that chooses."""
     try:
         import _lottery  # registers torch.ops.audio_lottery
-    except ImportError as error:
-        reference = reference_hold_ticket_, reference_global_magnitude_masks, reference_block_norms
-        return Ops(*reference, False, f"pure PyTorch ({error})")
+
+        torch.ops.audio_lottery.rotary_heads.default  # noqa: B018  the newest: an older build has it not
+    except (ImportError, AttributeError) as error:
+        ours = reference_hold_ticket_, reference_global_magnitude_masks, reference_block_norms
+        return Ops(*ours, False, f"pure PyTorch ({error})")
     compiled, facts = torch.ops.audio_lottery, _lottery.build_facts()
     devices = {"cpu", "cuda"} if facts["cuda"] else {"cpu"}
 

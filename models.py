@@ -29,8 +29,9 @@ from torch import Tensor, nn
 try:
     import _lottery  # registers torch.ops.audio_lottery
 
+    torch.ops.audio_lottery.rotary_heads.default  # noqa: B018  AttributeError: an older build, as lottery.py says
     COMPILED_ON = {"cpu", "cuda"} if _lottery.build_facts()["cuda"] else {"cpu"}
-except ImportError:
+except (ImportError, AttributeError):
     COMPILED_ON = set()
 BLANK = 0
 
@@ -278,6 +279,7 @@ class CompiledLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, scale):
         return *(scale * gradient for gradient in ctx.saved_tensors), None, None, None
 
@@ -363,10 +365,11 @@ class Transducer(nn.Module):
         encoder_out, lengths = self.every_second(encoder_out, lengths)
         predictor_out, _ = self.predict(F.pad(targets, (1, 0), value=BLANK))
         counts, layer = (lengths.tolist(), target_lengths.tolist()), self.output
-        # Compiled in float32, through a layer as it was built: nn.Linear, and no hooks that look at its inputs.
-        built = type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+        # Compiled in float32, through a layer as it was built: nn.Linear, and no hooks that would not be called.
+        hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+        built = type(layer) is nn.Linear and layer.bias is not None and not any(hooks)
         if built and encoder_out.dtype == layer.weight.dtype == torch.float32 and features.device.type in COMPILED_ON:
-            loss = CompiledLoss.apply(encoder_out, predictor_out, layer.weight, layer.bias, targets, *counts)
+            loss = CompiledLoss.apply(encoder_out, predictor_out, layer.weight, layer.bias, targets.long(), *counts)
         else:
             loss = reference_transducer_loss(encoder_out, predictor_out, layer, targets, *counts)
         return loss / len(lengths) + self.ctc_weight * ctc
@@ -453,9 +456,10 @@ def rotate(x: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
-def in_one_pass(module: nn.Module) -> bool:
-    """Does it compute by what use_fused was given?"""
-    return module.fused is not None and not module.training and not torch.compiler.is_exporting()
+def in_one_pass(module: nn.Module, x: Tensor) -> bool:
+    """Does it go on from x by what use_fused was given? Not for training, gradients or traces (torch.compile's too)."""
+    traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return module.fused is not None and not (module.training or x.requires_grad or traced)
 
 
 class Attention(nn.Module):
@@ -469,9 +473,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         """x: (B, T, width), valid: (B, T) bool -> (B, T, width)."""
-        if in_one_pass(self):
-            return self.out(self.fused(self.qkv(x), valid))
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, T, d)
+        qkv = self.qkv(x)
+        if in_one_pass(self, qkv):
+            return self.out(self.fused(qkv, valid))
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, T, d)
         x = F.scaled_dot_product_attention(rotate(q), rotate(k), v, valid[:, None, None])
         return self.out(x.transpose(1, 2).flatten(2))
 
@@ -505,7 +510,7 @@ class ConformerBlock(nn.Module):
         return {"heads": self.attention.heads, "depthwise": self.depthwise, "norm": self.batch_norm}
 
     def use_fused(self, attention: nn.Module | None, convolution: nn.Module | None) -> None:
-        """Compute by these, made of fused_parts, but for training and export; None: by its own layers.
+        """Compute by these, made of fused_parts, but where in_one_pass says no; None: by its own layers.
 
         attention(qkv (B, T, 3 * width), valid) -> (B, T, width), before the output projection.
         convolution(x (B, 2 * width, T), valid) -> (B, width, T): all between the two pointwise convolutions.
@@ -514,7 +519,7 @@ class ConformerBlock(nn.Module):
 
     def convolution(self, x: Tensor, valid: Tensor, rows: Tensor) -> Tensor:
         x = self.pointwise1(self.conv_norm(x).transpose(1, 2))  # (B, 2 * width, T)
-        if in_one_pass(self):
+        if in_one_pass(self, x):
             return self.pointwise2(self.fused(x, valid)).transpose(1, 2)
         x = F.glu(x, 1)  # (B, width, T)
         x = self.depthwise(x * valid[:, None]).transpose(1, 2)  # masked: no padding leaks in

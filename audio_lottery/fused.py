@@ -4,8 +4,8 @@ A block opts in by two methods; compress, which knows no more of it, calls
 `block.use_fused(*fused(**block.fused_parts()))`.
 
 fused_parts(): heads, depthwise and norm, as the arguments of fused() below.
-use_fused(attention, convolution): takes the two, as submodules, and calls them in evaluation mode, but for an export,
-whose graph is of its own layers. Both None: its own always.
+use_fused(attention, convolution): takes the two, as submodules, and calls them in evaluation mode without gradients,
+but for an export, a trace or torch.compile: their graphs are of its own layers. Both None: its own always.
 """
 
 import functools

@@ -171,6 +171,11 @@ def test_a_block_computes_the_same(ends):
         with torch.inference_mode():
             torch.testing.assert_close(block(x, valid, rows)[valid], wanted, atol=2e-5, rtol=1e-4)
     assert len(passes) == 6
+    given = x.clone().requires_grad_()
+    traced = torch.jit.trace(block, (x, valid, rows), check_trace=False)
+    for by_layers in (block(given, valid, rows), traced(x, valid, rows)):
+        torch.testing.assert_close(by_layers[valid], wanted, atol=2e-5, rtol=1e-4)
+        assert len(passes) == 6
     block.train()(x, valid, rows)  # by its own layers, which have dropout and statistics
     block.use_fused(None, None)
     block.eval()(x, valid, rows)

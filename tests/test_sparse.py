@@ -250,6 +250,18 @@ def test_lstm_on_two_threads(layout, two_threads):
 
 
 @built
+def test_lstm_with_nothing_for_a_thread(two_threads):
+    """All weights are in the second of two block rows, which is longer than what is left of the outputs."""
+    mask = torch.ones(20, 5, dtype=torch.bool)
+    mask[:16] = False
+    matrix = sparse.to_matrix(torch.randn(20, 5), mask, "16x1")
+    lengths = torch.ones(1000, dtype=torch.int64).index_fill(0, torch.tensor([0]), 3)  # many, so that threads share
+    arguments = torch.randn(1000, 3, 20), *matrix, *torch.randn(2, 1000, 5), lengths, False, []
+    want = sparse.reference_sparse_lstm(*arguments)
+    torch.testing.assert_close(sparse.sparse_lstm(*arguments), want, rtol=1e-4, atol=1e-5)
+
+
+@built
 def test_lstm_of_a_batch_is_that_of_each_utterance():
     """In no order of lengths, from the state that each begins with."""
     matrix, _ = random_matrix(4 * 21, 21, "unstructured")

@@ -312,3 +312,24 @@ def test_the_reference_where_it_must_be(taken):
     model.output.register_forward_hook(lambda *call: seen.append(call))
     step(model)
     assert taken == ["reference"] * 2 and len(seen) == 1
+    model = network()
+    model.output.register_full_backward_hook(lambda *call: seen.append(call))
+    step(model)
+    model = network()
+    model.output = torch.nn.Linear(10, 7, bias=False)
+    step(model)
+    assert taken == ["reference"] * 4 and len(seen) == 2
+
+
+def test_one_backward_pass_alone():
+    """The gradients are made with the loss: nothing knows how they follow from it. Targets of 32 bits are taken too."""
+    ahead, *others = batch(5, 4, [3], [2])
+    ahead.requires_grad_()
+    (gradient,) = torch.autograd.grad(models.CompiledLoss.apply(ahead, *others).square(), ahead, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+    model, targets = network(), torch.tensor([[1, 2, 3]])
+    losses = [
+        model.loss(torch.ones(1, 40, 80), torch.tensor([40]), t, torch.tensor([3])) for t in (targets, targets.int())
+    ]
+    assert losses[0] == losses[1]

@@ -460,7 +460,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
           float* to = &gates[i * m.outputs];
           if (w.groups >= 0) {
             kernels().in_windows(w, own, from, to, first, last);
-          } else {
+          } else if (first < last) {  // an empty share may lie behind the outputs
             std::copy(from + first * m.r, from + std::min(last * m.r, m.outputs), to + first * m.r);
             kernels().one_column(m, own, to, first, last);
           }
