@@ -457,20 +457,15 @@ KERNEL void convolution(const Matrix& m, const float* x, const int64_t* places, 
 
 // ---------------------------------------------------------------------------- the LSTM cell
 
-// 1 / (1 + exp(-x)), within 2e-7; exp as in Cephes: a power of 2 times a polynomial.
+#include "exponential.h"
+
+// 1 / (1 + exp(-x)), within 2e-7.
 KERNEL inline void sigmoid(Floats& x) {
   Floats y = -x;
   y = y > 87.0f ? Floats{} + 87.0f : y;
   y = y < -87.0f ? Floats{} - 87.0f : y;
-  const Floats shifted = y * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: its last bits hold the rounded exponent
-  const Floats n = shifted - 12582912.0f, f = y - n * 0.693359375f + n * 2.12194440e-4f;
-  Floats p = f * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * f * f + f + 1.0f;
-  x = 1.0f / (1.0f + p * (Floats)(((Ints)shifted << 23) + 0x3f800000));
+  exponential(y);
+  x = 1.0f / (1.0f + y);
 }
 
 // Units [begin, end), begin a multiple of LANES: gates (4, hidden) in the order i, f, g, o. gates and the states are

@@ -9,20 +9,15 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 KERNEL inline void read(Floats& to, const float* from) { std::memcpy(&to, from, sizeof to); }
 KERNEL inline void write(float* to, const Floats& from) { std::memcpy(to, &from, sizeof from); }
 
-// exp as in Cephes: a power of 2 times a polynomial; 0 below exp(-87).
-KERNEL inline void exponential(Floats& x) {
+#include "exponential.h"
+
+// exp, of 87 where x is larger; 0 below exp(-87).
+KERNEL inline void probability(Floats& x) {
   const Ints below = x < -87.0f;
-  Floats y = x > 87.0f ? Floats{} + 87.0f : x;
-  y = below ? Floats{} : y;
-  const Floats shifted = y * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: its last bits hold the rounded exponent
-  const Floats n = shifted - 12582912.0f, f = y - n * 0.693359375f + n * 2.12194440e-4f;
-  Floats p = f * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * f * f + f + 1.0f;
-  x = below ? Floats{} : p * (Floats)(((Ints)shifted << 23) + 0x3f800000);
+  x = x > 87.0f ? Floats{} + 87.0f : x;
+  x = below ? Floats{} : x;
+  exponential(x);
+  x = below ? Floats{} : x;
 }
 
 // tanh as in Eigen: a quotient of polynomials, within 3e-7 of itself.
@@ -119,7 +114,7 @@ KERNEL double norm_of(const float* logits, int64_t padded) {
   for (int64_t k = 0; k < padded; k += LANES) {
     read(x, logits + k);
     x -= top;
-    exponential(x);
+    probability(x);
     sum += x;
   }
   double total = 0;
@@ -177,7 +172,7 @@ KERNEL void differentiate(const Joiner& m, const Utterance& x, const Occupied& c
     Floats d;
     read(d, logits + k);
     d -= norm;
-    exponential(d);
+    probability(d);
     d *= cell.in_all;
     write(logits + k, d);
   }

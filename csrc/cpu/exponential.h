@@ -1,0 +1,15 @@
+// exp of a vector, in sparse_kernels.h and transducer_loss_kernels.h, which include this file once an instruction set.
+// (Not include-guarded. As sparse_kernels.h.)
+
+// y = exp(y), y from -87 to 87; as in Cephes: a power of 2 times a polynomial.
+KERNEL inline void exponential(Floats& y) {
+  const Floats shifted = y * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: its last bits hold the rounded exponent
+  const Floats n = shifted - 12582912.0f, f = y - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = f * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * f * f + f + 1.0f;
+  y = p * (Floats)(((Ints)shifted << 23) + 0x3f800000);
+}
