@@ -92,7 +92,7 @@ def test_each_part_of_the_key_counts(cache, fast, monkeypatch):
     for where, name, value in (
         (choice, "processor", lambda: "another"), (choice.torch, "get_num_threads", lambda: 99),
         (choice.torch, "__version__", "0"), (choice, "__version__", "0"),
-        (lottery, "ops", types.SimpleNamespace(path="another")),
+        (lottery, "ops", types.SimpleNamespace(path="another")), (choice, "WAYS", choice.WAYS[1:]),
     ):  # fmt: skip
         with monkeypatch.context() as patched:
             patched.setattr(where, name, value)
