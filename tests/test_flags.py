@@ -174,13 +174,13 @@ def test_a_command_line():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("backbone", ["cnn-lstm", "rnnt", "conformer"])
-def test_recipes_by_name(backbone, monkeypatch):
+@pytest.mark.parametrize("backbone, epochs", [("cnn-lstm", 80), ("rnnt", 40), ("conformer", 40)])
+def test_recipes_by_name(backbone, epochs, monkeypatch):
     plain = of("--backbone", backbone)
     assert "recipe_name" not in plain and of("--backbone", backbone, "--recipe", "demo") == plain
     an4 = of("--backbone", backbone, "--recipe", "an4")
     masks = {"freq_masks": 1, "freq_width": 10, "time_masks": 1, "time_width": 10, "time_share": 0.1}
-    own = {"recipe_name": "an4", "epochs": 40, "speeds": [0.9, 1.0, 1.1], "augment": masks}
+    own = {"recipe_name": "an4", "epochs": epochs, "speeds": [0.9, 1.0, 1.1], "augment": masks}
     assert identity(an4) == identity(plain) | own
     assert "--recipe=an4" in flags.command_line(an4) and of(*flags.command_line(an4)) == an4
     assert of("--backbone", backbone, "--recipe", "an4", "--epochs", 7)["epochs"] == 7
