@@ -18,14 +18,15 @@ from bench.infer import bench_infer
 from bench.loading import bench_data, bench_save
 from bench.measure import PROGRAM
 from bench.ops import bench_ops
+from bench.tickets import bench_tickets
 from bench.training import bench_train
 from bench.tryout import bench_try
 from data import DataError
 from lottery import LotteryError
 
 MEASUREMENTS = {
-    "ops": bench_ops, "train": bench_train, "data": bench_data, "save": bench_save, "infer": bench_infer,
-    "try": bench_try,
+    "ops": bench_ops, "train": bench_train, "data": bench_data, "save": bench_save,
+    "infer": lambda args: bench_tickets(args) if args.ticket else bench_infer(args), "try": bench_try,
 }  # fmt: skip
 
 
@@ -42,7 +43,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     tickets = "infer: tickets (files or run folders) on the test set of --data, with WER; try: the first of them"
     add("--ticket", type=Path, nargs="+", help=tickets)
     add("--data", type=Path, default=Path("demo"), help="of --ticket (default: demo)")
+    add("--picture", type=Path, metavar="FILE.png", help="infer --ticket: draw time and WER of each way side by side")
     args = parser.parse_args(argv)
+    if args.picture and not (args.what == "infer" and args.ticket):
+        parser.error("--picture is of infer --ticket")
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")
     return args

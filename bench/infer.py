@@ -1,7 +1,7 @@
 """`python -m bench infer`: tickets at work on a CPU, beside dense torch, torch.ao's int8 and onnxruntime.
 
 Everything is validated first. A table's rows take turns in one process; times are medians, what counts is the ratio.
-Masks are drawn at random, in whole blocks of their layout; `--ticket` measures a real one, and its WER.
+Masks are drawn at random, in whole blocks of their layout; trained tickets are measured by bench/tickets.py.
 """
 
 import argparse
@@ -21,15 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import data
 import lottery
 import models
-import train
-from audio_lottery import compression, files, layers, sound, sparse
+from audio_lottery import compression, files, layers, sparse
 from bench.measure import in_turns, must_be_compiled, stop
-from lab import scoring
-from runner.cache import load_examples
-from transcribe import load
 
 SECONDS = 5  # of audio in an utterance
 FRAMES = 100  # that a stream is measured on at once
@@ -369,56 +364,19 @@ def bench_utterances(backbone: str, repeats: int, sparsities: tuple[float, ...],
         print(f"  {name:32} {took * 1e3:8.1f} ms  {took / SECONDS / batch:.4f}  {ratios}  {sizes}", flush=True)
 
 
-# ---------------------------------------------------------------------------- real tickets
+# ---------------------------------------------------------------------------- all of it
 
 
-def bench_tickets(paths: list[Path], corpus: Path, repeats: int) -> None:
-    """Tickets on their test set, one utterance at a time: texts, WER, bytes and time, dense and of each dtype."""
-    runs, cells = {}, {}
-    for path in paths:
-        model, ticket = load(path)
-        tokens = ticket.info["tokens"]
-        examples = load_examples(data.read_corpus(corpus)["test"], tokens, model.features)
-        texts, seconds = [example.text for example in examples], sum(e.frames for e in examples) * sound.FRAME_SECONDS
-        middle = sorted(examples, key=lambda e: e.frames)[len(examples) // 2].features[None]
-        run = functools.partial(transcribe, utterances=(middle, torch.tensor([middle.shape[1]])))
-        remaining = sum(int(m.sum()) for m in ticket.masks.values()) / sum(m.numel() for m in ticket.masks.values())
-        about = f"{ticket.info['backbone']}, {remaining:.1%} remaining"
-        print(f"\n{path}: {about}, {len(texts)} utterances, {seconds:.0f} s")
-        wanted = None
-        for dtype in ("dense", *sparse.DTYPES):
-            user, rows = (
-                (model, []) if dtype == "dense" else compression.compress(model, ticket.masks, run, dtype=dtype)
-            )
-            said = train.recognise(user, examples, tokens, 1, "cpu")
-            wanted = wanted or said
-            if dtype == "float32":
-                print("\n".join(f"    {row}" for row in rows))
-                if said != wanted:
-                    stop("the float32 texts are not those of the dense masked model")
-            if rows and all(row.layout.startswith("dense") for row in rows):
-                print(f"    {dtype}: all of it stays dense")
-            disk = saved_bytes(model) if dtype == "dense" else ticket_bytes(model, ticket.masks)
-            cells[path, dtype] = (
-                f"WER {scoring.rates(texts, said)['wer']:.3f}  {sum(map(str.__eq__, said, wanted)):3} texts equal  "
-                f"{disk / 1e3:7.0f} kB  {compression.resident_bytes(user) / 1e3:7.0f} kB resident"
-            )
-            runs[f"{path} {dtype}"] = functools.partial(train.recognise, user, examples, tokens, 1, "cpu")
-    t = in_turns("cpu", repeats, **runs)
-    print("\nkB: dense checkpoint, or ticket without its rewind state; real-time factor, times over dense")
-    for (path, dtype), cell in cells.items():
-        took, dense = t[f"{path} {dtype}"], t[f"{path} dense"]
-        name, ratio = files.ticket_path(path).parent.name, dense / took
-        print(f"  {name:28} {dtype:9} {cell}  {took / seconds:.5f}  {ratio:5.2f} x")
-
-
-def bench_infer(args: argparse.Namespace) -> None:
+def begin() -> None:
+    """What every measurement of use starts with."""
     print(f"torch {torch.__version__}, ops: {lottery.ops.path}, {torch.backends.cpu.get_cpu_capability()}")
     must_be_compiled()
     torch.set_num_threads(1)
     validate()
-    if args.ticket:
-        return bench_tickets(args.ticket, args.data, max(3, args.repeats // 4))
+
+
+def bench_infer(args: argparse.Namespace) -> None:
+    begin()
     for threads in (1,) if args.short else (1, 2):
         sparsities = SPARSITIES if threads == 1 and not args.short else (0.9,)
         torch.set_num_threads(threads)

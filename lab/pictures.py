@@ -1,4 +1,4 @@
-"""Pictures of runs: WER and CER against remaining weights, weights kept by layer, claims as a forest.
+"""Pictures of runs: WER and CER against remaining weights, weights kept by layer, claims as a forest, ways in use.
 
 Each is drawn into a PNG by its path, or as SVG into a buffer.
 """
@@ -152,6 +152,31 @@ def draw_forest(path: Path, claims: list[tuple[str, verdicts.Verdict, float]]) -
     words = [word for word in COLORS if any(told.word == word for _, told, _ in claims)]
     lines = [Line2D([], [], color=COLORS[word], linewidth=2.5) for word in words]
     figure.legend(lines, words, fontsize=8, loc="outside upper center", ncols=len(words))
+    save(path, figure)
+
+
+# ---------------------------------------------------------------------------- in use
+
+
+def draw_in_use(path: Path, ways: list[tuple[str, float, float, float, float]]) -> None:
+    """Time and WER side by side, a bar each way. ways: name, ms a second of audio, WER and the ends of its interval."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.2 + 0.34 * len(ways)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    names, times, wers, lows, highs = zip(*ways)
+    colors = ["0.55" if ": dense, " in name else "C0" for name in names]
+    around = [wer - low for wer, low in zip(wers, lows)], [high - wer for wer, high in zip(wers, highs)]
+    left.bar_label(left.barh(names, times, color=colors), fmt="%.2f", padding=3, fontsize=8)
+    bars = right.barh(names, wers, color=colors, xerr=around, error_kw={"linewidth": 1, "ecolor": "0.3"})
+    right.bar_label(bars, labels=[f"{wer:.3f}" for wer in wers], padding=3, fontsize=8)
+    left.set_yticks(range(len(ways)), [plain(name) for name in names], fontsize=8)
+    left.set(xlabel="ms a second of audio, one core", ylim=(len(ways) - 0.5, -0.5))
+    right.set(xlabel="test WER, 95 % over other utterances")
+    for ax in (left, right):
+        ax.margins(x=0.15)
+        ax.grid(axis="x", alpha=0.3)
+        ax.set_axisbelow(True)
     save(path, figure)
 
 

@@ -1,0 +1,154 @@
+"""`python -m bench infer --ticket T ...`: trained tickets on their test set, beside dense networks and dense int8.
+
+A ticket that keeps all weights, such as a run's dense.safetensors, is a dense network: it is measured in torch, and in
+the int8 of torch.ao and of onnxruntime. Others are compressed. One thread, one utterance at a time, features not
+counted; the ways take turns in one process, so that what counts is the ratio.
+"""
+
+import argparse
+import copy
+import functools
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import data
+import models
+import train
+from audio_lottery import compression, files, sound, sparse, verdicts
+from audio_lottery.console import printable
+from bench import infer
+from bench.measure import in_turns, stop
+from lab import export, pictures, scoring
+from runner.cache import load_examples
+from transcribe import load
+
+
+def onnxruntime_int8(model: nn.Module, tokens: list[str]) -> tuple[nn.Module, int]:
+    """The model with its heavy parts in onnxruntime, from graphs as --export writes them, quantized; and their bytes.
+
+    It takes one utterance at a time.
+    """
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    options, runs, size = onnxruntime.SessionOptions(), {}, 0
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export.export(model, tokens, path)
+        for part, graph in export.paths_of(model, path).items():
+            small = graph.with_suffix(".int8")
+            kinds = ["LSTM", "MatMul", "Gemm"]
+            logging.disable(logging.WARNING)  # advice on other graphs than these
+            quantize_dynamic(graph, small, op_types_to_quantize=kinds, weight_type=QuantType.QInt8)
+            logging.disable(logging.NOTSET)
+            size += small.stat().st_size
+            session = onnxruntime.InferenceSession(small.read_bytes(), options, providers=["CPUExecutionProvider"])
+            runs[part] = functools.partial(run_session, session)
+    other = copy.copy(model)
+    if not isinstance(model, models.Transducer):
+
+        def forward(features: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            (log_probs,) = runs[""](features)
+            return log_probs, torch.tensor([log_probs.shape[1]])
+
+        other.forward = forward
+        return other, size
+
+    def predict(tokens: torch.Tensor, state=None) -> tuple:
+        zeros = torch.zeros(1, 1, model.predictor.hidden_size)
+        out, *state = runs["predictor"](tokens, *(state or (zeros, zeros)))
+        return out[:, None], tuple(state)
+
+    nothing = torch.zeros(1, model.output.in_features)
+    other.encode = lambda features, lengths: (runs["encoder"](features)[0], lengths)
+    other.every_second = lambda encoded, _: (encoded, torch.tensor([encoded.shape[1]]))  # done by the graph
+    other.predict, other.join = predict, lambda summed: runs["joiner"](summed, nothing)[0]
+    return other, size
+
+
+def run_session(session, *arguments: torch.Tensor) -> list[torch.Tensor]:
+    given = {value.name: argument.numpy() for value, argument in zip(session.get_inputs(), arguments)}
+    return [torch.from_numpy(out) for out in session.run(None, given)]
+
+
+class Way(NamedTuple):
+    """A network as it is used."""
+
+    name: str
+    model: nn.Module
+    disk: int  # bytes: the dense checkpoint, int8's, or the ticket without its rewind state
+    resident: int
+    shown: bool  # in the picture
+    rows: list = []  # what each layer took
+
+
+def ways_of(path: Path, model: nn.Module, ticket: files.TicketFile, run: Callable) -> Iterator[Way]:
+    """What is measured of a ticket, in torch first."""
+    size = infer.saved_bytes(model)
+    kept, total = (sum(int(f(mask)) for mask in ticket.masks.values()) for f in (lambda m: m.sum(), torch.numel))
+    if kept == total:
+        yield Way("dense, torch float32", model, size, size, True)
+        small = infer.quantized(model)
+        yield Way("dense, torch.ao int8", small, infer.saved_bytes(small), compression.resident_bytes(small), True)
+        try:
+            small, size = onnxruntime_int8(model, ticket.info["tokens"])
+        except (ImportError, data.DataError) as error:
+            print(f"  onnxruntime: not here ({error})")
+        else:
+            yield Way("dense, onnxruntime int8", small, size, size, True)
+        return
+    block = ticket.info.get("block") or "single weights"
+    name, disk = f"{kept / total:.1%}, {block}", infer.ticket_bytes(model, ticket.masks)
+    yield Way(f"{name}, masked in torch", model, size, size, False)
+    for dtype in sparse.DTYPES:
+        user, rows = compression.compress(model, ticket.masks, run, dtype=dtype)
+        yield Way(f"{name}, {dtype}", user, disk, compression.resident_bytes(user), True, rows)
+
+
+def bench_tickets(args: argparse.Namespace) -> None:
+    """Texts, WER with its interval, bytes and time of each way. Draws time and WER side by side with --picture."""
+    infer.begin()
+    runs, cells, first, counts = {}, {}, None, {}
+    for path in args.ticket:
+        model, ticket = load(path)
+        tokens = ticket.info["tokens"]
+        examples = load_examples(data.read_corpus(args.data)["test"], tokens, model.features)
+        references, seconds = [example.text for example in examples], sum(e.frames for e in examples)
+        middle = sorted(examples, key=lambda e: e.frames)[len(examples) // 2].features[None]
+        run = functools.partial(infer.transcribe, utterances=(middle, torch.tensor([middle.shape[1]])))
+        print(f"\n{printable(path)}: {ticket.info['backbone']}, {len(examples)} utterances", flush=True)
+        wanted = None
+        for way in ways_of(path, model, ticket, run):
+            said = train.recognise(way.model, examples, tokens, 1, "cpu")
+            wanted = wanted or said
+            if way.rows and way.name.endswith(" float32"):
+                print("\n".join(f"    {row}" for row in way.rows))
+                if said != wanted:
+                    stop("the float32 texts are not those of the masked model in torch")
+            name = printable(f"{files.ticket_path(path).parent.name}: {way.name}")
+            first = first or name
+            counts[name] = scoring.rates(references, said)
+            cells[name] = way, sum(map(str.__eq__, said, wanted)), seconds * sound.FRAME_SECONDS
+            runs[name] = functools.partial(train.recognise, way.model, examples, tokens, 1, "cpu")
+    took = in_turns("cpu", max(3, args.repeats // 4), **runs)
+    print(f"\nWER with 95 % over other utterances, texts as in torch, kB on the disk and resident, real-time factor,")
+    print(f"times over {first}")
+    bars = []
+    for name, (way, equal, seconds) in cells.items():
+        errors, words = counts[name]["errors"], counts[name]["words"]
+        factor, gain = took[name] / seconds, took[first] / took[name]
+        print(
+            f"  {name:52} {scoring.rate(errors, words)}  {equal:3}  {way.disk / 1e3:7.0f} {way.resident / 1e3:7.0f}  "
+            f"{factor:.5f}  {gain:5.2f} x"
+        )
+        if way.shown:
+            bars.append((name, 1e3 * factor, sum(errors) / sum(words), *verdicts.interval(errors, words)))
+    if args.picture:
+        pictures.draw_in_use(args.picture, bars)
