@@ -138,7 +138,7 @@ def bench_tickets(args: argparse.Namespace) -> None:
             cells[name] = way, sum(map(str.__eq__, said, wanted)), seconds * sound.FRAME_SECONDS
             runs[name] = functools.partial(train.recognise, way.model, examples, tokens, 1, "cpu")
     took = in_turns("cpu", max(3, args.repeats // 4), **runs)
-    print(f"\nWER with 95 % over other utterances, texts as in torch, kB on the disk and resident, real-time factor,")
+    print("\nWER with 95 % over other utterances, texts as in torch, kB on the disk and resident, real-time factor,")
     print(f"times over {first}")
     bars = []
     for name, (way, equal, seconds) in cells.items():
