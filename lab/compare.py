@@ -99,18 +99,32 @@ class Point:
         """rows less others, one a seed."""
         return [of_test(row, test)[key] - of_test(other, test)[key] for row, other in zip(self.rows, self.others)]
 
-    def counts(self, test: str = "") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Errors of the rows and of the others, (seeds, utterances), and the reference words, (utterances,)."""
+    def counts(self, test: str = "", over: str = "utterances") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Errors of the rows and of the others, (seeds, utterances), and the reference words, (utterances,).
+
+        over: "speakers" has sums of each speaker's utterances in their place, "new texts" those whose texts train has
+        not.
+        """
         rows, others = ([of_test(row, test) for row in part] for part in (self.rows, self.others))
         words = rows[0]["test_words"]
         if any(row["test_words"] != words for row in rows + others):
             raise lottery.LotteryError("runs on other test utterances cannot be compared (same data, other words)")
         errors, other_errors = ([row["test_errors"] for row in part] for part in (rows, others))
-        return np.array(errors), np.array(other_errors), np.array(words)
+        found = np.array(errors), np.array(other_errors), np.array(words)
+        if over == "speakers":
+            numbers = np.array(self.heard[test]["test_speakers"])
+            sums = np.eye(numbers.max() + 1, dtype=int)[numbers]  # (utterances, speakers)
+            return tuple(part @ sums for part in found)
+        if over == "new texts":
+            new = np.array(self.heard[test]["test_seen"]) == 0
+            return tuple(part[..., new] for part in found)
+        return found
 
-    def verdict(self, test: str = "") -> verdicts.Verdict:
+    def verdict(self, test: str = "", over: str = "utterances") -> verdicts.Verdict:
         """rows against others, by the rule of today; what a row says of itself by that rule is taken as it stands."""
         row = of_test(self.rows[0], test)
+        if over != "utterances":
+            return self.judge(*self.counts(test, over))
         if len(self.rows) == 1 and not self.rival and verdicts.of_this_rule(self.rows[0]):
             return verdicts.Verdict(row["verdict"], *row["interval"])
         return self.judge(*self.counts(test))
@@ -126,19 +140,14 @@ class Point:
         """The verdict with speakers resampled in place of utterances, and how many; None where they are not known."""
         if "test_speakers" not in self.heard.get(test, {}):
             return None
-        numbers = np.array(self.heard[test]["test_speakers"])
-        sums = np.eye(numbers.max() + 1, dtype=int)[numbers]  # (utterances, speakers)
-        errors, others, words = self.counts(test)
-        return self.judge(errors @ sums, others @ sums, words @ sums), sums.shape[1]
+        return self.verdict(test, "speakers"), len(self.counts(test, "speakers")[2])
 
     def of_new_texts(self, test: str = "") -> tuple[verdicts.Verdict, float, int] | None:
         """Over the utterances whose texts are not in train: the verdict, the WER, and how many; None if that is all."""
         if "test_seen" not in self.heard.get(test, {}):
             return None
-        new = np.array(self.heard[test]["test_seen"]) == 0
-        errors, others, words = self.counts(test)
-        wer = errors[:, new].sum() / (len(errors) * words[new].sum())
-        return self.judge(errors[:, new], others[:, new], words[new]), float(wer), int(new.sum())
+        errors, _, words = self.counts(test, "new texts")
+        return self.verdict(test, "new texts"), float(errors.sum() / (len(errors) * words.sum())), len(words)
 
     def empty_layers(self) -> list[str]:
         """Layers without a weight, in any seed."""

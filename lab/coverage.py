@@ -47,15 +47,17 @@ def student_t(freedom: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------- power
 
 
-def power(point: Point, test: str = "", trials: int = 20_000) -> float:
+def power(point: Point, test: str = "", over: str = "utterances", trials: int = 20_000) -> float:
     """The chance that a ticket truly equal to dense is called matching, or winning, by as many seeds and utterances.
+
+    over: speakers in place of utterances, or those of new texts (Point.counts).
 
     One seed: equal in that seed, from the interval (verdicts.power). More: the three components are taken as what the
     point's estimate, their estimates in another experiment as chi-square, the difference as normal.
     """
     if len(point.seeds) == 1:
-        return verdicts.power(point.verdict(test), point.margin)
-    errors, others, words = point.counts(test)
+        return verdicts.power(point.verdict(test, over), point.margin)
+    errors, others, words = point.counts(test, over)
     _, *parts = verdicts.components(errors - others, words)
     seeds, utterances = len(errors) - 1, len(words) - 1
     of_both = parts[2]

@@ -29,12 +29,16 @@ WORDS_EXPLAINED = (
 def judged(point: Point, test: str = "") -> str:
     """The verdict and its interval; the power of an undecided one; by speakers too, where they are known, and of the
     utterances whose texts train has not, where it has some."""
-    told = point.verdict(test)
-    words = str(told) + (f", power {coverage.power(point, test):.0%}" if told.word == "undecided" else "")
+
+    def told(over: str) -> str:
+        found = point.verdict(test, over)
+        return str(found) + (f", power {coverage.power(point, test, over):.0%}" if found.word == "undecided" else "")
+
+    words = told("utterances")
     if found := point.by_speaker(test):
-        words += f"; by {found[1]} speakers {found[0]}"
+        words += f"; by {found[1]} speakers {told('speakers')}"
     if found := point.of_new_texts(test):
-        words += f"; {new_texts(point, test)}, {found[0]}"
+        words += f"; {new_texts(point, test)}, {told('new texts')}"
     return words
 
 

@@ -248,7 +248,7 @@ def test_speakers_are_resampled_too(tmp_path):
     ((method,),) = merged(runs[0]).values()
     told, count = method.tickets()[0].by_speaker()
     assert count == 2 and told == ("undecided", pytest.approx(-0.2), pytest.approx(0.2))
-    assert tables.judged(method.tickets()[0]).endswith("; by 2 speakers undecided [-0.200, +0.200]")
+    assert tables.judged(method.tickets()[0]).endswith("; by 2 speakers undecided [-0.200, +0.200], power 3%")
     ((method,),) = merged(*runs).values()
     told, _ = method.tickets()[0].by_speaker()  # seeds x speakers: components as by hand in test_verdicts.py
     errors, others, words = np.array([[4, 12]] * 2), np.array([[8, 8]] * 2), np.array([20, 20])
