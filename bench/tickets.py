@@ -96,7 +96,7 @@ def ways_of(path: Path, model: nn.Module, ticket: files.TicketFile, run: Callabl
     if kept == total:
         yield Way("dense, torch float32", model, size, size, True)
         small = infer.quantized(model)
-        yield Way("dense, torch.ao int8", small, infer.saved_bytes(small), compression.resident_bytes(small), True)
+        yield Way("dense, torch.ao int8", small, infer.saved_bytes(small), infer.saved_bytes(small), True)
         try:
             small, size = onnxruntime_int8(model, ticket.info["tokens"])
         except (ImportError, data.DataError) as error:
