@@ -13,7 +13,7 @@ from runner import flags, recipes
 
 RESULTS = flags.HERE / "results"
 WITH_TICKET = ["rounds", "ticket_weights", "control", "dense"]
-HASHES = {"data_sha256", "ticket_sha256", "lm_sha256", "init_sha256", "noise_sha256", "dense"}
+HASHES = {"noise_draws", "data_sha256", "ticket_sha256", "lm_sha256", "init_sha256", "noise_sha256", "dense"}
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,7 @@ def again(config: dict, monkeypatch) -> dict:
     """The configuration that the command line of this one gives."""
     argv = flags.command_line(config)
     argv += ["--noise", "x"] if "noise_sha256" in config else []
+    argv += ["--data", "x"] if config.get("corpus", "manifests") != "manifests" else []
     if config["machine"].get("ticket"):
         source_of(monkeypatch, config)
         argv += ["--ticket", str(RESULTS)]  # a folder: controls want one
