@@ -70,7 +70,8 @@ def on_rows(layer, x: Tensor, rows: Tensor) -> Tensor:
 
     Batch norm sees no padding this way: neither in training, where the official code counts it, nor after.
     """
-    if torch.compiler.is_exporting() and len(x) == 1:  # no padding: no graph has to select rows. Compiling says it too
+    # An utterance exported by itself has no padding, and no graph has to select rows. torch.compile says both.
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
     y = layer(x.flatten(0, 1).index_select(0, rows))  # (N, ...)
     out = y.new_zeros(x.shape[0] * x.shape[1], *y.shape[1:])

@@ -8,6 +8,7 @@ import argparse
 import copy
 import functools
 import io
+import logging
 import math
 import tempfile
 import warnings
@@ -222,13 +223,39 @@ def compiled(part: Callable, example: tuple) -> Callable:
     return torch.compile(part, options={"freezing": True})
 
 
+def int8_graph(graph: bytes) -> bytes:
+    """An ONNX graph with its LSTMs and linear layers quantized; convolutions stay float32."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        before, after = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
+        before.write_bytes(graph)
+        root = logging.getLogger()
+        level = root.level
+        root.setLevel(logging.ERROR)  # it warns of what it would rather have had done before
+        try:
+            kinds = ["LSTM", "MatMul", "Gemm"]
+            quantize_dynamic(before, after, op_types_to_quantize=kinds, weight_type=QuantType.QInt8)
+        finally:
+            root.setLevel(level)
+        return after.read_bytes()
+
+
+def session_of(graph: bytes):
+    """onnxruntime with as many threads as torch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else its threads spin into others' turns
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
 def in_onnxruntime(part: Callable, example: tuple, int8_of: nn.Module | None = None) -> Callable:
     """The utterances have no padding, so that its masking may be left out of the graph.
 
-    int8_of: the model that `part` is of, to quantize its LSTMs and linear layers; convolutions stay float32.
+    int8_of: the model that `part` is of, to quantize it.
     """
-    import onnxruntime
-    from onnxruntime.quantization import QuantType, quantize_dynamic
 
     class Whole(nn.Module):
         def __init__(self):
@@ -246,18 +273,7 @@ def in_onnxruntime(part: Callable, example: tuple, int8_of: nn.Module | None = N
     with plain, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(Whole().eval(), example, file, input_names=names, opset_version=17, dynamo=False)
-    graph = file.getvalue()
-    if int8_of is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            before, after = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
-            before.write_bytes(graph)
-            kinds = ["LSTM", "MatMul", "Gemm"]
-            quantize_dynamic(before, after, op_types_to_quantize=kinds, weight_type=QuantType.QInt8)
-            graph = after.read_bytes()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # else its threads spin into others' turns
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session = session_of(int8_graph(file.getvalue()) if int8_of is not None else file.getvalue())
     takes = {value.name for value in session.get_inputs()}  # lengths that nothing depends on are no input
 
     def run(*arguments: Tensor) -> tuple:

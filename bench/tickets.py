@@ -8,11 +8,9 @@ counted; the ways take turns in one process, so that what counts is the ratio.
 import argparse
 import copy
 import functools
-import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -34,23 +32,14 @@ def onnxruntime_int8(model: nn.Module, tokens: list[str]) -> tuple[nn.Module, in
 
     It takes one utterance at a time.
     """
-    import onnxruntime
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    options, runs, size = onnxruntime.SessionOptions(), {}, 0
-    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    runs, size = {}, 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         export.export(model, tokens, path)
         for part, graph in export.paths_of(model, path).items():
-            small = graph.with_suffix(".int8")
-            kinds = ["LSTM", "MatMul", "Gemm"]
-            logging.disable(logging.WARNING)  # advice on other graphs than these
-            quantize_dynamic(graph, small, op_types_to_quantize=kinds, weight_type=QuantType.QInt8)
-            logging.disable(logging.NOTSET)
-            size += small.stat().st_size
-            session = onnxruntime.InferenceSession(small.read_bytes(), options, providers=["CPUExecutionProvider"])
-            runs[part] = functools.partial(run_session, session)
+            small = infer.int8_graph(graph.read_bytes())
+            size += len(small)
+            runs[part] = functools.partial(run_session, infer.session_of(small))
     other = copy.copy(model)
     if not isinstance(model, models.Transducer):
 
@@ -78,42 +67,37 @@ def run_session(session, *arguments: torch.Tensor) -> list[torch.Tensor]:
     return [torch.from_numpy(out) for out in session.run(None, given)]
 
 
-class Way(NamedTuple):
-    """A network as it is used."""
-
-    name: str
-    model: nn.Module
-    disk: int  # bytes: the dense checkpoint, int8's, or the ticket without its rewind state
-    resident: int
-    shown: bool  # in the picture
-    rows: list = []  # what each layer took
+MASKED = ", masked in torch"  # a ticket as dense as it was trained: what its compressed forms are held against
 
 
-def ways_of(path: Path, model: nn.Module, ticket: files.TicketFile, run: Callable) -> Iterator[Way]:
-    """What is measured of a ticket, in torch first."""
+def ways_of(model: nn.Module, ticket: files.TicketFile, run: Callable) -> Iterator[tuple[str, infer.Way, list]]:
+    """What is measured of a ticket, in torch first: its name, and what each layer took where it is compressed."""
     size = infer.saved_bytes(model)
     kept, total = (sum(int(f(mask)) for mask in ticket.masks.values()) for f in (lambda m: m.sum(), torch.numel))
     if kept == total:
-        yield Way("dense, torch float32", model, size, size, True)
+        yield "dense, torch float32", infer.Way(model, size, size), []
         small = infer.quantized(model)
-        yield Way("dense, torch.ao int8", small, infer.saved_bytes(small), infer.saved_bytes(small), True)
+        size = infer.saved_bytes(small)
+        yield "dense, torch.ao int8", infer.Way(small, size, size), []
         try:
             small, size = onnxruntime_int8(model, ticket.info["tokens"])
         except (ImportError, data.DataError) as error:
             print(f"  onnxruntime: not here ({error})")
         else:
-            yield Way("dense, onnxruntime int8", small, size, size, True)
+            yield "dense, onnxruntime int8", infer.Way(small, size, size), []
         return
-    block = ticket.info.get("block") or "single weights"
-    name, disk = f"{kept / total:.1%}, {block}", infer.ticket_bytes(model, ticket.masks)
-    yield Way(f"{name}, masked in torch", model, size, size, False)
+    name = f"{kept / total:.1%}, {ticket.info.get('block') or 'single weights'}"
+    yield name + MASKED, infer.Way(model, size, size), []
+    disk = infer.ticket_bytes(model, ticket.masks)
     for dtype in sparse.DTYPES:
         user, rows = compression.compress(model, ticket.masks, run, dtype=dtype)
-        yield Way(f"{name}, {dtype}", user, disk, compression.resident_bytes(user), True, rows)
+        yield f"{name}, {dtype}", infer.Way(user, disk, compression.resident_bytes(user)), rows
 
 
 def bench_tickets(args: argparse.Namespace) -> None:
     """Texts, WER with its interval, bytes and time of each way. Draws time and WER side by side with --picture."""
+    if args.picture:
+        files.check_target(args.picture)  # before minutes are spent
     infer.begin()
     runs, cells, first, counts = {}, {}, None, {}
     for path in args.ticket:
@@ -125,18 +109,20 @@ def bench_tickets(args: argparse.Namespace) -> None:
         run = functools.partial(infer.transcribe, utterances=(middle, torch.tensor([middle.shape[1]])))
         print(f"\n{printable(path)}: {ticket.info['backbone']}, {len(examples)} utterances", flush=True)
         wanted = None
-        for way in ways_of(path, model, ticket, run):
+        for name, way, rows in ways_of(model, ticket, run):
             said = train.recognise(way.model, examples, tokens, 1, "cpu")
             wanted = wanted or said
-            if way.rows and way.name.endswith(" float32"):
-                print("\n".join(f"    {row}" for row in way.rows))
+            if rows and name.endswith(", float32"):
+                print("\n".join(f"    {row}" for row in rows))
                 if said != wanted:
                     stop("the float32 texts are not those of the masked model in torch")
-            name = printable(f"{files.ticket_path(path).parent.name}: {way.name}")
-            first = first or name
-            counts[name] = scoring.rates(references, said)
-            cells[name] = way, sum(map(str.__eq__, said, wanted)), seconds * sound.FRAME_SECONDS
-            runs[name] = functools.partial(train.recognise, way.model, examples, tokens, 1, "cpu")
+            label = printable(f"{files.ticket_path(path).parent.name}: {name}")
+            if label in runs:
+                stop(f"two tickets would both be called {label}: copy one to a folder of another name")
+            first = first or label
+            counts[label] = scoring.rates(references, said)
+            cells[label] = way, sum(map(str.__eq__, said, wanted)), seconds * sound.FRAME_SECONDS
+            runs[label] = functools.partial(train.recognise, way.model, examples, tokens, 1, "cpu")
     took = in_turns("cpu", max(3, args.repeats // 4), **runs)
     print("\nWER with 95 % over other utterances, texts as in torch, kB on the disk and resident, real-time factor,")
     print(f"times over {first}")
@@ -148,7 +134,7 @@ def bench_tickets(args: argparse.Namespace) -> None:
             f"  {name:52} {scoring.rate(errors, words)}  {equal:3}  {way.disk / 1e3:7.0f} {way.resident / 1e3:7.0f}  "
             f"{factor:.5f}  {gain:5.2f} x"
         )
-        if way.shown:
+        if not name.endswith(MASKED):
             bars.append((name, 1e3 * factor, sum(errors) / sum(words), *verdicts.interval(errors, words)))
     if args.picture:
         pictures.draw_in_use(args.picture, bars)

@@ -20,7 +20,7 @@ TICKET, DATA = HERE / "tickets" / "demo-rnnt.safetensors", HERE / "demo"
 SHOWN, BATCH, TURNS = 6, 8, 3  # recordings that are shown; utterances at once; times that each way is timed
 CLOSING = (
     "A quarter of an hour of speech teaches a network no more than this. Where tickets stand on AN4, 38 minutes of "
-    "speech with an official test of other speakers: docs/an4.md."
+    "speech with an official test of other speakers: RESULTS.md and docs/an4.md."
 )
 
 

@@ -82,3 +82,20 @@ def test_a_picture_is_of_tickets(capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(["infer", "--picture", "a.png"])
     assert stopped.value.code == 2 and "--picture is of infer --ticket" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not lottery.ops.compiled, reason="needs the compiled extension")
+def test_wrong_input_is_one_line(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tickets.infer, "validate", lambda: None)
+    path = str(test_transcribe.ticket(tmp_path, "conformer"))
+    infer = ["infer", "--data", str(corpus), "--repeats", "1", "--ticket"]
+    assert bench.main([*infer, path, "--picture", str(tmp_path / "none" / "a.png")]) == 2
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1 and "none" in told.err and told.out == ""  # before anything is measured
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"nothing")
+    assert bench.main([*infer, str(broken)]) == 2
+    assert str(broken) in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"two tickets would both be called .*single weights, masked in torch"):
+        bench.main([*infer, path, path])
