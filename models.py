@@ -65,14 +65,23 @@ def images(x: Tensor, training: bool) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if training and x.device.type == "cpu" else x
 
 
+def unpadded(x: Tensor, rows: Tensor) -> bool:
+    """Is x (B, T, ...) known to have no padding, as one utterance has none? Asked for speed, so not in training.
+
+    No graph of an exported utterance has to select rows. (torch.compile says that it exports, too.)
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return len(rows) == x.shape[0] * x.shape[1] and not torch.is_grad_enabled()
+
+
 def on_rows(layer, x: Tensor, rows: Tensor) -> Tensor:
     """Apply `layer` to the valid rows of x (B, T, ...) alone; zeros elsewhere.
 
     Batch norm sees no padding this way: neither in training, where the official code counts it, nor after.
     """
-    # An utterance exported by itself has no padding, and no graph has to select rows. torch.compile says both.
-    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
-        return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    if unpadded(x, rows):
+        return layer(x.flatten(0, 1).contiguous()).unflatten(0, x.shape[:2])
     y = layer(x.flatten(0, 1).index_select(0, rows))  # (N, ...)
     out = y.new_zeros(x.shape[0] * x.shape[1], *y.shape[1:])
     return out.index_copy(0, rows, y).unflatten(0, x.shape[:2])
@@ -80,7 +89,7 @@ def on_rows(layer, x: Tensor, rows: Tensor) -> Tensor:
 
 class BatchNorm(nn.BatchNorm1d):
     """Batch norm of (N, C) or (N, C, L). Where torch.distributed runs, its statistics are of all processes together,
-    less those that do not count (count_in_statistics).
+    less those that do not count (processes.count_in_statistics).
 
     torch's SyncBatchNorm is that for CUDA alone.
     """
@@ -103,16 +112,6 @@ class BatchNorm(nn.BatchNorm1d):
             self.running_var.lerp_(variance * n / (n - 1), self.momentum)
         normal = (values - mean) * (variance + self.eps).rsqrt()
         return (normal * self.weight + self.bias).movedim(-1, 1).to(x.dtype)
-
-
-def count_in_statistics(model: nn.Module, counted: bool) -> None:
-    """Whether batch norm counts the frames that this process trains on next, where several processes train.
-
-    Not those of an utterance that only stands in for an empty share of a batch.
-    """
-    for module in model.modules():
-        if isinstance(module, BatchNorm):
-            module.counted = counted
 
 
 def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
@@ -153,8 +152,10 @@ class BiLstm(nn.Module):
         self.ahead = nn.LSTM(inputs, hidden, batch_first=True)
         self.back = nn.LSTM(inputs, hidden, batch_first=True)
 
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T, inputs) -> (B, T, hidden); what stands behind an end is undefined."""
+    def forward(self, x: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+        """(B, T, inputs), rows: the valid frames' -> (B, T, hidden); what stands behind an end is undefined."""
+        if unpadded(x, rows):
+            return self.ahead(x)[0] + self.back(x.flip(1))[0].flip(1)
         time = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         flip = torch.where(time < lengths[:, None], lengths[:, None] - 1 - time, time)[:, :, None]  # (B, T, 1)
         ahead = self.ahead(x)[0]
@@ -232,7 +233,7 @@ class CnnLstm(nn.Module):
             x = x.permute(0, 2, 3, 1)  # (B, C, F', T')
         x = x.permute(0, 3, 1, 2).flatten(2)  # (B, T', C * F')
         for lstm, norm in zip(self.lstms, self.lstm_norms):
-            x = self.dropout(on_rows(norm, lstm(x, lengths), rows))  # (B, T', hidden)
+            x = self.dropout(on_rows(norm, lstm(x, lengths, rows), rows))  # (B, T', hidden)
         return self.output(x).log_softmax(-1), lengths
 
     def loss(self, features: Tensor, input_lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
@@ -448,10 +449,8 @@ class Transducer(nn.Module):
 def rotate(x: Tensor) -> Tensor:
     """Rotary position embedding (Su et al. 2021). x: (B, heads, T, d), d even."""
     half = x.shape[-1] // 2
-    angle = torch.outer(
-        torch.arange(x.shape[-2], device=x.device, dtype=torch.float32),
-        10_000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half),
-    )  # (T, d / 2)
+    rates = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = torch.outer(torch.arange(x.shape[-2], device=x.device, dtype=torch.float32), rates)  # (T, d / 2)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)

@@ -281,7 +281,7 @@ def add_gradients(setting: Setting, epoch: data.Epoch, parts: range, batches: It
         at.waited += time.monotonic() - asked
         batch = batch.to(device)
         with contextlib.nullcontext() if i == parts[-1] else processes.without_averaging(loss_of):
-            models.count_in_statistics(setting.model, epoch.weight(i) > 0)
+            processes.count_in_statistics(setting.model, epoch.weight(i) > 0)
             with torch.autocast(device, torch.bfloat16, enabled=setting.args.recipe.amp):
                 loss = loss_of(batch.features, batch.input_lengths, batch.targets, batch.target_lengths)
             # a mean over this batch's share; DistributedDataParallel divides by the number of processes

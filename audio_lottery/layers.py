@@ -117,7 +117,7 @@ class Recurrent(Product):
     def __init__(self, matrix: Matrix, shape: tuple[int, ...], windowed: bool = False):
         super().__init__(matrix, None, shape)
         self.names = [f"windows_{name}" for name in Windows._fields] if windowed else []
-        for name, tensor in zip(self.names, to_windows(matrix, shape[1]) if windowed else ()):
+        for name, tensor in zip(self.names, to_windows(matrix) if windowed else ()):
             self.register_buffer(name, tensor)
 
     def windows(self) -> list[Tensor]:

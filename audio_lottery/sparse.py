@@ -62,45 +62,51 @@ def to_matrix(weight: Tensor, mask: Tensor, layout: str, dtype: str = "float32")
 class Windows(NamedTuple):
     """A Matrix of single weights again, in the form that is fastest for one column.
 
-    Eight rows are a group, one a lane, rows with many weights first. A step has a window of eight neighbouring inputs;
-    each lane takes its next weight, left to right, if its input is there, and 0 otherwise. Eight steps are a bundle.
+    Some rows are a group, one a lane, rows with many weights first. A step has a window of neighbouring inputs; each
+    lane takes its next weight, left to right, if its input is there, and 0 otherwise. Some steps are a bundle.
     """
 
-    values: Tensor  # (bundles, 8, 8), as in Matrix: by steps, then by lanes
-    places: Tensor  # (bundles, 8) int32: of each lane's inputs in the windows, four bits a step
-    starts: Tensor  # (bundles, 8) uint16: each step's first input
+    values: Tensor  # (bundles, steps, lanes), as in Matrix
+    places: Tensor  # (bundles, lanes) int32: of each lane's inputs in the windows, 32 // steps bits a step
+    starts: Tensor  # (bundles, steps) uint16: each step's first input
     offsets: Tensor  # (groups + 1,) int32: each group's first bundle
-    rows: Tensor  # (groups, 8) int32: each lane's output; as many as there are outputs where there is none
+    rows: Tensor  # (groups, lanes) int32: each lane's output; as many as there are outputs where there is none
 
 
-def to_windows(matrix: Matrix, inputs: int) -> Windows:
-    """`matrix`, of layout "unstructured", as Windows. inputs: its columns."""
+STEPS = {8: (8, 8, 1), 16: (6, 32, 16)}  # by lanes: a bundle's steps, a window's inputs, what starts are multiples of
+
+
+def to_windows(matrix: Matrix, lanes: int | None = None) -> Windows:
+    """`matrix`, of layout "unstructured", as Windows of 8 or 16 lanes: by default of as many as this processor has."""
+    lanes = lanes or (16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8)
+    steps, wide, multiple = STEPS[lanes]
     values, columns = (F.pad(x, (0, 1)) for x in (matrix.values.flatten(), matrix.columns.long()))  # none: the last
     begins, outputs = matrix.offsets.long(), len(matrix.offsets) - 1
     rows = begins.diff().argsort(descending=True, stable=True)
-    rows = F.pad(rows, (0, -outputs % 8), value=outputs).view(-1, 8)  # (groups, 8)
+    rows = F.pad(rows, (0, -outputs % lanes), value=outputs).view(-1, lanes)  # (groups, lanes)
     at, end = begins[rows], F.pad(begins, (0, 1), value=int(begins[-1]))[rows + 1]
-    taken, places, starts = [], [], []  # (groups, 8), (groups, 8) and (groups, 1) a step
-    while len(taken) % 8 or bool((at < end).any()):
+    taken, places, starts = [], [], []  # (groups, lanes), (groups, lanes) and (groups, 1) a step
+    while len(taken) % steps or bool((at < end).any()):
         column = torch.where(at < end, columns[at], 1 << 30)
-        starts.append(column.amin(1, keepdim=True).clamp(max=max(inputs - 8, 0)))
-        takes = column < starts[-1] + 8
+        first = column.amin(1, keepdim=True) // multiple * multiple
+        takes = (at < end) & (column < first + wide)
         taken.append(torch.where(takes, at, len(values) - 1))
-        places.append(torch.where(takes, column - starts[-1], 0))
+        places.append(torch.where(takes, column - first, 0))
+        starts.append(first % (1 << 30))  # 0 where nothing is left
         at = at + takes
     if not taken:
         empty = matrix.columns.new_zeros
         return Windows(
-            values.new_zeros(0, 8, 8), empty((0, 8), dtype=torch.int32), empty((0, 8)),
+            values.new_zeros(0, steps, lanes), empty((0, lanes), dtype=torch.int32), empty((0, steps)),
             empty(len(rows) + 1, dtype=torch.int32), rows.int(),
         )  # fmt: skip
 
-    def bundles(steps: list[Tensor]) -> Tensor:  # -> (groups, bundles of the longest, 8 steps, 8 or 1)
-        return torch.stack(steps, 1).unflatten(1, (-1, 8))
+    def bundles(parts: list[Tensor]) -> Tensor:  # -> (groups, bundles of the longest, steps, lanes or 1)
+        return torch.stack(parts, 1).unflatten(1, (-1, steps))
 
     taken = bundles(taken)
     used = (taken < len(values) - 1).flatten(2).any(2)  # (groups, bundles)
-    shifts = 4 * torch.arange(8, device=at.device)[:, None]
+    shifts = 32 // steps * torch.arange(steps, device=at.device)[:, None]
     return Windows(
         values[taken[used]],
         (bundles(places)[used] << shifts).sum(1).int(),

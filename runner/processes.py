@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import models
+
 
 def start(device: str) -> None:
     """Join the other processes, if torchrun started some: gloo for what lies on the CPU, nccl on CUDA."""
@@ -85,6 +87,16 @@ def loss_of(model: nn.Module):
         return model.loss
     # batch norm keeps the buffers equal by itself (models.BatchNorm)
     return nn.parallel.DistributedDataParallel(_Loss(model), broadcast_buffers=False)
+
+
+def count_in_statistics(model: nn.Module, counted: bool) -> None:
+    """Whether models.BatchNorm counts the frames that this process trains on next.
+
+    Not those of an utterance that only stands in for an empty share of a batch.
+    """
+    for module in model.modules():
+        if isinstance(module, models.BatchNorm):
+            module.counted = counted
 
 
 def without_averaging(loss):

@@ -93,9 +93,25 @@ def test_bilstm_equals_packed():
     x, lengths = torch.randn(3, 9, 6), torch.tensor([9, 4, 1])
     packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
     want, _ = nn.utils.rnn.pad_packed_sequence(theirs(packed)[0], batch_first=True)
-    got = ours(x, lengths)
+    got = ours(x, lengths, models.valid_rows(lengths, 9))
     for b, n in enumerate(lengths.tolist()):
         torch.testing.assert_close(got[b, :n], want[b, :n, :5] + want[b, :n, 5:], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+def test_what_is_left_out_without_padding_changes_no_bit(backbone, monkeypatch):
+    torch.manual_seed(0)
+    model = models.build(backbone, "demo", 28)
+    batch = torch.randn(2, 90, 80), torch.tensor([90, 60])
+    model.loss(*batch, torch.randint(1, 28, (2, 3)), torch.tensor([3, 3]))  # for statistics of batch norm
+    model.eval()
+    run = model.encode if backbone == "rnnt" else model
+    with torch.inference_mode():
+        for features, lengths in (batch, (batch[0], torch.tensor([90, 90])), (batch[0][:1], batch[1][:1])):
+            found = run(features, lengths)[0]
+            with monkeypatch.context() as patched:
+                patched.setattr(models, "unpadded", lambda x, rows: False)
+                assert torch.equal(found, run(features, lengths)[0])
 
 
 def test_batch_norm_sees_valid_rows_only():

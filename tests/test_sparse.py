@@ -89,27 +89,42 @@ def test_to_matrix_refuses_places_of_more_than_16_bits():
 
 
 def test_to_windows_by_hand():
-    """Three rows of a group: the fullest first; lanes wait for a weight beyond the window; it never ends behind x."""
+    """Three rows of a group: the fullest first; lanes wait for a weight beyond the window."""
     mask = torch.zeros(3, 20, dtype=torch.bool)
     mask[0, 0] = mask[1, [1, 7, 8]] = mask[1, 19] = True
     weight = torch.arange(1.0, 61).view(3, 20)
-    windows = sparse.to_windows(sparse.to_matrix(weight, mask, "unstructured"), 20)
+    windows = sparse.to_windows(sparse.to_matrix(weight, mask, "unstructured"), 8)
     assert windows.rows.tolist() == [[1, 0, 2, 3, 3, 3, 3, 3]] and windows.offsets.tolist() == [0, 1]
-    assert windows.starts.tolist() == [[0, 7, 8, 12, 12, 12, 12, 12]]
+    assert windows.starts.tolist() == [[0, 7, 8, 19, 0, 0, 0, 0]]
     assert windows.values[0, :, :2].tolist() == [[22, 1], [28, 0], [29, 0], [40, 0], [0, 0], [0, 0], [0, 0], [0, 0]]
-    assert windows.places.tolist() == [[1 + (7 << 12), 0, 0, 0, 0, 0, 0, 0]]
+    assert windows.places.tolist() == [[1, 0, 0, 0, 0, 0, 0, 0]]
 
 
+def test_to_windows_of_sixteen_lanes_by_hand():
+    """Windows of 32 inputs begin at multiples of 16."""
+    mask = torch.zeros(2, 70, dtype=torch.bool)
+    mask[0, [17, 40, 69]] = mask[1, [3, 20]] = True
+    weight = torch.arange(1.0, 141).view(2, 70)
+    windows = sparse.to_windows(sparse.to_matrix(weight, mask, "unstructured"), 16)
+    assert windows.rows.tolist() == [[0, 1, *[2] * 14]] and windows.offsets.tolist() == [0, 1]
+    assert windows.starts.tolist() == [[0, 16, 64, 0, 0, 0]]
+    assert windows.values[0, :, :2].tolist() == [[18, 74], [41, 91], [70, 0], [0, 0], [0, 0], [0, 0]]
+    assert windows.places.tolist() == [[17 + (24 << 5) + (5 << 10), 3 + (4 << 5), *[0] * 14]]
+
+
+@pytest.mark.parametrize("lanes", [8, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_windows_hold_the_matrix(dtype):
+def test_windows_hold_the_matrix(dtype, lanes):
     for outputs, inputs in ((1, 1), (3, 5), (8, 8), (17, 19), (100, 67)):
         for remaining in (0.0, 0.1, 1.0):
             matrix, dense = random_matrix(outputs, inputs, "unstructured", dtype, remaining)
-            windows, found = sparse.to_windows(matrix, inputs), torch.zeros(outputs + 1, max(inputs, 8))
+            windows, found = sparse.to_windows(matrix, lanes), torch.zeros(outputs + 1, inputs + 31)
             assert windows.values.dtype == matrix.values.dtype and windows.starts.dtype == torch.uint16
             rows = windows.rows.long().repeat_interleave(windows.offsets.diff(), 0)
-            for step in range(8):
-                columns = windows.starts.long()[:, step, None] + (windows.places >> 4 * step & 15)
+            steps = windows.values.shape[1]
+            for step in range(steps):
+                bits = 32 // steps
+                columns = windows.starts.long()[:, step, None] + (windows.places >> bits * step & (1 << bits) - 1)
                 found.index_put_((rows, columns), windows.values[:, step].float(), accumulate=True)
             scales = 1.0 if matrix.scales is None else matrix.scales[:, None]
             assert torch.equal(found[:outputs, :inputs] * scales, dense)
@@ -216,7 +231,7 @@ def test_linear_refuses():
 def check_lstm(hidden, batch, frames, layout, dtype="float32", remaining=0.1):
     matrix, _ = random_matrix(4 * hidden, hidden, layout, dtype, remaining)
     projections, (h0, c0) = torch.randn(batch, frames, 4 * hidden), torch.randn(2, batch, hidden)
-    windows = [list(sparse.to_windows(matrix, hidden))] if layout == "unstructured" else []
+    windows = [list(sparse.to_windows(matrix, lanes)) for lanes in (8, 16)] if layout == "unstructured" else []
     for ends in (None, torch.arange(batch).clamp(max=frames)):
         for reverse in (False, True):
             arguments = projections, *matrix, h0, c0, ends, reverse
@@ -312,9 +327,10 @@ def test_lstm_refuses():
 
 
 @built
-def test_lstm_refuses_windows():
+@pytest.mark.parametrize(("lanes", "groups"), [(8, 5), (16, 3)])
+def test_lstm_refuses_windows(lanes, groups):
     matrix, _ = random_matrix(36, 9, "unstructured", remaining=0.5)
-    windows = sparse.to_windows(matrix, 9)
+    windows = sparse.to_windows(matrix, lanes)
 
     def call(*windows, matrix=matrix):
         return sparse.sparse_lstm(torch.zeros(1, 3, 36), *matrix, *torch.zeros(2, 1, 9), None, False, list(windows))
@@ -323,15 +339,16 @@ def test_lstm_refuses_windows():
     wrong = [
         (ValueError, "windows must be values, places, starts, offsets and rows", windows[:4]),
         (TypeError, "windows: values must be Float, got BFloat16", windows._replace(values=windows.values.bfloat16())),
-        (ValueError, "windows: values must be", windows._replace(values=windows.values[:, :7])),
+        (ValueError, "windows: values must be", windows._replace(values=windows.values[:, :5])),
         (ValueError, "windows: places must be", windows._replace(places=windows.places[1:])),
         (TypeError, "windows: starts must be UInt16, got Int", windows._replace(starts=windows.starts.int())),
-        (ValueError, "windows: starts must be at least 8 below 9 inputs, got 2",
-         windows._replace(starts=torch.full_like(windows.starts.int(), 2).to(torch.uint16))),
+        (ValueError, "windows: starts must be below the 9 inputs, got 9",
+         windows._replace(starts=torch.full_like(windows.starts.int(), 9).to(torch.uint16))),
         (ValueError, "windows: offsets must rise from 0", windows._replace(offsets=windows.offsets + 1)),
         (ValueError, "windows: offsets must rise from 0", windows._replace(offsets=windows.offsets.flip(0))),
         (ValueError, "windows: rows must be at least 0", windows._replace(rows=windows.rows - 1)),
-        (ValueError, r"windows: rows must be \[5, 8\], got \[4, 8\]", windows._replace(rows=windows.rows[1:])),
+        (ValueError, rf"windows: rows must be \[{groups}, {lanes}\], got \[{groups - 1}, {lanes}\]",
+         windows._replace(rows=windows.rows[1:])),
     ]  # fmt: skip
     for error, message, tensors in wrong:
         with pytest.raises(error, match=message):
@@ -366,7 +383,7 @@ def test_transducer_equals_reference(layout, instructions):
         assert torch.equal(torch.cat([first[2], second[2]]), probabilities)
         assert all(map(torch.equal, second[3], state))
         if layout == "unstructured":
-            windows = sparse.to_windows(sparse.Matrix(*others[1], *[None] * (4 - len(others[1]))), 21)
+            windows = sparse.to_windows(sparse.Matrix(*others[1], *[None] * (4 - len(others[1]))))
             torch.testing.assert_close(sparse.sparse_transducer(encoder_out, *others, [], list(windows)), got)
         nothing = sparse.sparse_transducer(encoder_out[:0], *others, state, [])
         assert not len(nothing[0]) and all(map(torch.equal, nothing[3], state))
@@ -527,7 +544,7 @@ def operators(implementation):
         "sparse_lstm": {
             "projections": torch.randn(2, 3, 32), **single._asdict(), "h0": torch.zeros(2, 8),
             "c0": torch.zeros(2, 8), "lengths": torch.tensor([3, 2]), "reverse": False,
-            "windows": list(sparse.to_windows(single, 8)),
+            "windows": list(sparse.to_windows(single)),
         },
         "sparse_transducer": {
             "encoder_out": encoder_out, "inputs": inputs, "recurrent": recurrent, "projection": projection,
@@ -572,7 +589,7 @@ def test_opcheck():
     arguments = torch.randn(2, 3, 32), *matrix, torch.zeros(2, 8), torch.zeros(2, 8), torch.tensor([3, 2]), True, []
     torch.library.opcheck(torch.ops.audio_lottery.sparse_lstm, arguments)
     matrix, _ = random_matrix(32, 8, "unstructured")
-    windows = list(sparse.to_windows(matrix, 8))
+    windows = list(sparse.to_windows(matrix))
     arguments = torch.randn(2, 3, 32), *matrix, torch.zeros(2, 8), torch.zeros(2, 8), None, False, windows
     torch.library.opcheck(torch.ops.audio_lottery.sparse_lstm, arguments)
     matrix, _ = random_matrix(32, 8, "8x1", "int8")

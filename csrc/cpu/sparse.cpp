@@ -39,9 +39,9 @@ namespace {
 
 constexpr int64_t BAND = 64;             // outputs; a multiple of every r
 constexpr int64_t LINE = 16;             // floats of a cache line; a multiple of every vector
-constexpr int64_t FIRST_CACHE = 12288;   // floats that mostly stay in the first cache
 constexpr int64_t PANEL = 1 << 17;       // floats that stay in the second cache
 constexpr int64_t SIZES = int64_t{1} << 31;  // numbers of a window are below: then nothing overflows
+constexpr int64_t BEHIND = 31;           // floats behind a state's last that a window may read
 constexpr int64_t FEW_COLUMNS = 4;       // below this, one at a time
 constexpr int64_t THREAD_VALUES = 1 << 15;  // multiplications that are worth a thread
 
@@ -58,17 +58,23 @@ struct Matrix {
   int64_t outputs, inputs, groups, r, c;
 };
 
-// Single weights again, for products with one column: eight rows to a group, one a lane. A step has a window of eight
-// inputs, from which each lane takes its next weight's, if it is there; eight steps are a bundle.
+// Single weights again, for products with one column: a group of rows, one a lane. A step has a window of inputs, from
+// which each lane takes its next weight's, if it is there; some steps are a bundle. Eight lanes have windows of eight
+// inputs, sixteen have windows of 32, as AVX2 and AVX-512 choose among registers.
 struct Windows {
-  const void* values;       // (bundles, 8, 8): by steps, then by lanes; 0 where a lane takes nothing
-  const int32_t* places;    // (bundles, 8): where in its window each lane's input is, four bits a step
-  const uint16_t* starts;   // (bundles, 8): each step's first input
+  const void* values;       // (bundles, steps, lanes): 0 where a lane takes nothing
+  const int32_t* places;    // (bundles, lanes): where in its window each lane's input is, Steps::BITS bits a step
+  const uint16_t* starts;   // (bundles, steps): each step's first input
   const int32_t* offsets;   // (groups + 1): each group's first bundle
-  const int32_t* rows;      // (groups, 8): each lane's output; `outputs` where there is none
+  const int32_t* rows;      // (groups, lanes): each lane's output; `outputs` where there is none
   const float* scales;      // as in Matrix
   at::ScalarType type;
-  int64_t outputs, groups;
+  int64_t outputs, groups, lanes;
+};
+
+template <int L>
+struct Steps {
+  static constexpr int INPUTS = L == 16 ? 32 : 8, A_BUNDLE = L == 16 ? 6 : 8, BITS = L == 16 ? 5 : 4;
 };
 
 struct Kernels {
@@ -199,13 +205,15 @@ void check_floats(const Tensor& t, const char* name, at::IntArrayRef sizes, cons
 
 // The windows of m, or none (groups < 0) where they are not given.
 Windows check_windows(at::TensorList t, const Matrix& m, const Tensor& x, const char* first) {
-  if (t.empty()) return {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, m.type, 0, -1};
+  if (t.empty()) return {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, m.type, 0, -1, 0};
   TORCH_CHECK_VALUE(t.size() == 5 && m.r * m.c == 1,
                     "windows must be values, places, starts, offsets and rows of single weights, got ", t.size(),
                     " tensors and blocks ", m.r, "x", m.c);
-  const int64_t groups = (m.outputs + 7) / 8, bundles = t[0].size(0);
+  const int64_t lanes = t[0].dim() == 3 && t[0].size(2) == 16 ? 16 : 8, groups = (m.outputs + lanes - 1) / lanes;
+  const int64_t bundles = t[0].size(0), steps = lanes == 16 ? Steps<16>::A_BUNDLE : Steps<8>::A_BUNDLE;
   const at::ScalarType types[] = {m.type, at::kInt, at::kUInt16, at::kInt, at::kInt};
-  const std::vector<int64_t> sizes[] = {{bundles, 8, 8}, {bundles, 8}, {bundles, 8}, {groups + 1}, {groups, 8}};
+  const std::vector<int64_t> sizes[] = {
+      {bundles, steps, lanes}, {bundles, lanes}, {bundles, steps}, {groups + 1}, {groups, lanes}};
   const char* names[] = {"values", "places", "starts", "offsets", "rows"};
   for (int i = 0; i < 5; ++i) {
     check_device(t[i], "windows", x, first);
@@ -219,12 +227,11 @@ Windows check_windows(at::TensorList t, const Matrix& m, const Tensor& x, const 
   const auto *offsets = t[3].const_data_ptr<int32_t>(), *rows = t[4].const_data_ptr<int32_t>();
   TORCH_CHECK_VALUE(offsets[0] == 0 && offsets[groups] == bundles && std::is_sorted(offsets, offsets + groups + 1),
                     "windows: offsets must rise from 0 to the ", bundles, " bundles");
-  const int64_t most = bundles ? kernels().largest(starts, 8 * bundles) : 0;
-  TORCH_CHECK_VALUE(most + 8 <= std::max<int64_t>(m.inputs, 8), "windows: starts must be at least 8 below ", m.inputs,
-                    " inputs, got ", most);
-  TORCH_CHECK_VALUE(std::all_of(rows, rows + 8 * groups, [](int32_t row) { return row >= 0; }),
+  const int64_t most = bundles ? kernels().largest(starts, steps * bundles) : 0;
+  TORCH_CHECK_VALUE(most < std::max<int64_t>(m.inputs, 1), "windows: starts must be below the ", m.inputs, " inputs, got ", most);
+  TORCH_CHECK_VALUE(std::all_of(rows, rows + lanes * groups, [](int32_t row) { return row >= 0; }),
                     "windows: rows must be at least 0");
-  return {t[0].const_data_ptr(), places, starts, offsets, rows, m.scales, m.type, m.outputs, groups};
+  return {t[0].const_data_ptr(), places, starts, offsets, rows, m.scales, m.type, m.outputs, groups, lanes};
 }
 
 // The first of each of `parts` shares of groups with about as much in them, and the end; a multiple of `multiple`.
@@ -424,10 +431,12 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
   }
 
   // States and gates, an utterance a row, with room for whole vectors; behind `hidden` the state stays 0, so that blocks
-  // 1 x 4 may read it. Many utterances are columns of one product, so that a step reads the matrix once: `turned` is h as
-  // (hidden, utterances).
-  const int64_t wide = round_up(hidden, 16), width = round_up(batch, LINE);
-  std::vector<float> gates(batch * 4 * hidden + 16), h(batch * wide), c(batch * wide);
+  // 1 x 4 and windows may read it. Many utterances are columns of one product, so that a step reads the matrix once:
+  // `turned` is h as (hidden, utterances).
+  const int64_t vectors = (hidden + 15) / 16, wide = round_up(hidden + BEHIND, LINE), width = round_up(batch, LINE);
+  const Tensor states = at::zeros({2, batch, wide}, projections.options());  // at cache lines, as no std::vector is
+  float *const h = states.data_ptr<float>(), *const c = h + batch * wide;
+  std::vector<float> gates(batch * 4 * hidden + 16);
   std::vector<float> turned(batch < FEW_COLUMNS ? 0 : wide * width), zeros(round_up(m.outputs, BAND));
   std::vector<int64_t> places(wide);
   for (int64_t i = 0; i < wide; ++i) places[i] = i * width;
@@ -436,7 +445,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
     std::memcpy(&h[i * wide], h_given.const_data_ptr<float>() + order[i] * hidden, hidden * sizeof(float));
     std::memcpy(&c[i * wide], c_given.const_data_ptr<float>() + order[i] * hidden, hidden * sizeof(float));
   }
-  if (!turned.empty()) kernels().transpose(h.data(), wide, batch, hidden, turned.data(), width);
+  if (!turned.empty()) kernels().transpose(h, wide, batch, hidden, turned.data(), width);
   const auto* projection = given.const_data_ptr<float>();
   auto* out_data = out.data_ptr<float>();
   const int64_t threads = threads_for(m, batch);
@@ -446,7 +455,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
   const auto run = [&](int64_t thread, int64_t of) {  // this thread's share of every step
     const int64_t first = begin[thread * threads / of], last = begin[(thread + 1) * threads / of];
     const int64_t band = bands[thread * threads / of], band_end = bands[(thread + 1) * threads / of];
-    const int64_t unit = wide / 16 * thread / of * 16, units = std::min(wide / 16 * (thread + 1) / of * 16, hidden) - unit;
+    const int64_t unit = vectors * thread / of * 16, units = std::min(vectors * (thread + 1) / of * 16, hidden) - unit;
     const auto frame = [&](int64_t i, int64_t step) {
       return order[i] * time + (reverse ? ends[order[i]] - 1 - step : step);
     };
@@ -492,7 +501,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
 #else
   run(0, 1);
 #endif
-  const auto last_state = [&](const std::vector<float>& from) {
+  const auto last_state = [&](const float* from) {
     Tensor state = at::empty({batch, hidden}, projections.options());
     for (int64_t i = 0; i < batch; ++i) {
       std::memcpy(state.data_ptr<float>() + order[i] * hidden, &from[i * wide], hidden * sizeof(float));
@@ -530,7 +539,9 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sparse_transducer(
                     state.size(), " tensors");
 
   const Tensor encoded = encoder_out.contiguous(), given = inputs.contiguous();
-  std::vector<float> gates(4 * hidden + 16), h(round_up(hidden, 16)), c(h.size());
+  const Tensor states = at::zeros({2, round_up(hidden + BEHIND, LINE)}, encoder_out.options());
+  float *const h = states.data_ptr<float>(), *const c = h + states.size(1);
+  std::vector<float> gates(4 * hidden + 16);
   std::vector<float> predicted(joiner), joined(round_up(joiner, 4)), logits(tokens);
   const std::vector<float> biases = padded_bias(bias, tokens);
   std::vector<int64_t> emitted, at_frame;
@@ -541,26 +552,26 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sparse_transducer(
     const float* input = given.const_data_ptr<float>() + token * 4 * hidden;
     if (in_windows.groups < 0) {
       std::memcpy(gates.data(), input, 4 * hidden * sizeof(float));
-      few_columns(w_hh, h.data(), 0, gates.data(), 1);
+      few_columns(w_hh, h, 0, gates.data(), 1);
     } else {
       at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-        kernels().in_windows(in_windows, h.data(), input, gates.data(), begin[first], begin[last]);
+        kernels().in_windows(in_windows, h, input, gates.data(), begin[first], begin[last]);
       });
     }
-    kernels().lstm_cell(gates.data(), c.data(), h.data(), hidden, 0, hidden);
-    std::fill(h.begin() + hidden, h.end(), 0.0f);  // blocks 1 x 4 may read it
+    kernels().lstm_cell(gates.data(), c, h, hidden, 0, hidden);
+    std::fill(h + hidden, c, 0.0f);  // blocks 1 x 4 and windows may read it
     std::fill(predicted.begin(), predicted.end(), 0.0f);
-    few_columns(projects, h.data(), 0, predicted.data(), 1);
+    few_columns(projects, h, 0, predicted.data(), 1);
   };
-  const std::tuple<const char*, std::vector<float>*, int64_t> parts[] = {
-      {"predictor_out", &predicted, joiner}, {"h", &h, hidden}, {"c", &c, hidden}};
+  const std::tuple<const char*, float*, int64_t> parts[] = {
+      {"predictor_out", predicted.data(), joiner}, {"h", h, hidden}, {"c", c, hidden}};
   if (state.empty()) {
     predict(0);
   } else {
     for (int i = 0; i < 3; ++i) {
       const auto& [name, to, size] = parts[i];
       check_floats(state[i], name, {size}, encoder_out, "encoder_out");
-      std::memcpy(to->data(), state[i].contiguous().const_data_ptr<float>(), size * sizeof(float));
+      std::memcpy(to, state[i].contiguous().const_data_ptr<float>(), size * sizeof(float));
     }
   }
   for (int64_t t = 0; t < frames; ++t) {
@@ -583,7 +594,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sparse_transducer(
   std::vector<Tensor> after;
   for (const auto& [name, from, size] : parts) {
     after.push_back(at::empty({size}, encoder_out.options()));
-    std::memcpy(after.back().data_ptr<float>(), from->data(), size * sizeof(float));
+    std::memcpy(after.back().data_ptr<float>(), from, size * sizeof(float));
   }
   return {at::tensor(emitted, longs), at::tensor(at_frame, longs), at::tensor(probability, encoder_out.options()), after};
 }

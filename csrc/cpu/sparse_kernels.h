@@ -203,7 +203,7 @@ KERNEL void one_column(const Matrix& m, const float* x, float* y, int64_t begin,
 
 // ---------------------------------------------------------------------------- one column, in windows
 
-// inputs[i] = x[i-th of the last three bits of places]; x is eight inputs.
+// inputs[i] = x[i-th of the last bits of places]; x is as many inputs as a window has.
 KERNEL inline void pick(Lanes<8>::Floats& inputs, const float* x, const Lanes<8>::Ints& places) {
 #if defined(__x86_64__) && LANES > 4
   __m256 window = _mm256_loadu_ps(x);
@@ -214,35 +214,58 @@ KERNEL inline void pick(Lanes<8>::Floats& inputs, const float* x, const Lanes<8>
 #endif
 }
 
-template <typename Value>
+KERNEL inline void pick(Lanes<16>::Floats& inputs, const float* x, const Lanes<16>::Ints& places) {
+#if defined(__x86_64__) && LANES == 16
+  __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
+  asm("" : "+v"(low), "+v"(high));
+  inputs = (Lanes<16>::Floats)_mm512_permutex2var_ps(low, (__m512i)places, high);
+#else
+  for (int i = 0; i < 16; ++i) inputs[i] = x[places[i] & 31];
+#endif
+}
+
+template <int L, typename Value>
 KERNEL void in_windows_of(const Windows& w, const float* x, const float* from, float* y, int64_t begin, int64_t end) {
-  for (int64_t g = begin; g < end; ++g) {
-    Lanes<8>::Floats sums[4] = {}, v, inputs;
-    for (int64_t b = w.offsets[g]; b < w.offsets[g + 1]; ++b) {
-      const Value* values = static_cast<const Value*>(w.values) + b * 64;
-      const uint16_t* starts = w.starts + b * 8;
-      Lanes<8>::Ints places;
-      read(places, w.places + b * 8);
+  constexpr int STEPS = Steps<L>::A_BUNDLE, SOME = 32;
+  float sums_of[SOME * L];  // of some groups: who goes to their rows at once need not wait for each group's sums
+  for (int64_t first = begin; first < end; first += SOME) {
+    const int64_t last = std::min(first + SOME, end);
+    for (int64_t g = first; g < last; ++g) {
+      typename Lanes<L>::Floats sums[4] = {}, v, inputs;
+      for (int64_t b = w.offsets[g]; b < w.offsets[g + 1]; ++b) {
+        const Value* values = static_cast<const Value*>(w.values) + b * STEPS * L;
+        const uint16_t* starts = w.starts + b * STEPS;
+        typename Lanes<L>::Ints places;
+        read(places, w.places + b * L);
 #pragma GCC unroll 8
-      for (int step = 0; step < 8; ++step) {
-        load<8>(v, values + step * 8);
-        pick(inputs, x + starts[step], places >> 4 * step);
-        sums[step % 4] += v * inputs;
+        for (int step = 0; step < STEPS; ++step) {
+          load<L>(v, values + step * L);
+          pick(inputs, x + starts[step], places >> Steps<L>::BITS * step);
+          sums[step % 4] += v * inputs;
+        }
       }
+      sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      std::memcpy(sums_of + (g - first) * L, sums, sizeof sums[0]);
     }
-    const Lanes<8>::Floats sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    for (int i = 0; i < 8; ++i) {
-      const int64_t row = w.rows[g * 8 + i];
-      if (row < w.outputs) y[row] = from[row] + (w.scales ? sum[i] * w.scales[row] : sum[i]);
+    const int32_t* rows = w.rows + first * L;
+    for (int64_t i = 0; i < (last - first) * L; ++i) {
+      const int64_t row = rows[i];
+      if (row < w.outputs) y[row] = from[row] + (w.scales ? sums_of[i] * w.scales[row] : sums_of[i]);
     }
   }
 }
 
-// y = from + W x for groups [begin, end) of eight rows. x is readable up to eight floats.
+template <int L>
+KERNEL void in_windows_of(const Windows& w, const float* x, const float* from, float* y, int64_t begin, int64_t end) {
+  if (w.type == at::kFloat) return in_windows_of<L, float>(w, x, from, y, begin, end);
+  if (w.type == at::kBFloat16) return in_windows_of<L, Bfloat16>(w, x, from, y, begin, end);
+  in_windows_of<L, int8_t>(w, x, from, y, begin, end);
+}
+
+// y = from + W x for groups [begin, end) of rows. x is readable for a window that begins with its last input.
 KERNEL void in_windows(const Windows& w, const float* x, const float* from, float* y, int64_t begin, int64_t end) {
-  if (w.type == at::kFloat) return in_windows_of<float>(w, x, from, y, begin, end);
-  if (w.type == at::kBFloat16) return in_windows_of<Bfloat16>(w, x, from, y, begin, end);
-  in_windows_of<int8_t>(w, x, from, y, begin, end);
+  if (w.lanes == 16) return in_windows_of<16>(w, x, from, y, begin, end);
+  in_windows_of<8>(w, x, from, y, begin, end);
 }
 
 // ---------------------------------------------------------------------------- many columns
@@ -341,14 +364,17 @@ KERNEL void tile_of(int64_t n, const float* values, int64_t stride, const uint16
   tile<R, C, N>(values, stride, columns, count, x, places, bias, y, width);
 }
 
+// Floats of a panel that were fastest on processors with AVX-512 (second cache) and without (first cache).
+constexpr int64_t NEAR = LANES == 16 ? 65536 : 12288;
+
 // Rows of y (outputs, width) that block rows [begin, end) make, R outputs at a time. values and bias begin with theirs.
-// Inputs pass in panels, so that what a tile's columns need of them stays in the first cache for all rows; `overlap`
-// neighbouring inputs share their places.
+// Inputs pass in panels, so that what a tile's columns need of them stays near for all rows; `overlap` neighbouring inputs
+// share their places.
 template <int R, int C>
 KERNEL void block_rows_of(const Matrix& m, const float* values, int64_t begin, int64_t end, const float* x,
                           const int64_t* places, int64_t overlap, const float* bias, float* y, int64_t width) {
   constexpr int N = std::min(8, (LANES == 16 ? 24 : 12) / R);  // of 32 registers, or of 16
-  const int64_t panel = FIRST_CACHE / (N * LANES) * overlap / C, last = (m.inputs + C - 1) / C;
+  const int64_t panel = NEAR / (N * LANES) * overlap / C, last = (m.inputs + C - 1) / C;
   const int64_t panels = std::max<int64_t>((last + panel - 1) / panel, 1), rows = end - begin;
   std::vector<int32_t> from((panels + 1) * rows);  // each panel's first block of each row
   for (int64_t g = 0; g < rows; ++g) {
