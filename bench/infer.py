@@ -339,8 +339,8 @@ def peers_of(model: nn.Module, utterances: tuple[Tensor, Tensor], run: Callable)
 
 
 def tickets_of(model: nn.Module, backbone: str, run: Callable, sparsities: tuple[float, ...]) -> dict[str, Way]:
-    """The model compressed, with masks of each sparsity in blocks of each layout; single weights in bfloat16 too."""
-    ways, layouts = {}, ("unstructured", "unstructured bfloat16", "1x4", "8x1", "16x1")
+    """The model compressed, with masks of each sparsity in blocks of each layout; single weights in each dtype."""
+    ways, layouts = {}, ("unstructured", "unstructured bfloat16", "unstructured int8", "1x4", "8x1", "16x1")
     for sparsity in sparsities:
         for layout, _, dtype in (name.partition(" ") for name in layouts):
             masks, name = random_masks(model, sparsity, layout), f"{sparsity:.1%} {layout} {dtype}".rstrip()
