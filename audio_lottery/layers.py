@@ -111,7 +111,7 @@ class Product(Layer):
 class Recurrent(Product):
     """The recurrence of an LSTM, W_hh in one layout. lengths: (B,) int64 or None.
 
-    windowed: keep single weights as Windows too, 1.2 to 1.6 times as large again, for fewer than FEW_COLUMNS utterances.
+    windowed: keep single weights as Windows too, half again to twice as large, for fewer than FEW_COLUMNS utterances.
     """
 
     def __init__(self, matrix: Matrix, shape: tuple[int, ...], windowed: bool = False):
