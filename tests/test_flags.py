@@ -13,7 +13,8 @@ from runner import flags, recipes
 
 RESULTS = flags.HERE / "results"
 WITH_TICKET = ["rounds", "ticket_weights", "control", "dense"]
-HASHES = {"noise_draws", "data_sha256", "ticket_sha256", "lm_sha256", "init_sha256", "noise_sha256", "dense"}
+FOUND = {"data_sha256", "ticket_sha256", "lm_sha256", "init_sha256", "noise_sha256", "dense"}  # when a run begins
+WAYS = {"noise_draws", "normalization", *controls.FOLLOWING}  # the words of settings.ways: no flag says them
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def refused(capsys, *argv) -> str:
 
 
 def identity(config: dict) -> dict:
-    return {key: value for key, value in config.items() if key != "machine" and key not in HASHES}
+    return {key: value for key, value in config.items() if key != "machine" and key not in FOUND | WAYS}
 
 
 def of(*argv) -> dict:
