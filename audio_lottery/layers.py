@@ -67,6 +67,18 @@ class Fixed(nn.Module):
         vars(self).update({n: v for n, v in vars(layer).items() if n not in of_all and not n.startswith("_")})
 
 
+def check_floating(input: Tensor) -> None:
+    """Raise TypeError unless torch's own layers would take it: what is computed in float32 must not hide it."""
+    if not input.is_floating_point():
+        raise TypeError(f"input must be of floating point numbers, got {input.dtype}")
+
+
+def check_width(x: Tensor, inputs: int) -> None:
+    """Raise ValueError unless x is (..., inputs): a sparse matrix knows only of its kept columns."""
+    if x.dim() == 0 or x.shape[-1] != inputs:
+        raise ValueError(f"input must be (..., {inputs}), got {list(x.shape)}")
+
+
 class Layer(Fixed):
     """In a layer's place: product(x, bias) computes it in float32, whatever the dtype of what comes and goes."""
 
@@ -79,6 +91,7 @@ class Layer(Fixed):
     def forward(self, input: Tensor) -> Tensor:
         if input.dtype is FLOAT32 is self.dtype and not input.is_nested:
             return self.product(input, self._parameters["bias"])  # nn.Module looks attributes up so slowly
+        check_floating(input)
         if input.is_nested:  # rows of several lengths, as nn.TransformerEncoder packs them
             parts = input.unbind()
             rows = self.forward(torch.cat(parts)).split([len(part) for part in parts])
@@ -105,6 +118,7 @@ class Product(Layer):
         return to_dense(*self.matrix(), self.outputs, math.prod(self.shape[1:])).view(self.shape).to(self.dtype)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        check_width(x, self.shape[1])
         return sparse_linear(x, *self.matrix(), bias, self.outputs)
 
 
@@ -149,7 +163,18 @@ class DenseProduct(Layer):
         """weight * mask, (outputs, inputs)."""
         return self.packed.to_dense().to(self.dtype)
 
+    def get_extra_state(self) -> Tensor:
+        return self.packed.to_dense()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if state.shape != self.packed.shape:
+            raise lottery.LotteryError(f"weight must be {list(self.packed.shape)}, got {list(state.shape)}")
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(state, self.columns)
+
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        check_width(x, self.packed.shape[1])
+        if x.requires_grad and torch.is_grad_enabled():  # oneDNN's would leave its gradient out
+            return F.linear(x, self.packed.to_dense(), bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
 
 
@@ -166,6 +191,9 @@ class Conv(Product):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """([B,] C, [F,] T) -> ([B,] C', [F',] T')."""
+        if x.dim() not in (len(self.shape) - 1, len(self.shape)) or x.shape[1 - len(self.shape)] != self.shape[1]:
+            size = "T" if self.one_d else "F, T"
+            raise ValueError(f"input must be ([B,] {self.shape[1]}, {size}), got {list(x.shape)}")
         if self.one_d:
             x = x.unsqueeze(-2)
         batched = x.dim() != 3
@@ -231,6 +259,7 @@ class Lstm(Fixed):
         """(B, T, inputs) -> (B, T, directions * H), (h, c), each (layers * directions, B, H)."""
         dtype = x.dtype
         if dtype is not FLOAT32:  # computed in float32, as Layer does
+            check_floating(x)
             out, state = self.steps(x.float(), state and tuple(s.float() for s in state), lengths)
             return out.to(dtype), tuple(s.to(dtype) for s in state)
         inputs, recurrents = self._modules["inputs"]._modules.values(), self._modules["recurrent"]._modules.values()
@@ -243,7 +272,7 @@ class Lstm(Fixed):
         h_last, c_last, outs = [], [], []
         for i, (product, recurrent) in enumerate(zip(inputs, recurrents)):
             reverse = i % self.directions == 1
-            projections = product(x) if self.dtype is FLOAT32 else in_float32(product, x)
+            projections = (product(x) if self.dtype is FLOAT32 else in_float32(product, x)).float()  # autocast's too
             out, h, c = recurrent(projections, state[0][i], state[1][i], reverse, lengths)
             h_last.append(h)
             c_last.append(c)
@@ -294,8 +323,8 @@ class Greedy(Fixed):
         if projection.bias is not None:
             raise lottery.LotteryError("greedy_parts: projection must have no bias (the encoder's side may have one)")
         self.max_symbols = max_symbols
-        self.register_buffer("inputs", inputs.detach())  # (tokens, 4 H)
-        self.register_buffer("bias", output.bias)
+        self.register_buffer("inputs", inputs.detach().float())  # (tokens, 4 H)
+        self.register_buffer("bias", None if output.bias is None else output.bias.float())  # its own, in float32
         matrices = {"recurrent": recurrent, "projection": matrix_of(projection), "output": matrix_of(output)}
         self.names = {}
         for name, matrix in matrices.items():

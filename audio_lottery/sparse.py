@@ -48,8 +48,8 @@ def to_matrix(weight: Tensor, mask: Tensor, layout: str, dtype: str = "float32")
     weight = weight.detach().float().masked_fill(~mask, 0)
     scales = None
     if dtype == "int8":
-        scales = weight.abs().amax(1) / 127
-        weight = (weight / scales.clamp(min=1e-30)[:, None]).round()
+        scales = F.pad(weight.abs(), (0, 1)).amax(1) / 127
+        weight = (weight / torch.where(scales > 0, scales, 1)[:, None]).round()
     kept = blocks(mask).flatten(2).any(2)
     return Matrix(
         blocks(weight)[kept].to(DTYPES[dtype]).contiguous(),

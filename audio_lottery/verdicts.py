@@ -31,10 +31,13 @@ def verdict(
     interval is of that seed. More: seeds crossed with utterances, see `crossed`. The words, in this order: no verdict
     if dense's error rate is `nothing` or more, winning if the interval lies below 0, matching if its upper end is
     <= margin, worse if it lies above 0, else undecided. A draw without any word has no rate and is left out.
-    Raises LotteryError for other utterances, and for references without any word.
+    Raises LotteryError for other utterances, for a count that is NaN or infinite, and for references without any word.
     """
     ticket_errors, dense_errors = np.atleast_2d(ticket_errors), np.atleast_2d(dense_errors)
     words = np.asarray(words)
+    for name, counts in {"ticket_errors": ticket_errors, "dense_errors": dense_errors, "words": words}.items():
+        if not np.isfinite(counts).all():
+            raise LotteryError(f"{name}: a count must be finite, got {counts[~np.isfinite(counts)][0]}")
     if ticket_errors.shape != dense_errors.shape or ticket_errors.shape[1:] != words.shape:
         raise LotteryError(
             f"a paired test needs the same utterances: {ticket_errors.shape} ticket, {dense_errors.shape} dense errors "

@@ -1,6 +1,7 @@
 // All operators of Audio Lottery. Implementations: cpu/*.cpp and cuda/*.cu, names mirrored; checks: checks.h;
 // the slow references they are tested against: lottery.py, models.py, audio_lottery/sparse.py and fused.py.
 
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/extension.h>
 #include <torch/library.h>
 
@@ -51,6 +52,14 @@ TORCH_LIBRARY(audio_lottery, m) {
   // qkv (batch, time, 3 * heads * size) -> queries and keys turned by rotary positions, cos and sin (time, size / 2), and
   // values: (3, batch, heads, time, size).
   m.def("rotary_heads(Tensor qkv, Tensor cos, Tensor sin, int heads) -> Tensor");
+}
+
+// The operators of inference: backward through one is an error that names it, where torch would leave its part out.
+TORCH_LIBRARY_IMPL(audio_lottery, Autograd, m) {
+  for (const char* name : {"sparse_linear", "sparse_conv2d", "sparse_lstm", "sparse_transducer", "gated_convolution",
+                           "rotary_heads"}) {
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
 }
 
 // Facts about this build; tensors go through the dispatcher.

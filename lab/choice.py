@@ -73,6 +73,7 @@ def key_of(masks: lottery.Masks, dtype: str, use: str) -> dict:
     return {
         "masks": lottery.sha256(masks), "processor": processor(), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "audio_lottery": __version__, "ops": lottery.ops.path, "values": dtype, "use": use,
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # what ATEN_CPU_CAPABILITY leaves of the processor's
         "ways": [*WAYS],  # one more, and all are measured anew
     }  # fmt: skip
 

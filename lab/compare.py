@@ -143,10 +143,13 @@ class Point:
         return self.verdict(test, "speakers"), len(self.counts(test, "speakers")[2])
 
     def of_new_texts(self, test: str = "") -> tuple[verdicts.Verdict, float, int] | None:
-        """Over the utterances whose texts are not in train: the verdict, the WER, and how many; None if that is all."""
+        """Over the utterances whose texts are not in train: the verdict, the WER, and how many; None if that is all, or
+        if several seeds have one such text between them, which has no variance."""
         if "test_seen" not in self.heard.get(test, {}):
             return None
         errors, _, words = self.counts(test, "new texts")
+        if min(len(errors), 2) > len(words):
+            return None
         return self.verdict(test, "new texts"), float(errors.sum() / (len(errors) * words.sum())), len(words)
 
     def empty_layers(self) -> list[str]:

@@ -106,7 +106,8 @@ def merged_cells(method: Method, point: Point, test: str) -> list[str]:
     """A round of a method under MERGED."""
     whole, skipped = method.multiply_adds(point)
     return [
-        markdown_text(test or "test"), markdown_text(method.name), str(point.round),
+        markdown_text(test or "test"), markdown_text(method.name),
+        f"{point.round}{', a mark' * (point.round in [p.round for p in method.marked()])}",
         *(f"{point.mean(key):.1%}" for key in ("remaining", "remaining_all")),
         str(len(point.seeds)), spread(point.values("valid_wer")),
         *(spread(point.values(key, test)) for key in ("test_wer", "test_cer")),
@@ -136,6 +137,17 @@ def told(point: Point | None) -> str:
     return f"{spread(point.values('test_wer'))} at {shares}, {judged(point)}, {seeds_of(point)}"
 
 
+def other_seeds(methods: list[Method]) -> list[str]:
+    """A warning of each method whose marks have not the same seeds, as where a run is not finished."""
+    lines = []
+    for m in methods:
+        seeds = {f"{p.mean('remaining'):.1%}": ", ".join(map(str, sorted(p.seeds))) for p in m.marked()}
+        if len(set(seeds.values())) > 1:
+            told = "; ".join(f"{share}: {numbers}" for share, numbers in seeds.items())
+            lines += [f"{markdown_text(m.name)}: the marks have not the same seeds ({told}): no sequence yet.", ""]
+    return lines
+
+
 def tables(methods: list[Method]) -> list[str]:
     """Summary, the paper's points, every round on every test set, and comparisons of methods."""
     columns = ["method", "dense, test WER", "marks, Holm's p", "sparsest winning or matching ticket at the marks"]
@@ -152,7 +164,7 @@ def tables(methods: list[Method]) -> list[str]:
                 *map(told, (sparsest, stopped, m.best())),
             ]
         )
-    lines = [*plan.markdown(columns, rows), ""]
+    lines = [*plan.markdown(columns, rows), "", *other_seeds(methods)]
     rows = [list(row[1:]) for row in PAPER if row[0] == methods[0].settings["backbone"]]
     columns = ["the paper's", "dense, test WER", "sparsest matching ticket", "best ticket", "source"]
     lines += [*plan.markdown(columns, rows), ""] if rows else []
@@ -205,13 +217,13 @@ def claims(methods: list[Method]) -> list[Claim]:
         _, stopped = method.walk()
         for point in method.marked() if not method.get("control") else ():
             share = f"{point.mean('remaining'):.1%}"
-            behind = stopped and point.mean("remaining") < stopped.mean("remaining")
+            behind = stopped is not None and point.mean("remaining") < stopped.mean("remaining")
             what = f"{method.name} with {share} of the weights matches dense"
-            what += f" (behind {stopped.mean('remaining'):.1%}, where the sequence stopped)" if behind else ""
-            found += [
-                Claim(what, f"{method.name}, {share}{f', {test}' if test else ''}", point, test)
-                for test in point.tests()
-            ]
+            label = f"{method.name}, {share}"
+            if behind:
+                what += f" (behind {stopped.mean('remaining'):.1%}, where the sequence stopped)"
+                label += ", behind the stop"
+            found += [Claim(what, f"{label}{f', {test}' if test else ''}", point, test) for test in point.tests()]
     for a, b in rivals(methods):
         points = compared(a, b)
         rounds = [point.round for point in a.marked()]

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import lottery
+import models
 from audio_lottery import compress, compression, layers, sparse
 
 LAYOUTS = list(sparse.LAYOUTS)
@@ -567,3 +568,104 @@ def test_a_choice_that_does_not_fit_stays_dense():
     compressed, (row,) = compress(model, masks, lambda m: m(torch.randn(2, 60)), chosen={"0.weight": "16x1"})
     assert type(compressed[0]) is nn.Linear and row.layout == "dense"
     assert "16x1 was chosen, and stores no less than all of it or is not here" in row.why
+
+
+# ---------------------------------------------------------------------------- what must not pass in silence
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["unstructured", "dense prepacked"])
+@pytest.mark.parametrize(
+    "layer, size, wrong, said",
+    [
+        (nn.Linear(40, 8), (2, 40), (2, 80), "(..., 40), got [2, 80]"),
+        (nn.Linear(40, 8), (2, 40), (2, 39), "(..., 40), got [2, 39]"),
+        (nn.LSTM(5, 7), (3, 2, 5), (3, 2, 9), "(..., 5), got [2, 3, 9]"),
+        (nn.Conv1d(4, 6, 3), (2, 4, 20), (2, 9, 20), "([B,] 4, T), got [2, 9, 20]"),
+        (nn.Conv1d(4, 6, 3), (4, 20), (20,), "([B,] 4, T), got [20]"),
+        (nn.Conv2d(4, 6, 3), (2, 4, 9, 9), (2, 9, 9, 9), "([B,] 4, F, T), got [2, 9, 9, 9]"),
+    ],
+)
+def test_inputs_of_another_width_are_refused(layer, size, wrong, said, form, always):
+    if form == "dense prepacked" and isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        return  # they have no such form
+    model, masks = pruned(nn.Sequential(layer))
+    weights = dict.fromkeys(masks, form)
+    if isinstance(layer, nn.LSTM):
+        weights["0.weight_hh_l0"] = "unstructured"
+    fast, _ = compress(model, masks, lambda m: m(torch.randn(size)), chosen=weights)
+    assert type(fast[0]) is not type(layer)
+    with pytest.raises(ValueError, match=re.escape(f"input must be {said}")):
+        fast(torch.randn(wrong))
+    with pytest.raises(TypeError, match=re.escape("input must be of floating point numbers, got torch.int64")):
+        fast(torch.ones(size, dtype=torch.int64))
+
+
+def test_gradients_are_right_or_refused(always):
+    """A product that left its own out would be worse than none, beside a residual."""
+    model, masks = pruned(nn.Sequential(nn.Linear(8, 8)))
+    x = torch.randn(3, 8, requires_grad=True)
+    (want,) = torch.autograd.grad((x + model(x)).sum(), x)
+    fast, _ = compress(model, masks, lambda m: m(x), chosen={"0.weight": "dense prepacked"})
+    close(torch.autograd.grad((x + fast(x)).sum(), x), (want,))
+    fast, _ = compress(model, masks, lambda m: m(x), chosen={"0.weight": "unstructured"})
+    y = (x + fast(x)).sum()  # forward as ever
+    if lottery.ops.compiled:
+        with pytest.raises(RuntimeError, match="derivative for audio_lottery::sparse_linear is not implemented"):
+            y.backward()
+    else:
+        close(torch.autograd.grad(y, x), (want,))
+
+
+@torch.no_grad()
+def test_a_state_has_the_prepacked_weight(always):
+    two = [pruned(nn.Sequential(nn.Linear(40, 8)))[0] for _ in range(2)]
+    masks, x = dict.fromkeys(["0.weight"], torch.rand(8, 40) < 0.3), torch.randn(2, 40)
+    a, b = (compress(m, masks, lambda m: m(x), chosen={"0.weight": "dense prepacked"})[0] for m in two)
+    assert not torch.equal(a(x), b(x))
+    b.load_state_dict(a.state_dict())
+    assert torch.equal(a(x), b(x))
+    with pytest.raises(lottery.LotteryError, match=re.escape("weight must be [8, 40], got [8, 39]")):
+        b[0].set_extra_state(torch.zeros(8, 39))
+
+
+@torch.no_grad()
+def test_an_lstm_under_autocast(always):
+    model, masks = pruned(nn.Sequential(nn.LSTM(5, 7)))
+    chosen, x = {"0.weight_ih_l0": "dense", "0.weight_hh_l0": "unstructured"}, torch.randn(4, 2, 5)
+    fast, _ = compress(model, masks, lambda m: m(x), chosen=chosen)
+    with torch.autocast("cpu", torch.bfloat16):
+        close(fast(x)[0], model(x)[0].float(), 0.02)
+
+
+@torch.no_grad()
+def test_what_a_dtype_costs_is_told(always):
+    """One weight of 50 in each row leaves int8 little for the others; a weight that bfloat16 makes infinite is kept."""
+    torch.manual_seed(0)
+    model, masks = pruned(nn.Sequential(nn.Linear(400, 8)))
+    x = torch.randn(3, 400)
+    for dtype, most in (("int8", 0.05), ("bfloat16", 0.02)):
+        fast, (row,) = compress(model, masks, lambda m: m(x), dtype=dtype, chosen={"0.weight": "unstructured"})
+        off = float((fast(x) - model(x)).abs().max() / model(x).abs().max())
+        assert row.why == f"chosen before; in {dtype} its outputs are up to {off:.1%} off" and 0 < off < most
+    masks["0.weight"][:, 0], x[:, 0] = True, 0
+    model[0].weight[:, 0] = 50
+    _, (row,) = compress(model, masks, lambda m: m(x), dtype="int8", chosen={"0.weight": "unstructured"})
+    assert float(row.why.split()[-2].rstrip("%")) > 50
+    model[0].weight[0, 0], x[:, 0] = torch.finfo(torch.float32).max, 1e-4
+    fast, (row,) = compress(model, masks, lambda m: m(x), dtype="bfloat16", chosen={"0.weight": "unstructured"})
+    assert row.layout == "dense" and "its outputs are not finite where the layer's are" in row.why
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_transducer_of_another_dtype_keeps_its_loop(dtype):
+    torch.manual_seed(0)
+    model = models.build("rnnt", "demo", 29).eval().to(dtype)
+    masks = {name: torch.rand(weight.shape) < 0.3 for name, weight in lottery.prunable(model).items()}
+    features, lengths = torch.randn(1, 40, 80, dtype=dtype), torch.tensor([40])
+    fast, rows = compress(model, masks, chosen={})
+    assert {row.layout for row in rows} == {"dense"} and len(fast.transcribe(features, lengths)) == 1
+    fast, _ = compress(model.float(), masks, chosen={})
+    cast = copy.deepcopy(fast).to(dtype)
+    assert len(cast.emissions(features, lengths)[0]) == len(cast.transcribe(features, lengths)[0])

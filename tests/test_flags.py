@@ -351,4 +351,4 @@ def test_the_commands_of_an4_are_understood():
         assert args.out not in made and made.issuperset({args.ticket, args.dense} - {None}), line
         assert args.threads == 1 and (args.ticket or args.recipe_name == "an4")
         made.add(args.out)
-    assert len(made) == 75
+    assert len(made) == 76

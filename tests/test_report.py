@@ -211,6 +211,18 @@ def test_the_sequence_is_of_named_rounds_and_stops(tmp_path):
     assert again.get("marks") == [0.8] and again.walk()[0].round == 1 and first.get("marks") == list(compare.MARKS)
 
 
+def test_marks_of_other_seeds_are_no_sequence_yet(tmp_path):
+    good = [3, 3, 3, 3]
+    whole = write_run(tmp_path / "0", [ROUND_0] + [good] * 14, sparsity=0.956)
+    unfinished = write_run(tmp_path / "1", [ROUND_0] + [good] * 5, sparsity=0.956, seed=1)
+    ((method,),) = merged(whole, unfinished).values()
+    (line, _) = tables.other_seeds([method])
+    seeds = "41.0%: 0, 1; 16.8%: 0; 10.7%: 0; 4.4%: 0"
+    assert line == f"{GLOBAL}: the marks have not the same seeds ({seeds}): no sequence yet."
+    assert line in tables.tables([method])
+    assert tables.other_seeds(next(iter(merged(whole).values()))) == []
+
+
 def test_dense_that_recognises_nothing_has_no_verdict(tmp_path):
     nothing = [10, 10, 10, 9]  # WER 0.975
     errors = [nothing, nothing, [3, 3, 3, 3], nothing, [1, 1, 1, 1]]
@@ -293,6 +305,11 @@ def test_utterances_whose_texts_were_not_trained_on_are_reported_too(tmp_path):
     assert lines[0].endswith("; WER 0.800 on the 2 texts that train has not")
     ((method,),) = merged(write_run(tmp_path / "old", [dense, errors])).values()
     assert method.tickets()[0].of_new_texts() is None and tables.new_texts(method.dense()) == ""
+    seen = {"of_round_0": {"test_seen": [1, 1, 1, 0]}}  # one new text: a bootstrap of one seed, no variance of two
+    runs = [write_run(tmp_path / f"one{seed}", [dense, errors], seed=seed, **seen) for seed in (0, 1)]
+    ((alone,),), ((both,),) = (merged(*folders).values() for folders in (runs[:1], runs))
+    assert alone.tickets()[0].of_new_texts()[2] == 1 and both.tickets()[0].of_new_texts() is None
+    assert "texts that train" not in tables.judged(both.tickets()[0])
 
 
 def test_other_test_sets_have_their_rows_and_claims(tmp_path):
@@ -555,3 +572,10 @@ def test_multiply_adds_by_hand():
     convolutions = 40 * 200 * (2 * 1 * 3 * 3) + 20 * 100 * (2 * 2 * 3 * 3)
     block = 23 * 4**2 + 4 * 3  # and depthwise
     assert plan.multiply_adds("conformer", sizes) == (convolutions + 100 * (2 * 20 * 4 + 3 * block + 29 * 4)) / 4
+
+
+def test_the_tables_of_an4_are_those_of_its_ledgers():
+    """What results/an4/README.md says of them: one command, of all that was run."""
+    folder = Path(__file__).parents[1] / "results" / "an4"
+    groups = report.merged(sorted(folder.glob("*-[0-9]")))
+    assert tables.merged_report(groups, pictured=True) == (folder / "tables" / "report.md").read_text()

@@ -79,6 +79,16 @@ def test_to_matrix_by_hand():
     torch.testing.assert_close(scales, torch.tensor([4 / 127, 0, 10 / 127]))
 
 
+def test_int8_of_tiny_rows_and_of_none():
+    """A scale is the one that values were divided by, however small; a matrix without inputs has one too."""
+    weight = torch.tensor([[1e-29, 5e-30], [0.0, 0.0], [1e-44, 0.0]])
+    matrix = sparse.to_matrix(weight, torch.ones(3, 2, dtype=torch.bool), "unstructured", "int8")
+    dense = sparse.to_dense(*matrix, 3, 2)
+    assert ((dense - weight).abs() <= 0.51 * matrix.scales[:, None])[:2].all()
+    assert dense.isfinite().all()
+    assert sparse.to_matrix(torch.zeros(4, 0), torch.zeros(4, 0, dtype=torch.bool), "8x1", "int8").values.numel() == 0
+
+
 def test_to_matrix_refuses_places_of_more_than_16_bits():
     mask = torch.zeros(1, 65_540, dtype=torch.bool)
     with pytest.raises(ValueError, match="inputs must be at most 65536 for layout unstructured"):
@@ -387,6 +397,17 @@ def test_transducer_equals_reference(layout, instructions):
             torch.testing.assert_close(sparse.sparse_transducer(encoder_out, *others, [], list(windows)), got)
         nothing = sparse.sparse_transducer(encoder_out[:0], *others, state, [])
         assert not len(nothing[0]) and all(map(torch.equal, nothing[3], state))
+
+
+@built
+def test_a_logit_that_is_nan_is_the_most_in_the_loop_too(instructions):
+    """As argmax has it, so that what is broken shows the same in both."""
+    encoder_out, *others, _ = transducer_arguments("unstructured", "float32")
+    others[4] = torch.zeros_like(others[4])
+    others[4][2] = float("nan")
+    loops = sparse.sparse_transducer, sparse.reference_sparse_transducer
+    got, want = (loop(encoder_out, *others, [], [])[0] for loop in loops)
+    assert torch.equal(got, want) and set(got.tolist()) == {2}
 
 
 @built

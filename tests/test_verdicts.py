@@ -63,6 +63,15 @@ def test_references_without_words():
         verdicts.verdict([0, 1], [0, 2], [0, 0])
 
 
+@pytest.mark.parametrize("name", ["ticket_errors", "dense_errors", "words"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_count_that_is_no_number_is_refused(name, value):
+    counts = {"ticket_errors": [0.0, 1.0], "dense_errors": [0.0, 2.0], "words": [3.0, 3.0]}
+    counts[name][1] = value
+    with pytest.raises(lottery.LotteryError, match=f"^{name}: a count must be finite, got {value}$"):
+        verdicts.verdict(*counts.values())
+
+
 def test_no_verdict_where_dense_recognises_nothing():
     words = [10] * 10
     nothing = verdicts.verdict([10] * 10, [10] * 10, words)

@@ -548,6 +548,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sparse_transducer(
   std::vector<float> probability;
   const int64_t threads = threads_for(w_hh, 1);
   const auto begin = in_windows.groups < 0 ? std::vector<int64_t>() : share(in_windows.offsets, in_windows.groups, threads);
+  const auto below = [](float a, float b) { return a < b || (a == a && b != b); };  // a NaN is most, as in argmax
   const auto predict = [&](int64_t token) {
     const float* input = given.const_data_ptr<float>() + token * 4 * hidden;
     if (in_windows.groups < 0) {
@@ -580,7 +581,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sparse_transducer(
       for (int64_t j = 0; j < joiner; ++j) joined[j] = std::tanh(frame[j] + predicted[j]);
       logits = biases;
       few_columns(out, joined.data(), 0, logits.data(), 1);
-      const int64_t best = std::max_element(logits.begin(), logits.end()) - logits.begin();
+      const int64_t best = std::max_element(logits.begin(), logits.end(), below) - logits.begin();
       if (best == 0) break;
       emitted.push_back(best);
       at_frame.push_back(t);

@@ -29,7 +29,9 @@ KERNEL inline void widen(Lanes<4>::Ints& v, const uint16_t* from) {
   v = (Lanes<4>::Ints)_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)from));
 }
 KERNEL inline void widen(Lanes<4>::Ints& v, const int8_t* from) {
-  v = (Lanes<4>::Ints)_mm_cvtepi8_epi32(_mm_loadu_si32(from));
+  int32_t four;  // (_mm_loadu_si32 of gcc 11 puts them elsewhere)
+  read(four, from);
+  v = (Lanes<4>::Ints)_mm_cvtepi8_epi32(_mm_cvtsi32_si128(four));
 }
 KERNEL inline void widen(Lanes<8>::Ints& v, const uint16_t* from) {
   v = (Lanes<8>::Ints)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
@@ -270,6 +272,14 @@ KERNEL void in_windows(const Windows& w, const float* x, const float* from, floa
 
 // ---------------------------------------------------------------------------- many columns
 
+#ifndef SHUFFLED
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (Lanes<4>::Ints){__VA_ARGS__})
+#endif
+#endif
+
 // to[j * to_stride + i] = from[i * from_stride + j]
 KERNEL void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
                       int64_t to_stride) {
@@ -280,14 +290,14 @@ KERNEL void transpose(const float* from, int64_t from_stride, int64_t rows, int6
     for (; i + 4 <= rows; i += 4) {
       Four in[4], half[4], out[4];
       for (int k = 0; k < 4; ++k) read(in[k], from + (i + k) * from_stride + j);
-      half[0] = __builtin_shufflevector(in[0], in[1], 0, 4, 1, 5);
-      half[1] = __builtin_shufflevector(in[2], in[3], 0, 4, 1, 5);
-      half[2] = __builtin_shufflevector(in[0], in[1], 2, 6, 3, 7);
-      half[3] = __builtin_shufflevector(in[2], in[3], 2, 6, 3, 7);
-      out[0] = __builtin_shufflevector(half[0], half[1], 0, 1, 4, 5);
-      out[1] = __builtin_shufflevector(half[0], half[1], 2, 3, 6, 7);
-      out[2] = __builtin_shufflevector(half[2], half[3], 0, 1, 4, 5);
-      out[3] = __builtin_shufflevector(half[2], half[3], 2, 3, 6, 7);
+      half[0] = SHUFFLED(in[0], in[1], 0, 4, 1, 5);
+      half[1] = SHUFFLED(in[2], in[3], 0, 4, 1, 5);
+      half[2] = SHUFFLED(in[0], in[1], 2, 6, 3, 7);
+      half[3] = SHUFFLED(in[2], in[3], 2, 6, 3, 7);
+      out[0] = SHUFFLED(half[0], half[1], 0, 1, 4, 5);
+      out[1] = SHUFFLED(half[0], half[1], 2, 3, 6, 7);
+      out[2] = SHUFFLED(half[2], half[3], 0, 1, 4, 5);
+      out[3] = SHUFFLED(half[2], half[3], 2, 3, 6, 7);
       for (int k = 0; k < 4; ++k) std::memcpy(to + (j + k) * to_stride + i, &out[k], sizeof(Four));
     }
     for (; i < rows; ++i) {
