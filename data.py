@@ -132,6 +132,11 @@ def _manifest_row(line: bytes, whole: bool) -> dict:
     if not isinstance(row, dict):
         raise DataError("not a JSON object")
     name = row.get("audio_filepath")
+    if "audio_filepath" not in row:
+        there = ", ".join(map(repr, list(row)[:5]))[:80]
+        raise DataError(
+            f"'audio_filepath' is missing (a recording has it, 'text' and 'duration'), got {there or 'no key'}"
+        )
     if not isinstance(name, str) or not name:
         raise DataError(f"'audio_filepath' must be a string, got {name!r}")
     for key in ("offset", "duration"):

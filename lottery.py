@@ -9,8 +9,8 @@ nothing of speech and imports nothing of ours but the compiled operators. In sho
 Words: `sparsity` is the fraction of prunable weights removed, `remaining` is 1 - sparsity, a mask is bool and True
 where a weight is kept, round 0 is dense. The invariants that are asserted as it runs:
 
-    I1  masks are nested                            I4  a pruned weight is exactly 0 after every epoch
-    I2  kept counts are exact, ties included        I5  a NaN or infinite weight is refused by name
+    I1  masks are nested                            I4  hold() comes before every step; a pruned weight is exactly 0
+    I2  kept counts are exact, ties included        I5  a NaN or infinite parameter is refused by name
     I3  a rewound weight is theta_k * mask, bit for bit
 """
 
@@ -110,7 +110,7 @@ def check_rates(sparsity: float, prune_rate: float) -> None:
         raise LotteryError(f"prune_rate must be in (0, 1), got {prune_rate} (the share of survivors removed a round)")
     rounds = math.log(1 - sparsity) / math.log1p(-prune_rate)
     if rounds > 1000:
-        raise LotteryError(f"prune_rate {prune_rate} takes {rounds:.0f} rounds to sparsity {sparsity} (1,000 at most)")
+        raise LotteryError(f"prune_rate {prune_rate} takes {rounds:.10g} rounds to sparsity {sparsity} (1,000 at most)")
 
 
 def kept_counts(total: int, sparsity: float, prune_rate: float = 0.2) -> list[int]:
@@ -406,8 +406,7 @@ def prune(weights: dict[str, Tensor], masks: Masks, keep: int, pruning: Pruning 
     """
     for name, weight in weights.items():
         if not weight.isfinite().all():
-            why = "nothing was pruned (is the learning rate too high?)"
-            raise LotteryError(f"{name} has a NaN or infinite weight: {why}")
+            raise LotteryError(f"{name} has a NaN or infinite weight: nothing was pruned (too high a learning rate?)")
     scores, units = [w.detach() for w in weights.values()], [pruning.units(masks[name]) for name in weights]
     if len({score.dtype for score in scores}) > 1:
         scores = [score.double() for score in scores]  # exact
@@ -448,11 +447,14 @@ class Ticket:
         self, model: nn.Module, rewind_step: int = 0, pruning: Pruning = BY_MAGNITUDE, exclude: Sequence[str] = ()
     ):
         pruning.check()
+        if not isinstance(rewind_step, int) or rewind_step < 0:
+            raise LotteryError(f"rewind_step must be a whole number of at least 0, got {rewind_step!r}")
         self.model, self.rewind_step, self.steps, self.round = model, rewind_step, 0, 0
-        self.pruning, self.exclude = pruning, exclude
+        self.pruning, self.exclude, self.held = pruning, exclude, False  # held since the last step
         self.weights = prunable(model, exclude)
         check_model(model, self.weights)
         self.masks: Masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in self.weights.items()}
+        self.check()
         self.threshold = 0.0  # the smallest magnitude that the last pruning kept
         self.start_sha256 = sha256(state_of(model))  # of all that the round started from
         self.rewind_state: State | None = copy_state(model) if rewind_step == 0 else None
@@ -476,6 +478,7 @@ class Ticket:
         with_grad = [name for name, w in self.weights.items() if w.grad is not None]
         self._zero(with_grad, [self.weights[name].grad for name in with_grad])
         self._zero([name for name, w in self.weights.items() if w.grad is None], [])
+        self.held = True
 
     def after_step(self) -> None:
         """Zero pruned weights again, after a step that moved weights whose gradient is 0."""
@@ -487,8 +490,10 @@ class Ticket:
                 ops.hold_ticket_([self.weights[n] for n in names], grads, [self.masks[n] for n in names])
 
     def stepped(self) -> None:
-        """Count an optimizer step; in round 0 keep the state at `rewind_step`."""
-        self.steps += 1
+        """Count an optimizer step; in round 0 keep the state at `rewind_step`. Raises LotteryError without a hold()."""
+        if not self.held:
+            raise LotteryError(f"step {self.steps} had no hold() before it: pruned weights would train")
+        self.steps, self.held = self.steps + 1, False
         if self.round == 0 and self.steps == self.rewind_step:
             self.rewind_state = copy_state(self.model)
 
@@ -515,10 +520,13 @@ class Ticket:
         self.check_scope()
         self.model.zero_grad(set_to_none=True)
         self.hold()
-        self.steps, self.start_sha256 = self.first_step, sha256(state_of(self.model))
+        self.steps, self.held, self.start_sha256 = self.first_step, False, sha256(state_of(self.model))
 
     def check(self) -> None:
-        """Raise LotteryError unless every pruned weight is exactly 0 (I4)."""
+        """Raise LotteryError unless all parameters are finite (I5) and every pruned weight is exactly 0 (I4)."""
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise LotteryError(f"{name} has a NaN or infinite value: no round begins or ends with one")
         for name, weight in self.weights.items():
             if (weight.detach()[~self.masks[name]] != 0).any():
                 why = "hold() was not called every step, or the optimizer moves weights whose gradient is 0"
@@ -555,18 +563,10 @@ class Found:
 
 
 def find_ticket(
-    model: nn.Module,
-    train: Callable[[Ticket], State | None],
-    evaluate: Callable[[nn.Module], dict],
-    *,
-    sparsity: float,
-    prune_rate: float = 0.2,
-    rewind_step: int = 0,
-    pruning: Pruning = BY_MAGNITUDE,
-    exclude: Sequence[str] = (),
-    rewind: bool = True,
-    resume: Callable[[Ticket], str] | None = None,
-) -> Iterator[Found]:
+    model: nn.Module, train: Callable[[Ticket], State | None], evaluate: Callable[[nn.Module], dict], *,
+    sparsity: float, prune_rate: float = 0.2, rewind_step: int = 0, pruning: Pruning = BY_MAGNITUDE,
+    exclude: Sequence[str] = (), rewind: bool = True, resume: Callable[[Ticket], str] | None = None,
+) -> Iterator[Found]:  # fmt: skip
     """Iterative magnitude pruning with rewinding, Algorithm 1. Yields a Found a round, the dense round 0 first.
 
     train(ticket): trains ticket.model in place with a fresh optimizer, calling ticket.hold() and ticket.stepped() as

@@ -117,7 +117,8 @@ class Corpus:
             except data.Broken as error:
                 broken.append(error)
         if broken:
-            raise data.DataError(f"{data.Broken(broken)} (--skip-broken leaves those of train and valid out)")
+            hint = " (--skip-broken leaves those of train and valid out)" if {"train", "valid"} - found.keys() else ""
+            raise data.DataError(f"{data.Broken(broken)}{hint}")
         load = functools.partial(self.examples, "train", "train at another speed", fresh=noisy)
         put_beside(found["train"], self.setting.args.recipe.speeds, load)
         return found
@@ -569,13 +570,13 @@ def main(argv: list[str] | None = None) -> int:
         epochs = {backbone: args.epochs or recipes.RECIPES[backbone, "paper"].epochs for backbone in models.BACKBONES}
         print(f"{plan.table(epochs, args.prune_rate)}\n\n{plan.explained()}")
         return 0
-    processes.start(args.device)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(Signals())
         stack.callback(processes.stop)
-        if processes.index():  # the first process speaks for all
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         try:
+            processes.start(args.device)
+            if processes.index():  # the first process speaks for all
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             if args.retrain:
                 train_again(*args.retrain, args.cache)
             else:

@@ -143,6 +143,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         torch.set_num_threads(args.threads)
     if args.stream and (args.normalize == "utterance" or args.beam > 1 or args.lm):
         p.error("--stream normalises with running statistics and is greedy: no --normalize utterance, --beam, --lm")
+    words = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    whole = "is of whole recordings: --stream takes --chunk"
+    for flag, has_effect, why in (
+        ("--margin", args.against, "goes with --against"),
+        ("--chunk", args.stream, "goes with --stream"),
+        ("--piece", not args.stream, whole),
+        ("--overlap", not args.stream, whole),
+    ):
+        if flag in words and not has_effect:
+            p.error(f"{flag} {why}")
     return args
 
 
@@ -228,6 +238,10 @@ class Recogniser:
         self.reading = 0.0  # seconds to decode audio and make features of it
         self.ahead = math.inf  # seconds of audio to recognise
         self.ready, self.moments = False, self.calibrated(args.calibrate) if args.calibrate else None
+        self.beam = None
+        if args.beam > 1 or args.lm:  # before any recording: what is wrong with an --lm is wrong with none of them
+            how = (args.beam, args.lm, args.lm_weight, args.word_score)
+            self.beam = decode.ctc_beam(lambda *batch: self.model(*batch), self.tokens, *how, words=())
 
     def calibrated(self, path: Path) -> Tensor:
         """The moments (2, F) that the running statistics begin with: of the recordings that `path` means."""
@@ -247,10 +261,7 @@ class Recogniser:
                 self.model, self.ticket.masks, run, self.ahead, args.values or "float32", use, args.measure
             )
             print(printable(told), file=sys.stderr)
-        self.emissions = self.model.emissions
-        if args.beam > 1 or args.lm:
-            how = (args.beam, args.lm, args.lm_weight, args.word_score)
-            self.emissions = decode.ctc_beam(self.model, self.tokens, *how, words=())
+        self.emissions = self.beam or self.model.emissions
         self.ready = True
 
     def features(self, waveform: Tensor, path: Path) -> Tensor:

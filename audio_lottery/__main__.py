@@ -44,6 +44,8 @@ def verify(args: argparse.Namespace) -> int:
         raise LotteryError(f"{args.run}: is a file: verify wants the run folder, with config.json and ledger ({why})")
     if not args.run.is_dir():
         raise LotteryError(f"{args.run}: no such run folder")
+    if not (args.run / "config.json").exists() and not (args.run / "ledger.jsonl").exists():
+        raise LotteryError(f"{args.run}: not a run folder: no config.json and no ledger.jsonl")
     failed = False
     for check in checks.verify(args.run, networks()):
         why = check.wrong or check.missing

@@ -215,7 +215,13 @@ def save_ticket(path: Path, masks: Masks, rewind: State | None, trained: State, 
     """Write a ticket: masks as bits, rewind and trained values at kept places only, all else (biases, norms) whole.
 
     rewind: None leaves it out.  info: whatever rebuilds the model (JSON), kept in the file's metadata.
+    Raises LotteryError, naming it, for what load_ticket would refuse: a mask of no weight, a value that is not finite.
     """
+    path = Path(path)
+    for part, state in (("rewind", rewind or trained), ("trained", trained)):
+        for name in sorted(masks.keys() - state.keys()):
+            raise LotteryError(f"{path}: {name} has a mask, and no {part} weight")
+        check_finite(path, state, state.keys() - masks.keys())
     tensors = {f"mask/{name}": pack_bits(mask) for name, mask in masks.items()}
     for part, state in (("rewind", rewind or {}), ("trained", trained)):
         for name, value in state.items():
@@ -240,7 +246,7 @@ def load_ticket(path: Path, model: nn.Module | None = None) -> TicketFile:
     A parameter with two names is masked under its first alone: hold the ticket after loading a state into such a model.
     Raises LotteryError, naming the file, for anything that is not a whole, finite ticket (for this model).
     """
-    path = ticket_path(path)
+    path = ticket_path(Path(path))
     tensors, about = read_sealed(path, "ticket", TICKET)
     try:
         file = _ticket_of(path, tensors, about, dict(model.named_buffers()) if model is not None else {})

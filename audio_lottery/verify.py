@@ -83,11 +83,13 @@ def verify(path: Path, networks: ModuleType | None = None) -> list[Check]:
 
     networks: lab.networks, which knows what network a ticket's info describes; None where it is not there.
     """
+    try:
+        run = Run(path, networks)
+    except (LotteryError, OSError) as error:
+        return [Check("config.json and ledger.jsonl are a run's", str(error))]
     checks: list[Check] = []
-    run = None
     for name, function in CHECKS:
         try:
-            run = run or Run(path, networks)
             checks.append(Check(name, missing=function(run) or ""))
         except (LotteryError, OSError) as error:
             checks.append(Check(name, str(error)))

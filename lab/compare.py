@@ -108,7 +108,7 @@ class Point:
         rows, others = ([of_test(row, test) for row in part] for part in (self.rows, self.others))
         words = rows[0]["test_words"]
         if any(row["test_words"] != words for row in rows + others):
-            raise lottery.LotteryError("runs on other test utterances cannot be compared (same data, other words)")
+            raise lottery.LotteryError("runs that were tested on other utterances cannot be compared")
         errors, other_errors = ([row["test_errors"] for row in part] for part in (rows, others))
         found = np.array(errors), np.array(other_errors), np.array(words)
         if over == "speakers":
@@ -395,5 +395,7 @@ def paired(a: list[Run], b: list[Run], rounds: list[tuple[int, int]] | None = No
                 point.add(seed, row, other, ours[seed].rows[0])
         found += [point] if point.seeds else []
     if not found:
-        raise lottery.LotteryError("A and B have no round of as many weights in common: name rounds (--rounds R:Q)")
+        named = ", ".join(f"{left}:{right}" for left, right in rounds)
+        why = f"rounds {named}" if rounds else "round of as many weights in common: name rounds (--rounds R:Q)"
+        raise lottery.LotteryError(f"A and B have no {why}")
     return found

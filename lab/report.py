@@ -210,6 +210,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--html is of one run")
     if bool(args.runs) == bool(args.compare) or (args.rounds and not args.compare):
         parser.error("name runs to merge, or --compare A B, with --rounds if not all are meant")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out}: must be a folder, or not be there yet")
     try:
         if args.html:
             write_page(args.runs[0], args.out)

@@ -39,8 +39,8 @@ def other(args: argparse.Namespace) -> list[Path]:
     folder = args.ticket if args.ticket.is_dir() else args.ticket.parent
     path = folder / "dense.safetensors"
     if not path.is_file():
-        why = "only the run folder of a search has it, and of a newer one"
-        raise data.DataError(f"--against dense: no {path}: {why}: name a ticket, or a run of --sparsity 0")
+        why = "the run folder of a search has it, unless it is of an old one: name a ticket, or a run of --sparsity 0"
+        raise data.DataError(f"--against dense: no {path}: {why}")
     return [path]
 
 

@@ -293,7 +293,7 @@ def wrong_values(path: Path) -> Iterator[None]:
         ) from None
 
 
-def runs_of(text: str) -> list[Run]:
+def paths_of(text: str) -> list[Path]:
     """Run folders between commas, each by its path or as a pattern. Raises LotteryError where a part finds none."""
     paths = []
     for part in text.split(","):
@@ -301,7 +301,7 @@ def runs_of(text: str) -> list[Run]:
         if not found:
             raise lottery.LotteryError(f"--compare {part}: no such run")
         paths += [Path(path) for path in found if Path(path) not in paths]
-    return [read(path) for path in paths]
+    return paths
 
 
 def rounds_pair(text: str) -> tuple[int, int]:
@@ -314,7 +314,8 @@ def rounds_pair(text: str) -> tuple[int, int]:
 
 def comparison(a: str, b: str, rounds: list[tuple[int, int]] | None) -> tuple[list[str], list[Claim]]:
     """A table of A less B, and its rows as claims. Raises LotteryError for sets that cannot be compared."""
-    points = paired(runs_of(a), runs_of(b), rounds)
+    paths = paths_of(a), paths_of(b)
+    points = paired(*([read(path) for path in part] for part in paths), rounds)
     columns = ["rounds, A and B", "remaining, A and B", "test set", "seeds", "test WER, A", "test WER, B", "A less B"]
     rows, found = [], []
     for p in points:

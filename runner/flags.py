@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -292,6 +293,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """
     p = parser()
     args = p.parse_args(argv)
+    for word in sys.argv[1:] if argv is None else argv:
+        name = word.partition("=")[0]
+        if args.retrain and name.startswith("--") and name not in ("--retrain", "--cache"):
+            p.error(f"--retrain takes all settings from the run, and no flag beside it but --cache: got {name}")
     args.source = None
     if args.ticket:
         args = parse_with_source(p, args, argv)

@@ -11,15 +11,26 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import lottery
 import models
 
 
 def start(device: str) -> None:
-    """Join the other processes, if torchrun started some: gloo for what lies on the CPU, nccl on CUDA."""
-    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    """Join the other processes, if torchrun started some: gloo for what lies on the CPU, nccl on CUDA.
+
+    Raises LotteryError where the environment tells of others and not how to reach them.
+    """
+    rank, others = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+    if rank is None or others == "1":
+        return
+    try:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    except (ValueError, KeyError, RuntimeError) as error:
+        why = (str(error).splitlines() or [""])[0]
+        told = f"RANK is {rank} and WORLD_SIZE {others}, so that other processes are waited for"
+        raise lottery.LotteryError(f"{told}: start with torchrun, or unset them ({why})") from None
 
 
 def stop() -> None:

@@ -65,7 +65,8 @@ def test_other_corpora_load(name):
     [
         ("{not json", "train.jsonl, line 2: not a JSON object"),
         ("[1]", "train.jsonl, line 2: not a JSON object"),
-        ({"text": "a"}, "line 2: 'audio_filepath' must be a string, got None"),
+        ({"text": "a"}, "line 2: 'audio_filepath' is missing .*, got 'text'"),
+        ({}, "line 2: 'audio_filepath' is missing .*, got no key"),
         ({"audio_filepath": "a.wav"}, "line 2: 'text' must be a string"),
         ({"audio_filepath": "a.wav", "text": "  "}, "line 2: the text is empty"),
         ({"audio_filepath": "nope.wav", "text": "a"}, "line 2: no such audio file: .*nope.wav"),

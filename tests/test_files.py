@@ -207,9 +207,26 @@ def test_a_ticket_of_a_model_with_excluded_weights_and_hidden_buffers(tmp_path):
     files.restore_ticket(again, file)
     assert model.mask.tolist() == [0, float("-inf")] and again.start_sha256 == ticket.start_sha256
     model.mask[0] = float("nan")
-    files.save_ticket(path, ticket.masks, lottery.copy_state(model), model.state_dict(), {})
-    with pytest.raises(lottery.LotteryError, match="mask has a NaN or infinite value"):
-        files.load_ticket(path, model)
+    with pytest.raises(lottery.LotteryError, match=r"t\.safetensors: mask has a NaN or infinite value"):
+        files.save_ticket(path, ticket.masks, lottery.copy_state(model), model.state_dict(), {})
+    assert files.load_ticket(path, model).masks.keys() == {"0.weight"}  # what was there is there
+
+
+def test_a_ticket_that_could_not_be_read_again_is_not_written(tmp_path):
+    model = nn.Linear(3, 2)
+    masks, state = {"weight": torch.ones(2, 3, dtype=torch.bool)}, model.state_dict()
+    path = str(tmp_path / "t.safetensors")  # a path may be text
+    for value in (float("nan"), float("inf")):
+        broken = {**state, "weight": state["weight"] * value}
+        for rewind, trained in ((broken, state), (state, broken), (None, broken)):
+            with pytest.raises(lottery.LotteryError, match=r"t\.safetensors: weight has a NaN or infinite value"):
+                files.save_ticket(path, masks, rewind, trained, {})
+    for rewind, trained, part in ((state, {}, "trained"), ({"bias": state["bias"]}, state, "rewind")):
+        with pytest.raises(lottery.LotteryError, match=f"t.safetensors: weight has a mask, and no {part} weight"):
+            files.save_ticket(path, masks, rewind, trained, {})
+    assert not list(tmp_path.iterdir())
+    files.save_ticket(path, masks, None, state, {})
+    assert torch.equal(files.load_ticket(path, model).trained["weight"], state["weight"])
 
 
 def test_the_program_in_the_readme_runs_word_for_word(tmp_path, monkeypatch, capsys):

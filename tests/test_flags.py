@@ -252,6 +252,14 @@ SPEEDS = "from 0.5 to 2, each above the one before and of two decimals at most"
         (["--retrain", "run", "-1"], "--retrain RUN ROUND: ROUND must be a whole number of at least 0, got '-1'"),
         (["--retrain", "run", "1.5"], "--retrain RUN ROUND: ROUND must be a whole number of at least 0, got '1.5'"),
         (["--retrain", "run"], "argument --retrain: expected 2 arguments"),
+        (
+            ["--retrain", "run", "1", "--data=x"],
+            "--retrain takes all settings from the run, and no flag beside it but --cache: got --data",
+        ),
+        (
+            ["--seed", "7", "--retrain", "run", "1"],
+            "--retrain takes all settings from the run, and no flag beside it but --cache: got --seed",
+        ),
         (["--rounds", "1"], "--control, --rounds, --dense and --ticket-weights go with --ticket"),
         (["--speeds", "1,0.9"], f"argument --speeds: must be A,B,... {SPEEDS}, got '1,0.9'"),
         (["--speeds", "1.234"], f"argument --speeds: must be A,B,... {SPEEDS}, got '1.234'"),

@@ -1,6 +1,7 @@
 """Algorithm 1 and its invariants, on models whose masks can be checked in the head."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -177,7 +178,7 @@ def test_kept_counts(total, sparsity, counts):
         (0.5, 0.0, r"prune_rate must be in \(0, 1\), got 0.0"),
         (0.5, 1.0, "prune_rate must be in"),
         (0.9999, 0.2, "keeps none of 100 weights"),
-        (0.5, 1e-9, r"prune_rate 1e-09 takes 6931471.. rounds to sparsity 0.5 \(1,000 at most\)"),
+        (0.5, 1e-9, r"prune_rate 1e-09 takes 693147180.2 rounds to sparsity 0.5 \(1,000 at most\)"),
     ],
 )
 def test_impossible_counts(sparsity, rate, message):
@@ -227,8 +228,8 @@ def test_pruning_refuses():
             lottery.ops.global_magnitude_masks([torch.tensor([9.0, 1, 2])], [bits(0, 1, 1)], keep)
     for bad in (NAN, INF, -INF):
         model = Toy()
-        model.b.weight.data[0, 1] = bad
         ticket = lottery.Ticket(model)
+        model.b.weight.data[0, 1] = bad
         with pytest.raises(lottery.LotteryError, match=r"b.weight has a NaN or infinite weight"):
             ticket.prune(5)
 
@@ -399,6 +400,51 @@ def test_a_loop_that_does_not_hold_is_found_out():
     next(rounds)
     with pytest.raises(lottery.LotteryError, match=r"weight: a pruned weight is not 0"):
         next(rounds)
+
+
+def test_a_step_without_a_hold_before_it_is_refused():
+    """A single hold() behind the last step would hide that pruned weights had trained."""
+
+    def train(ticket):
+        for _ in range(3):
+            for w in ticket.weights.values():
+                w.data.add_(1.0)
+            ticket.stepped()
+        ticket.hold()
+
+    with pytest.raises(lottery.LotteryError, match=r"^step 0 had no hold\(\) before it: pruned weights would train$"):
+        next(lottery.find_ticket(Toy(), train, lambda m: {}, sparsity=0.5))
+
+
+@pytest.mark.parametrize("name", ["a.weight", "b.weight", "a.bias"])
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_parameter_that_is_not_finite_is_refused_by_name(name, bad):
+    """At the start, in a kept place, and in a pruned one: before any other invariant is blamed."""
+    said = f"^{name} has a NaN or infinite value: no round begins or ends with one$"
+    broken = Toy()
+    if name not in dict(broken.named_parameters()):
+        broken.a.bias = torch.nn.Parameter(torch.zeros(len(broken.a.weight)))
+    model = copy.deepcopy(broken)
+    broken.get_parameter(name).data.view(-1)[0] = bad
+    with pytest.raises(lottery.LotteryError, match=said):
+        lottery.Ticket(broken)
+
+    def train(ticket, place):
+        if ticket.round == 1:  # the last
+            ticket.model.get_parameter(name).data.view(-1)[place] = bad
+
+    for place in (0, -1):
+        at = functools.partial(train, place=place)
+        rounds = lottery.find_ticket(copy.deepcopy(model), at, lambda m: {}, sparsity=0.5, prune_rate=0.5)
+        next(rounds)
+        with pytest.raises(lottery.LotteryError, match=said):
+            next(rounds)
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, None])
+def test_an_impossible_rewind_step_is_refused_before_any_training(step):
+    with pytest.raises(lottery.LotteryError, match="rewind_step must be a whole number of at least 0, got"):
+        next(lottery.find_ticket(Toy(), print, lambda m: {}, sparsity=0.5, rewind_step=step))
 
 
 def test_broken_masks_are_refused(monkeypatch):

@@ -227,3 +227,13 @@ def test_processes_that_start_from_other_masks_or_weights_are_refused(ticket, co
     monkeypatch.setattr(train.processes, "gather", gather)
     assert train.main([*argv, "--out", str(tmp_path / "run")]) == 2
     assert f"round {int(ticket)}: the processes have other masks or weights" in capsys.readouterr().err
+
+
+def test_half_a_launcher_s_environment_is_one_line(tmp_path, monkeypatch, capsys):
+    """As some clusters' shells have it: others are told of, and not where they are."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": None, "MASTER_PORT": None}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    assert train.main(["--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("train.py: error: RANK is 0 and WORLD_SIZE 2, so that other processes are waited for: start")
+    assert said.count("\n") == 1 and not (tmp_path / "run").exists()

@@ -134,7 +134,7 @@ def test_a_manifest_on_stdin(tickets, rows, capsys, monkeypatch):
         (["{folder}/good.jsonl", "--score", "--by-utterance", "{cnn-lstm}"], "is what is read: name another file"),
         (
             ["{folder}/good.jsonl", "--score", "--against", "dense"],
-            "dense.safetensors: only the run folder of a search has it",
+            "dense.safetensors: the run folder of a search has it",
         ),
         (["{folder}/good.jsonl", "--score", "--against", "/no"], "/no: cannot read the ticket"),
         (["{folder}/good.jsonl", "--score", "--against", "{rnnt}", "--beam", "2"], "--beam and --lm go with CTC"),

@@ -199,7 +199,8 @@ def test_memory_does_not_grow_with_the_recording(flags, tickets, lasting, monkey
         """Bytes at most while it is transcribed, and calibrated on."""
         seen.clear()
         given = [flag.format(long=path) for flag in flags]
-        args = transcribe.parse([str(tickets["rnnt"]), "x", "--dense", "--piece", "4", "--overlap", "0.5", *given])
+        given += [] if "--stream" in flags else ["--piece", "4", "--overlap", "0.5"]
+        args = transcribe.parse([str(tickets["rnnt"]), "x", "--dense", *given])
         recogniser = transcribe.Recogniser(args)
         recogniser.emissions, recogniser.ready = watched, True
         recordings = [data.Utterance(path, "")]
@@ -476,6 +477,10 @@ def test_a_ticket_by_its_run_folder(tickets, speech, tmp_path, capsys):
         (["{rnnt}", "x.wav", "--chunk", "1e308"], "--chunk must be at least 0.01 seconds and at most 60, got 1e+308"),
         (["{rnnt}", "x.wav", "--chunk", "1e6"], "--chunk must be at least 0.01 seconds and at most 60, got 1e+06"),
         (["{rnnt}", "x.wav", "--piece", "1e308"], "--piece must be at most 3600 seconds, got 1e+308"),
+        (["{rnnt}", "x.wav", "--chunk", "1"], "--chunk goes with --stream"),
+        (["{rnnt}", "x.wav", "--stream", "--piece=9"], "--piece is of whole recordings: --stream takes --chunk"),
+        (["{rnnt}", "x.wav", "--stream", "--overlap", "1"], "--overlap is of whole recordings: --stream takes --chunk"),
+        (["{rnnt}", "x.wav", "--margin", "0.5"], "--margin goes with --against"),
         (["/nowhere", "--export", "/no/where.onnx"], "/no/where.onnx: no such folder: /no"),  # before the ticket
         (["/nowhere", "--export", "/dev/full"], "/dev/full: not a regular file: only those, and new names"),
         (["{rnnt}", "x.wav", "--calibrate", "y"], "--calibrate goes with --stream or --normalize running"),
@@ -519,6 +524,14 @@ def test_what_cannot_be_is_one_line(argv, message, tickets, tmp_path, capsys):
     assert code == 2 and not captured.out
     assert captured.err.startswith("transcribe.py: error: ") and captured.err.count("\n") == 1
     assert message.format(**places) in captured.err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flashlight") is None, reason="flashlight-text is not installed")
+def test_a_language_model_that_cannot_be_read_is_no_recording_s_fault(tickets, speech, capsys):
+    """One line before any recording, not one a recording; so with --score, which would count them as broken."""
+    code, out, err = said(capsys, tickets["cnn-lstm"], *speech, "--lm", __file__)
+    assert (code, out) == (2, []) and err.startswith(f"transcribe.py: error: --lm {__file__}: not an ARPA file")
+    assert err.count("\n") == 1
 
 
 def test_an_interrupt_and_a_reader_that_left_are_quiet(tickets, speech, capsys, monkeypatch):

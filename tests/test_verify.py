@@ -247,6 +247,18 @@ def test_old_ledgers_are_not_found_wrong(run):
     assert [check.word for check in found[3:]] == [*["not here"] * 4, verdict, *["not here"] * 2]
 
 
+def test_a_folder_of_no_run_and_a_damaged_config(forged, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert command.main(["verify", str(tmp_path / "empty")]) == 2
+    said = capsys.readouterr()
+    assert not said.out and said.err.count("\n") == 1
+    assert said.err.endswith("empty: not a run folder: no config.json and no ledger.jsonl\n")
+    (forged.run / "config.json").write_text("{")
+    assert command.main(["verify", str(forged.run)]) == 1
+    (line,) = capsys.readouterr().out.splitlines()  # one, not one a check
+    assert line.startswith("FAILED    config.json and ledger.jsonl are a run's: ")
+
+
 def test_files_that_are_no_files(forged):
     for name in ("config.json", "ledger.jsonl", "ticket.safetensors", "rewind.safetensors", "masks/01.safetensors"):
         path = forged.run / name
