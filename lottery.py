@@ -41,7 +41,7 @@ PRUNED_LAYERS = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Linear,
 class Scoped(NamedTuple):
     name: str
     shape: tuple[int, ...]
-    verdict: str  # "pruned", or why not
+    status: str  # "pruned", or why not
 
 
 def scope(model: nn.Module, exclude: Sequence[str] = ()) -> list[Scoped]:
@@ -87,9 +87,9 @@ def why_not(module: nn.Module, name: str, parameter: Tensor) -> str:
 def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Tensor]:
     """The pruned parameters by name, in order. Raises LotteryError if there are none, and as scope does."""
     parameters, rows = dict(model.named_parameters()), scope(model, exclude)
-    found = {row.name: parameters[row.name] for row in rows if row.verdict == "pruned"}
+    found = {row.name: parameters[row.name] for row in rows if row.status == "pruned"}
     if not found:
-        why = next((f": {row.name} is {row.verdict}" for row in rows if len(row.shape) >= 2), "")
+        why = next((f": {row.name} is {row.status}" for row in rows if len(row.shape) >= 2), "")
         raise LotteryError(f"the model has no weight to prune (see lottery.scope){why}")
     return found
 
@@ -447,7 +447,7 @@ class Ticket:
         self, model: nn.Module, rewind_step: int = 0, pruning: Pruning = BY_MAGNITUDE, exclude: Sequence[str] = ()
     ):
         pruning.check()
-        if not isinstance(rewind_step, int) or rewind_step < 0:
+        if not hasattr(rewind_step, "__index__") or rewind_step < 0:
             raise LotteryError(f"rewind_step must be a whole number of at least 0, got {rewind_step!r}")
         self.model, self.rewind_step, self.steps, self.round = model, rewind_step, 0, 0
         self.pruning, self.exclude, self.held = pruning, exclude, False  # held since the last step
@@ -523,9 +523,9 @@ class Ticket:
         self.steps, self.held, self.start_sha256 = self.first_step, False, sha256(state_of(self.model))
 
     def check(self) -> None:
-        """Raise LotteryError unless all parameters are finite (I5) and every pruned weight is exactly 0 (I4)."""
+        """Raise LotteryError unless what is trained or pruned is finite (I5) and a pruned weight exactly 0 (I4)."""
         for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
+            if (parameter.requires_grad or name in self.masks) and not parameter.isfinite().all():
                 raise LotteryError(f"{name} has a NaN or infinite value: no round begins or ends with one")
         for name, weight in self.weights.items():
             if (weight.detach()[~self.masks[name]] != 0).any():
@@ -547,7 +547,7 @@ class Ticket:
         """Raise LotteryError unless the weights that are held are all that the model has to prune."""
         self.check_identities()
         for row in scope(self.model, self.exclude):
-            if row.verdict == "pruned" and row.name not in self.weights:
+            if row.status == "pruned" and row.name not in self.weights:
                 raise LotteryError(f"{row.name} was not in the model when the ticket was made, and is not held")
 
 

@@ -570,13 +570,16 @@ def main(argv: list[str] | None = None) -> int:
         epochs = {backbone: args.epochs or recipes.RECIPES[backbone, "paper"].epochs for backbone in models.BACKBONES}
         print(f"{plan.table(epochs, args.prune_rate)}\n\n{plan.explained()}")
         return 0
+    try:
+        processes.start(args.device)
+    except lottery.LotteryError as error:
+        return fail("train.py", error)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(Signals())
         stack.callback(processes.stop)
+        if processes.index():  # the first process speaks for all
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         try:
-            processes.start(args.device)
-            if processes.index():  # the first process speaks for all
-                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             if args.retrain:
                 train_again(*args.retrain, args.cache)
             else:

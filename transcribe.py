@@ -143,7 +143,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         torch.set_num_threads(args.threads)
     if args.stream and (args.normalize == "utterance" or args.beam > 1 or args.lm):
         p.error("--stream normalises with running statistics and is greedy: no --normalize utterance, --beam, --lm")
-    words = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    words = [*(sys.argv[1:] if argv is None else argv), "--"]  # behind it are no flags
+    words = {word.partition("=")[0] for word in words[: words.index("--")]}
     whole = "is of whole recordings: --stream takes --chunk"
     for flag, has_effect, why in (
         ("--margin", args.against, "goes with --against"),
@@ -239,7 +240,9 @@ class Recogniser:
         self.ahead = math.inf  # seconds of audio to recognise
         self.ready, self.moments = False, self.calibrated(args.calibrate) if args.calibrate else None
         self.beam = None
-        if args.beam > 1 or args.lm:  # before any recording: what is wrong with an --lm is wrong with none of them
+        if (args.beam > 1 or args.lm) and not isinstance(
+            self.model, models.Transducer
+        ):  # before any recording: what is wrong with an --lm is wrong with none of them
             how = (args.beam, args.lm, args.lm_weight, args.word_score)
             self.beam = decode.ctc_beam(lambda *batch: self.model(*batch), self.tokens, *how, words=())
 

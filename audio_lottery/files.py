@@ -215,9 +215,12 @@ def save_ticket(path: Path, masks: Masks, rewind: State | None, trained: State, 
     """Write a ticket: masks as bits, rewind and trained values at kept places only, all else (biases, norms) whole.
 
     rewind: None leaves it out.  info: whatever rebuilds the model (JSON), kept in the file's metadata.
-    Raises LotteryError, naming it, for what load_ticket would refuse: a mask of no weight, a value that is not finite.
+    Raises LotteryError, naming it, for what load_ticket would refuse: no mask at all, a mask of no weight, a NaN, an
+    infinite value of a masked weight.
     """
     path = Path(path)
+    if not any(mask.numel() for mask in masks.values()):
+        raise LotteryError(f"{path}: a ticket has a mask, and this has none")
     for part, state in (("rewind", rewind or trained), ("trained", trained)):
         for name in sorted(masks.keys() - state.keys()):
             raise LotteryError(f"{path}: {name} has a mask, and no {part} weight")

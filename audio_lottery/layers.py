@@ -68,7 +68,7 @@ class Fixed(nn.Module):
 
 
 def check_floating(input: Tensor) -> None:
-    """Raise TypeError unless torch's own layers would take it: what is computed in float32 must not hide it."""
+    """Raise TypeError for integers and the like, which torch's own layers refuse and a cast to float32 would hide."""
     if not input.is_floating_point():
         raise TypeError(f"input must be of floating point numbers, got {input.dtype}")
 
@@ -125,7 +125,7 @@ class Product(Layer):
 class Recurrent(Product):
     """The recurrence of an LSTM, W_hh in one layout. lengths: (B,) int64 or None.
 
-    windowed: keep single weights as Windows too, half again to twice as large, for fewer than FEW_COLUMNS utterances.
+    windowed: keep single weights as Windows too, about as large again or twice, for fewer than FEW_COLUMNS utterances.
     """
 
     def __init__(self, matrix: Matrix, shape: tuple[int, ...], windowed: bool = False):
@@ -169,7 +169,7 @@ class DenseProduct(Layer):
     def set_extra_state(self, state: Tensor) -> None:
         if state.shape != self.packed.shape:
             raise lottery.LotteryError(f"weight must be {list(self.packed.shape)}, got {list(state.shape)}")
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(state, self.columns)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(state.float(), self.columns)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         check_width(x, self.packed.shape[1])
@@ -324,7 +324,7 @@ class Greedy(Fixed):
             raise lottery.LotteryError("greedy_parts: projection must have no bias (the encoder's side may have one)")
         self.max_symbols = max_symbols
         self.register_buffer("inputs", inputs.detach().float())  # (tokens, 4 H)
-        self.register_buffer("bias", None if output.bias is None else output.bias.float())  # its own, in float32
+        self.register_buffer("bias", None if output.bias is None else output.bias.detach().float().clone())
         matrices = {"recurrent": recurrent, "projection": matrix_of(projection), "output": matrix_of(output)}
         self.names = {}
         for name, matrix in matrices.items():

@@ -49,7 +49,7 @@ def to_matrix(weight: Tensor, mask: Tensor, layout: str, dtype: str = "float32")
     scales = None
     if dtype == "int8":
         scales = F.pad(weight.abs(), (0, 1)).amax(1) / 127
-        weight = (weight / torch.where(scales > 0, scales, 1)[:, None]).round()
+        weight = (weight / torch.where(scales > 0, scales, 1)[:, None]).round().clamp(-127, 127)
     kept = blocks(mask).flatten(2).any(2)
     return Matrix(
         blocks(weight)[kept].to(DTYPES[dtype]).contiguous(),

@@ -64,7 +64,7 @@ class Gradual(lottery.Ticket):
         due = (self.steps - self.begin) % self.every == 0 or self.steps == self.settled
         if due and self.begin < self.steps <= self.settled and self.kept_at(self.steps) < self.kept_units:
             self.prune(self.kept_at(self.steps))
-        self.hold()  # what the optimizer remembers of a weight moves it once it is pruned, too
+        self.after_step()  # what the optimizer remembers of a weight moves it once it is pruned, too
 
 
 def ticket_of(

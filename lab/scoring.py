@@ -17,6 +17,7 @@ from audio_lottery.console import Parser, json_line, printable
 from audio_lottery.texts import KINDS
 from lab import alignments
 from lab.compare import Point
+from lab.formats import name_of
 
 MANIFESTS = (".jsonl", ".json")
 
@@ -193,10 +194,6 @@ def print_alignments(heard: list[data.Utterance], rows: list[list[dict]]) -> Non
             print(printable(f"{name_of(utterance)}: {errors} errors, {mine[0]['words']} words"))
             found = alignments.columns(utterance.text, [row["hypothesis"] for row in mine])
             print("\n".join(alignments.text_lines(names, found)), end="\n\n")
-
-
-def name_of(utterance: data.Utterance) -> str:
-    return data.segment_name(utterance.audio, utterance.offset, utterance.duration)
 
 
 def write(path: Path, recordings: list[data.Utterance], failed: dict[int, str], rows: list[list[dict]]) -> None:

@@ -105,9 +105,9 @@ def seeds_of(point: Point) -> str:
 def merged_cells(method: Method, point: Point, test: str) -> list[str]:
     """A round of a method under MERGED."""
     whole, skipped = method.multiply_adds(point)
+    marked = point.round in [p.round for p in method.marked()]
     return [
-        markdown_text(test or "test"), markdown_text(method.name),
-        f"{point.round}{', a mark' * (point.round in [p.round for p in method.marked()])}",
+        markdown_text(test or "test"), markdown_text(method.name), str(point.round) + (", a mark" if marked else ""),
         *(f"{point.mean(key):.1%}" for key in ("remaining", "remaining_all")),
         str(len(point.seeds)), spread(point.values("valid_wer")),
         *(spread(point.values(key, test)) for key in ("test_wer", "test_cer")),

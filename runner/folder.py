@@ -261,7 +261,7 @@ def checkpoint_there(
         raise lottery.LotteryError(f"--out {out}: {where}")
     if checkpoint:
         at = checkpoint.about["progress"]
-        print(f"going on in round {checkpoint.about['round']}, after {at['epoch']} epochs and {at['batch']} steps")
+        print(f"going on in round {checkpoint.about['round']}, after {at['epoch']} epochs and {at['batch']} batches")
     return checkpoint
 
 

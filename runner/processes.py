@@ -21,7 +21,7 @@ def start(device: str) -> None:
     Raises LotteryError where the environment tells of others and not how to reach them.
     """
     rank, others = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
-    if rank is None or others == "1":
+    if rank is None or (others.isdigit() and int(others) < 2):
         return
     try:
         if device == "cuda":

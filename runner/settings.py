@@ -50,7 +50,7 @@ class Setting:
     """What is built before anything is trained."""
 
     args: argparse.Namespace
-    config: dict  # everything that decides the result, without "machine"
+    config: dict  # everything that decides the result, and "machine", which does not
     utterances: dict[str, list[data.Utterance]]
     tokens: list[str]
     model: torch.nn.Module

@@ -478,11 +478,11 @@ def test_scope_names_every_parameter_and_why_not():
     rows = lottery.scope(net)
     assert [row.name for row in rows] == [name for name, _ in net.named_parameters()]
     assert rows[0] == ("free", (3, 3), "in Net, not a convolution, recurrent, attention or linear layer")
-    assert {row.name for row in rows if row.verdict == "pruned"} == {
+    assert {row.name for row in rows if row.status == "pruned"} == {
         "conv.weight", "attention.in_proj_weight", "attention.out_proj.weight",
         "lstm.weight_ih_l0", "lstm.weight_hh_l0", "lstm.weight_ih_l0_reverse", "lstm.weight_hh_l0_reverse",
     }  # fmt: skip
-    why = {row.name: row.verdict for row in rows}
+    why = {row.name: row.status for row in rows}
     assert why["conv.bias"] == "a bias"
     assert why["norm.weight"].startswith("in LayerNorm") and why["embedding.weight"].startswith("in Embedding")
     with pytest.raises(lottery.LotteryError, match="no weight to prune"):
@@ -505,7 +505,7 @@ def test_scope_names_every_parameter_and_why_not():
 def test_reparametrised_weights_are_named_and_left_alone(layer, names):
     """A 0 in v is no 0 in g * v / |v|, and a row of them is NaN: they stay whole, and the rest is pruned."""
     model = nn.Sequential(layer())
-    rows = {row.name: row.verdict for row in lottery.scope(model)}
+    rows = {row.name: row.status for row in lottery.scope(model)}
     for name in names:
         (verdict,) = [verdict for path, verdict in rows.items() if path.split(".")[-1] == name]
         assert verdict.startswith("reparametrised: the layer computes its weight from this")
@@ -532,10 +532,10 @@ def test_what_is_excluded_is_listed_and_stays_whole():
         (["*_hh_*", "output"], {"encoder.1.weight_hh_l0", "output.weight"}),
         (["encoder.*", "encoder.0"], {"encoder.0.weight", "encoder.1.weight_ih_l0", "encoder.1.weight_hh_l0"}),
     ):
-        rows = {row.name: row.verdict for row in lottery.scope(model, exclude)}
+        rows = {row.name: row.status for row in lottery.scope(model, exclude)}
         assert {name for name, verdict in rows.items() if verdict.startswith("excluded by")} == gone
         assert lottery.prunable(model, exclude).keys() == lottery.prunable(model).keys() - gone
-    assert dict((r.name, r.verdict) for r in lottery.scope(model, ["out*"]))["output.weight"] == "excluded by 'out*'"
+    assert dict((r.name, r.status) for r in lottery.scope(model, ["out*"]))["output.weight"] == "excluded by 'out*'"
     before = model.output.weight.detach().clone()
     for found in lottery.find_ticket(
         model, lambda ticket: ticket.hold(), lambda m: {}, sparsity=0.5, exclude=["output"]

@@ -91,8 +91,8 @@ def test_the_cubic_schedule_by_hand():
         sparsity = 0.8 + (0 - 0.8) * (1 - part) ** 3
         assert ticket.kept_at(step) == round(1000 * (1 - sparsity))
     masks, counts = ticket.masks, []
-    ticket.hold()
     for _ in range(1000):
+        ticket.hold()
         with torch.no_grad():
             model.weight += 0.1 * torch.randn_like(model.weight)  # pruned ones too, as Adam's moments would
         ticket.stepped()
