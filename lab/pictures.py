@@ -148,7 +148,7 @@ def draw_forest(path: Path, claims: list[tuple[str, verdicts.Verdict, float]]) -
     ax.set_yticks(range(len(claims)), [plain(what) for what, *_ in claims], fontsize=7)
     ax.set_ylim(len(claims) - 0.5, -0.5)
     ax.grid(axis="x", alpha=0.3)
-    ax.set(xlabel="difference in test WER, 95 % interval; dotted: the margin")
+    figure.supxlabel("difference in test WER, 95 % interval; dotted: the margin", fontsize=10)  # of names and axes
     words = [word for word in COLORS if any(told.word == word for _, told, _ in claims)]
     lines = [Line2D([], [], color=COLORS[word], linewidth=2.5) for word in words]
     figure.legend(lines, words, fontsize=8, loc="outside upper center", ncols=len(words))

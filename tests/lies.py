@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -375,7 +376,8 @@ class Lying:
         self.info, self.trained = json.loads(json.dumps(self.info)), dict(self.trained)
 
     def save(self) -> None:
-        files.save_ticket(self.path, self.masks, self.rewind, self.trained, self.info)
+        with mock.patch.object(files, "check_finite"):  # a liar does not ask
+            files.save_ticket(self.path, self.masks, self.rewind, self.trained, self.info)
 
 
 TICKETS: dict[str, tuple[Callable[[Lying], None], str]] = {}
