@@ -239,10 +239,8 @@ class Recogniser:
         self.reading = 0.0  # seconds to decode audio and make features of it
         self.ahead = math.inf  # seconds of audio to recognise
         self.ready, self.moments = False, self.calibrated(args.calibrate) if args.calibrate else None
-        self.beam = None
-        if (args.beam > 1 or args.lm) and not isinstance(
-            self.model, models.Transducer
-        ):  # before any recording: what is wrong with an --lm is wrong with none of them
+        self.beam, ctc = None, not isinstance(self.model, models.Transducer)
+        if ctc and (args.beam > 1 or args.lm):  # before any recording: a bad --lm is none of theirs
             how = (args.beam, args.lm, args.lm_weight, args.word_score)
             self.beam = decode.ctc_beam(lambda *batch: self.model(*batch), self.tokens, *how, words=())
 

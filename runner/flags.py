@@ -293,9 +293,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """
     p = parser()
     args = p.parse_args(argv)
-    for word in sys.argv[1:] if argv is None else argv:
-        name = word.partition("=")[0]
-        if args.retrain and name.startswith("--") and name not in ("--retrain", "--cache"):
+    given = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")]
+    for name in given if args.retrain else ():
+        if name not in ("--retrain", "--cache"):
             p.error(f"--retrain takes all settings from the run, and no flag beside it but --cache: got {name}")
     args.source = None
     if args.ticket:
