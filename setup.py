@@ -56,7 +56,7 @@ def extensions() -> list:
     home = cuda_home()
     if home:
         os.environ["CUDA_HOME"] = home  # before cpp_extension is imported: it reads it once
-        os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
+        os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or "7.5;8.0;9.0+PTX"
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     sources = ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp"))]

@@ -318,7 +318,7 @@ def evaluate_on_tests(setting: Setting, corpus: Corpus, dense: dict | None) -> t
         found = scoring.rates([e.text for e in examples], hypotheses)
         row = rows[name] = {f"test_{key}": found[key] for key in ("wer", "cer", "errors", "words")}
         for i, (heard, said, counts) in enumerate(zip(corpus.heard[name], hypotheses, found["counts"])):
-            audio = heard.audio.name if heard.offset is None else f"{heard.audio.name} from {heard.offset:g} s"
+            audio = heard.audio.name if heard.offset is None else f"{heard.audio.name} from {heard.offset:.10g} s"
             about = {"test": name, "id": i, "audio": audio, "reference": heard.text, "hypothesis": said}
             texts.append(about | counts)
         if dense is not None:

@@ -84,7 +84,7 @@ def parser() -> Parser:
         help="recognise in chunks, as audio arrives (transducers); - is raw 16-bit mono at 16 kHz")  # fmt: skip
     add("--chunk", type=float, default=0.32, metavar="S", help="seconds in a chunk, with --stream (default: 0.32)")
     add("--normalize", choices=["utterance", "running"],
-        help="subtract the mean of the whole piece, or of what was heard so far, as --stream does "
+        help="subtract the mean of the whole piece, or of what was heard of it so far, as --stream does of all "
         "(default: utterance)")  # fmt: skip
     add("--calibrate", type=Path, metavar="AUDIO", help="recordings whose mean and variance a running mean begins with")
     machine = p.add_argument_group("the machine")
@@ -231,7 +231,7 @@ class Recogniser:
         self.args = args
         check_order(args)
         self.model, self.ticket = load(args.ticket)
-        self.backbone, self.tokens = self.ticket.info["backbone"], list(map(printable, self.ticket.info["tokens"]))
+        self.backbone, self.tokens = self.ticket.info["backbone"], self.ticket.info["tokens"]
         self.frame = self.model.stride * sound.FRAME_SECONDS
         # Tickets of before say nothing of it, and have a mean a bin.
         self.one_mean = self.model.features in data.ONE_MEAN and "normalization" in self.ticket.info
@@ -249,7 +249,7 @@ class Recogniser:
         sums, count = torch.zeros(1), 0
         for recording in sources([str(path)]):
             for _, samples in pieces_of(blocks_of(recording, PIECE), PIECE * data.SAMPLE_RATE, 0):
-                features = data.FEATURES[self.model.features](samples)
+                features = finite(data.FEATURES[self.model.features](samples), recording.audio)
                 sums, count = sums + len(features) * streaming.Running.moments([features]), count + len(features)
         return sums / count
 
@@ -513,7 +513,6 @@ def ready(args: argparse.Namespace) -> Recogniser:
 
 def heard(recogniser: Recogniser, recordings: list[data.Utterance]) -> list[str | data.DataError]:
     """The text of each recording, as a test has it; of a broken one, which is named on stderr, why."""
-    recogniser.tokens = recogniser.ticket.info["tokens"]  # not as they are printed
     found: list[str | data.DataError] = []
     bar = tqdm(transcripts(recogniser, recordings), total=len(recordings), unit="file", leave=False, disable=None)
     for transcript in bar:
@@ -526,8 +525,8 @@ def heard(recogniser: Recogniser, recordings: list[data.Utterance]) -> list[str 
 
 def score(args: argparse.Namespace) -> int:
     """--score: how well the ticket recognises manifests, and how well another one does."""
-    scoring.check_target(args)
     recordings, systems = scoring.references(args.audio), []
+    scoring.check_target(args, recordings)
     for path in [args.ticket, *scoring.other(args)]:
         recogniser = ready(argparse.Namespace(**vars(args) | {"ticket": path}))
         recogniser.ahead = choice.seconds_ahead(recordings)

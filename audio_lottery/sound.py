@@ -78,11 +78,20 @@ def audio_blocks(
         yield from to_sample_rate(_mono(file, name, offset, duration, seconds), file.samplerate)
 
 
+def about(path: Path) -> tuple[float, str]:
+    """A recording's seconds by its header, which says a great many where it does not know, and soundfile's format.
+
+    Raises DataError as load_audio does for what cannot be opened.
+    """
+    with _opened(path, str(path)) as file:
+        return file.frames / file.samplerate, file.format
+
+
 def segment_name(path: Path, offset: float | None, duration: float | None) -> str:
     """The file and, of a segment, its seconds, for messages."""
     if offset is None:
         return str(path)
-    return f"{path}, {offset:g} s to {'its end' if duration is None else f'{offset + duration:g} s'}"
+    return f"{path}, {offset:.10g} s to {'its end' if duration is None else f'{offset + duration:.10g} s'}"
 
 
 @contextlib.contextmanager

@@ -38,9 +38,12 @@ def features_of(waveform):
 
 def read(path):
     """(N,) in [-1, 1]: the mean of the channels."""
-    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    if rate != RATE:
-        sys.exit(f"{path}: {rate} Hz: convert it to {RATE}")
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except soundfile.SoundFileError as error:
+        sys.exit(f"{path}: {error}")
+    if rate != RATE or not len(samples):
+        sys.exit(f"{path}: {len(samples)} samples at {rate} Hz: some at {RATE} Hz are wanted")
     return samples.mean(1)
 
 
@@ -49,6 +52,8 @@ class Ctc:
 
     def __init__(self, path):
         self.graph = onnxruntime.InferenceSession(path)
+        if self.graph.get_modelmeta().custom_metadata_map["features"] != "log-mel":
+            sys.exit(f"{path}: takes other features than log-mel")
 
     def __call__(self, features):
         best = self.graph.run(None, {"features": features})[0][0].argmax(-1)  # (T',)
@@ -61,9 +66,8 @@ class Transducer:
     def __init__(self, path):
         stem = str(path).removesuffix("-encoder.onnx")
         parts = ("encoder", "predictor", "joiner")
-        self.encoder, self.predictor, self.joiner = (
-            onnxruntime.InferenceSession(f"{stem}-{part}.onnx") for part in parts
-        )
+        graphs = [onnxruntime.InferenceSession(f"{stem}-{part}.onnx") for part in parts]
+        self.encoder, self.predictor, self.joiner = graphs
         self.most = int(self.encoder.get_modelmeta().custom_metadata_map["max_symbols"])
 
     def predict(self, token, h, c):
@@ -89,7 +93,7 @@ def main(graph, *recordings):
     tokens = path.with_name("tokens.txt").read_bytes().decode().split("\n")
     for recording in recordings:
         text = "".join(tokens[k] for k in recognise(features_of(read(recording)))).replace("▁", " ")
-        print(" ".join(text.split()))
+        print(" ".join("".join(c for c in text if not (c < " " or "\x7f" <= c < "\xa0")).split()))  # safe on a terminal
 
 
 if __name__ == "__main__":

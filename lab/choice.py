@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import soundfile
 import torch
 from torch import nn
 
 import data
 import lottery
-from audio_lottery import __version__, checked, compression, files
+from audio_lottery import __version__, checked, compression, files, sound
 from audio_lottery.sparse import WAYS
 
 MINUTES = 10  # of audio ahead, from which on measuring is repaid: docs/transcribe.md has the times
@@ -46,8 +45,8 @@ def seconds_ahead(recordings: Iterable[data.Utterance], enough: float = 60 * MIN
         if recording.duration is not None:
             seconds += recording.duration
         elif recording.audio.is_file():
-            with contextlib.suppress(soundfile.SoundFileError, OSError), open(recording.audio, "rb") as file:
-                seconds += max(0.0, soundfile.info(file).duration - (recording.offset or 0.0))
+            with contextlib.suppress(data.DataError):
+                seconds += max(0.0, sound.about(recording.audio)[0] - (recording.offset or 0.0))
         elif recording.audio == Path("-") or recording.audio.exists():
             return math.inf
         if seconds >= enough:

@@ -30,7 +30,8 @@ def transcriber(
     model, tokens: list[str], beam: int = 1, lm: Path | None = None,
     lm_weight: float = LM_WEIGHT, word_score: float = WORD_SCORE, words: Iterable[str] = (),
 ) -> Callable[[Tensor, Tensor], list[list[int]]]:  # fmt: skip
-    """Greedy at beam 1 without a language model. `words` are recognised besides those of the model `lm`."""
+    """Greedy at beam 1 without a language model. `words` are recognised besides those of the model `lm`, if that gives
+    <unk> a probability: else they are too unlikely for any beam."""
     if beam == 1 and not lm:
         return model.transcribe
     if isinstance(model, models.Transducer):
@@ -49,8 +50,9 @@ def ctc_beam(model, tokens: list[str], beam: int, lm: Path | None, lm_weight: fl
 
     Maximises ln p(path) + lm_weight * ln p_lm(words) + word_score * number of words.
 
-    With a language model only its words and `words` can come out. Paths that give the same tokens are summed; only for
-    BPE with a language model, where the spellings below let one path count more than once, the best one stands for all.
+    With a language model only its words and `words` can come out, or a part of one where an utterance is cut. Paths
+    that give the same tokens are summed; only for BPE with a language model, where the spellings below let one path
+    count more than once, the best one stands for all.
     """
     try:
         from torchaudio.models.decoder import ctc_decoder
@@ -144,13 +146,14 @@ def arpa_words(path: Path, lm: Path) -> list[str]:
 
 def spellings(arpa: Path, lm: Path, words: Iterable[str], tokens: list[str], silence: int) -> list[str]:
     """Lines of a lexicon: a word and the ids of its tokens. A word that the tokens cannot spell is left out."""
-    known, lm_words, lines = data.spelled_by(tokens), arpa_words(arpa, lm), []
-    if not any(known.issuperset(word) for word in lm_words):
-        raise data.DataError(f"--lm {lm}: the tokens spell none of its {len(lm_words)} words (is it in capitals?)")
+    lm_words, spelled = arpa_words(arpa, lm), {}
     for word in dict.fromkeys(lm_words + sorted(words)):
-        if not known.issuperset(word):
-            continue
-        ids = " ".join(map(str, data.encode(word, tokens)))
+        with contextlib.suppress(KeyError):
+            spelled[word] = " ".join(map(str, data.encode(word, tokens)))
+    if spelled.keys().isdisjoint(lm_words):
+        raise data.DataError(f"--lm {lm}: the tokens spell none of its {len(lm_words)} words (is it in capitals?)")
+    lines = []
+    for word, ids in spelled.items():
         lines.append(f"{word} {ids} {silence}\n")
         if silence == BLANK:  # the next word may follow without a blank
             lines.append(f"{word} {ids}\n")

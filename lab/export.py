@@ -17,7 +17,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -98,6 +98,14 @@ def token_lines(tokens: list[str]) -> bytes:
     return "".join(f"{token}\n" for token in named).encode()
 
 
+def check_others(path: Path, own: Iterable[Path]) -> None:
+    """Raise DataError if graphs of the other kind have this name: who looks for FILE would find two networks."""
+    for part in ("", "-encoder", "-predictor", "-joiner"):
+        there = path.with_name(f"{path.stem}{part}{path.suffix}")
+        if there.exists() and there not in own:
+            raise data.DataError(f"{there}: is there, of another kind of network: export by another name")
+
+
 def check_tokens(path: Path, content: bytes) -> None:
     """Raise DataError if there is another tokens.txt: graphs of two tickets in one folder would share it.
 
@@ -133,8 +141,8 @@ def paths_of(model: nn.Module, path: Path) -> dict[str, Path]:
 def export(model: nn.Module, tokens: list[str], path: Path) -> list[Path]:
     """Write the model's graphs and tokens.txt, each whole or not at all. Returns their paths.
 
-    path: .onnx is put behind it where it is missing.  Raises DataError without the packages onnx and onnxscript, and
-    for a tokens.txt of other tokens; OSError if a file cannot be written.
+    path: .onnx is put behind it where it is missing.  Raises DataError without the packages onnx and onnxscript, for a
+    tokens.txt of other tokens, and for graphs of the other kind by this name; OSError if a file cannot be written.
     """
     path = target(path)
     listed = path.with_name(TOKENS)
@@ -145,7 +153,9 @@ def export(model: nn.Module, tokens: list[str], path: Path) -> list[Path]:
             import onnxscript  # noqa: F401
     except ImportError:
         raise data.DataError("--export needs two packages: pip install onnx onnxscript (the extra [onnx])") from None
-    for one in [*paths_of(model, path).values(), listed]:
+    paths = paths_of(model, path)
+    check_others(path, paths.values())
+    for one in [*paths.values(), listed]:
         files.check_target(one)
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for name, module in list(model.named_modules()):
@@ -168,7 +178,7 @@ def export(model: nn.Module, tokens: list[str], path: Path) -> list[Path]:
         }  # fmt: skip
     else:
         graphs = {"": (Ctc, {"features": features}, ["log_probs"])}
-    paths = paths_of(model, path)
+    contents = {}
     for part, (form, inputs, outputs) in graphs.items():
         frames = {name: {1: torch.export.Dim.DYNAMIC} if name == "features" else None for name in inputs}
         with torch.no_grad(), quiet():
@@ -177,6 +187,8 @@ def export(model: nn.Module, tokens: list[str], path: Path) -> list[Path]:
                 input_names=list(inputs), output_names=outputs,
             )  # fmt: skip
         program.model.metadata_props.update(about)
-        files.write_atomically(paths[part], program.model_proto.SerializeToString())
-    files.write_atomically(listed, token_lines(tokens))
-    return [*paths.values(), listed]
+        contents[paths[part]] = program.model_proto.SerializeToString()
+    contents[listed] = token_lines(tokens)
+    for one, content in contents.items():
+        files.write_atomically(one, content)
+    return list(contents)

@@ -17,7 +17,7 @@ FEATURES = checked.one_of(*models.CnnLstm.BINS)
 SIZES = {
     "cnn-lstm": {"features": FEATURES, "channels": WIDTH, "kernels": PAIRS, "strides": PAIRS, "hidden": WIDTH},
     "rnnt": {
-        "window": checked.integer(1, 1000),
+        "window": checked.integer(4, 1000),  # less than the hop of 4 frames would skip some
         "channels": WIDTH,
         "hidden": WIDTH,
         "predictor": WIDTH,

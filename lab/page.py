@@ -13,10 +13,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import soundfile
-
 import data
 import lottery
+from audio_lottery import sound
 from audio_lottery.console import printable
 from lab import corpora, scoring
 from lab.recognised import Heard
@@ -151,7 +150,7 @@ def tests_of(config: dict) -> dict[str, list[data.Utterance]]:
 def player_of(utterance: data.Utterance, heard: Heard) -> Player | str:
     """A recording, if it is the one that was heard and a browser plays it."""
     name, start, seconds = utterance.audio.name, utterance.offset, utterance.duration
-    there = name if start is None else f"{name} from {start:g} s"
+    there = name if start is None else f"{name} from {start:.10g} s"
     if (there, utterance.text) != (heard.audio, heard.reference):
         return f"there is another utterance in its place, {there}"
     try:
@@ -159,11 +158,11 @@ def player_of(utterance: data.Utterance, heard: Heard) -> Player | str:
             return f"there is no file {utterance.audio}"
         if os.path.getsize(utterance.audio) > MOST:
             return "its file is larger than the page may be"
-        kind = soundfile.info(utterance.audio).format
+        _, kind = sound.about(utterance.audio)
         content = utterance.audio.read_bytes()
-    except (OSError, RuntimeError) as error:
+    except (OSError, data.DataError) as error:
         return f"cannot read it ({error})"
     if kind not in TYPES:
         return f"browsers do not play {kind}"
-    part = "" if start is None else f"#t={start:g}" + ("" if seconds is None else f",{start + seconds:g}")
+    part = "" if start is None else f"#t={start:.10g}" + ("" if seconds is None else f",{start + seconds:.10g}")
     return Player(TYPES[kind], content, part)

@@ -1,5 +1,6 @@
 """A recording in pieces that overlap: cut as it is decoded, and the words of the pieces joined."""
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -30,7 +31,10 @@ def words_of(emissions: Iterable[Emission], tokens: list[str], frame: float, off
             else:
                 spelled[0] += character
                 spelled[2:] = emission.end, min(spelled[3], emission.probability)
-    return [Word(text, offset + start * frame, offset + end * frame, p) for text, start, end, p in words]
+    return [
+        Word(text, offset + start * frame, offset + end * frame, 0.0 if math.isnan(p) else p)  # as of infinite logits
+        for text, start, end, p in words
+    ]
 
 
 def pieces_of(blocks: Iterable[Tensor], piece: int, overlap: int) -> Iterator[tuple[int, Tensor]]:

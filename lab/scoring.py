@@ -60,14 +60,16 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
             parser.error(f"--score needs texts to compare with: manifests (.jsonl, .json) or -, got {name}")
 
 
-def check_target(args: argparse.Namespace) -> None:
+def check_target(args: argparse.Namespace, recordings: list[data.Utterance]) -> None:
     """Raise DataError or OSError unless --by-utterance can be written, over nothing that is read."""
     if not args.by_utterance:
         return
     files.check_target(args.by_utterance)
-    tickets = [files.ticket_path(path) for path in (args.ticket, *other(args))]
-    for path in [*map(Path, args.audio), *tickets]:
-        if args.by_utterance.exists() and path.exists() and os.path.samefile(path, args.by_utterance):
+    read = [files.ticket_path(path) for path in (args.ticket, *other(args))]
+    read += [Path(name) for name in (*args.audio, args.lm, args.calibrate) if name]
+    read += [recording.audio for recording in recordings]
+    for path in read if args.by_utterance.exists() else ():
+        if path.exists() and os.path.samefile(path, args.by_utterance):
             raise data.DataError(f"--by-utterance {args.by_utterance}: is what is read: name another file")
 
 

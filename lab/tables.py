@@ -26,19 +26,20 @@ WORDS_EXPLAINED = (
 # ---------------------------------------------------------------------------- a verdict in words
 
 
+def judged_over(point: Point, test: str = "", over: str = "utterances") -> str:
+    """The verdict and its interval; the power of an undecided one."""
+    found = point.verdict(test, over)
+    return str(found) + (f", power {coverage.power(point, test, over):.0%}" if found.word == "undecided" else "")
+
+
 def judged(point: Point, test: str = "") -> str:
-    """The verdict and its interval; the power of an undecided one; by speakers too, where they are known, and of the
-    utterances whose texts train has not, where it has some."""
-
-    def told(over: str) -> str:
-        found = point.verdict(test, over)
-        return str(found) + (f", power {coverage.power(point, test, over):.0%}" if found.word == "undecided" else "")
-
-    words = told("utterances")
+    """The verdict; by speakers too, where they are known, and of the utterances whose texts train has not, where it
+    has some."""
+    words = judged_over(point, test)
     if found := point.by_speaker(test):
-        words += f"; by {found[1]} speakers {told('speakers')}"
+        words += f"; by {found[1]} speakers {judged_over(point, test, 'speakers')}"
     if found := point.of_new_texts(test):
-        words += f"; {new_texts(point, test)}, {told('new texts')}"
+        words += f"; {new_texts(point, test)}, {judged_over(point, test, 'new texts')}"
     return words
 
 
@@ -119,6 +120,26 @@ def merged_cells(method: Method, point: Point, test: str) -> list[str]:
     ]  # fmt: skip
 
 
+def curves(methods: list[Method]) -> list[str]:
+    """What most readers want of searches: a row a round, the marks bold, a column a test set. [] without a search."""
+    searches = [method for method in methods if not method.get("control")]
+    points = [(method, point) for method in searches for point in method.points.values()]
+    tests = list(dict.fromkeys(test for _, point in points for test in point.tests() if test))
+    new = any(point.of_new_texts() for _, point in points)
+    columns = ["method"] * (len(searches) > 1) + ["remaining", "weights kept", "seeds", "valid WER", "test WER", "CER"]
+    columns += ["WER, new texts"] * new + ["against dense", *(f"WER, {markdown_text(test)}" for test in tests)]
+    rows = []
+    for method, point in points:
+        share, found = f"{point.mean('remaining'):.1%}", point.of_new_texts()
+        cells = [markdown_text(method.name)] * (len(searches) > 1)
+        cells += [f"**{share}**" if point in method.marked() else share, f"{point.mean('kept'):,.0f}"]
+        cells += [str(len(point.seeds)), f"{point.mean('valid_wer'):.3f}", spread(point.values("test_wer"))]
+        cells += [f"{point.mean('test_cer'):.3f}"] + [f"{found[1]:.3f}" if found else ""] * new
+        cells += [judged_over(point) if point.round else ""]
+        rows.append(cells + [f"{point.mean('test_wer', t):.3f}" if t in point.tests() else "" for t in tests])
+    return [*plan.markdown(columns, rows), ""] if rows else []
+
+
 def narrower(point: Point) -> str:
     """Widths, heads and parameters of a dense network of other sizes than the method's."""
     row = point.rows[0]
@@ -149,7 +170,7 @@ def other_seeds(methods: list[Method]) -> list[str]:
 
 
 def tables(methods: list[Method]) -> list[str]:
-    """Summary, the paper's points, every round on every test set, and comparisons of methods."""
+    """Curves, summary, the paper's points, every round on every test set, and comparisons of methods."""
     columns = ["method", "dense, test WER", "marks, Holm's p", "sparsest winning or matching ticket at the marks"]
     columns += ["the sequence stopped at", "ticket with the best valid WER"]
     rows = []
@@ -164,7 +185,7 @@ def tables(methods: list[Method]) -> list[str]:
                 *map(told, (sparsest, stopped, m.best())),
             ]
         )
-    lines = [*plan.markdown(columns, rows), "", *other_seeds(methods)]
+    lines = [*curves(methods), *plan.markdown(columns, rows), "", *other_seeds(methods)]
     rows = [list(row[1:]) for row in PAPER if row[0] == methods[0].settings["backbone"]]
     columns = ["the paper's", "dense, test WER", "sparsest matching ticket", "best ticket", "source"]
     lines += [*plan.markdown(columns, rows), ""] if rows else []

@@ -140,6 +140,9 @@ def test_seconds_ahead_by_hand(tmp_path):
     part = data.Utterance(tmp_path / "two.wav", "", offset=0.5)
     segment = data.Utterance(tmp_path / "two.wav", "", offset=0.5, duration=0.25)
     assert choice.seconds_ahead([two, broken, part, segment, data.Utterance(tmp_path / "gone", "")]) == 3.75
+    (tmp_path / "two.raw").write_bytes((tmp_path / "two.wav").read_bytes())  # a name that soundfile takes at its word
+    (tmp_path / "none.raw").write_bytes(bytes(100))
+    assert choice.seconds_ahead([data.Utterance(tmp_path / f"{name}.raw", "") for name in ("two", "none")]) == 2.0
     assert choice.seconds_ahead([two] * 400) == 600.0  # no file is opened behind what is enough
     assert choice.seconds_ahead(itertools.repeat(two)) == 600.0
     assert choice.seconds_ahead([data.Utterance(Path("-"), "")]) == math.inf

@@ -175,6 +175,13 @@ def test_arpa_files_as_they_are(content, arpa):
     assert text(model, CHARS, beam=50, lm=arpa) == "the sea eats"
 
 
+def test_a_word_that_only_longer_tokens_could_spell_is_left_out(arpa):
+    """A foreign ticket's tokens: each letter of "the" is in one, but not by itself."""
+    tokens = [data.BLANK, " ", "th", "e", "s", "a", "t"]
+    words = [line.split()[0] for line in decode.spellings(arpa, arpa, ["tea", "hat"], tokens, 1)]
+    assert "the" not in words and "hat" not in words and {"sea", "eats", "tea"} <= set(words)
+
+
 NO_ARPA = "not an ARPA file in UTF-8 (no counts and unigrams are found)"
 KENLM = b"mmap lm http://kheafield.com/code format version 5\n\0" + bytes(500)
 NO_BEGIN = ARPA.replace("-9\t<s>\t-0.5\n", "").replace("ngram 1=8", "ngram 1=7").replace("-0.1\t<s> the\n", "")

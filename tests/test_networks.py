@@ -80,6 +80,7 @@ def test_every_size_is_bounded_and_confirmed(ticket, value):
             {"sizes": SMALL["rnnt"] | {"dropout": float("nan")}},
             "sizes, dropout: must be a number from 0 to 0.999, got nan",
         ),
+        ({"sizes": SMALL["rnnt"] | {"window": 3}}, "sizes, window: must be a whole number from 4 to 1000, got 3"),
         ({"sizes": SMALL["rnnt"] | {"layers": 1000}}, "sizes, layers: must be a whole number from 1 to "),
         ({"sizes": SMALL["rnnt"] | {"joiner": 9}}, "the ticket's parameters are not its network's: "),
         ({"tokens": TOKENS[:-1]}, "embedding.weight is (4, 8) float32, not (3, 8) float32"),

@@ -19,6 +19,8 @@ def test_words_have_the_times_and_the_lowest_probability_of_their_tokens():
     heard = [Emission(k, i, i + 1, 1 - i / 8) for i, k in enumerate([1, 3, 2, 2, 4])]
     assert pieces.words_of(heard, spelled, 1) == [Word("then", 0, 2, 0.875), Word("o", 4, 5, 0.5)]
     assert pieces.words_of([], TOKENS, 1) == []
+    (word,) = pieces.words_of([heard[1]._replace(probability=float("nan"))], TOKENS, 1)
+    assert word.confidence == 0  # JSON has no NaN
 
 
 @pytest.mark.parametrize("blocks", [[7], [1] * 52, [52], [20, 20, 12], [21], [3, 40, 9], [25, 25]])

@@ -132,6 +132,9 @@ def test_a_manifest_on_stdin(tickets, rows, capsys, monkeypatch):
         (["{folder}/good.jsonl", "--score", "--by-utterance", "/no/x.jsonl"], "/no/x.jsonl: no such folder: /no"),
         (["{folder}/good.jsonl", "--score", "--by-utterance", "{folder}/good.jsonl"], "is what is read: name another"),
         (["{folder}/good.jsonl", "--score", "--by-utterance", "{cnn-lstm}"], "is what is read: name another file"),
+        (["{folder}/good.jsonl", "--score", "--by-utterance", "{folder}/a.wav"], "is what is read: name another file"),
+        (["{folder}/good.jsonl", "--score", "--by-utterance", "{folder}/b.wav", "--normalize", "running", "--calibrate",
+          "{folder}/b.wav"], "is what is read: name another file"),
         (
             ["{folder}/good.jsonl", "--score", "--against", "dense"],
             "dense.safetensors: the run folder of a search has it",
@@ -142,7 +145,8 @@ def test_a_manifest_on_stdin(tickets, rows, capsys, monkeypatch):
 )
 def test_what_cannot_be_scored_is_one_line(argv, message, tickets, tmp_path, capsys):
     row = {"audio_filepath": "a.wav", "text": "a"}
-    (tmp_path / "empty.jsonl").write_text("")
+    for name in ("empty.jsonl", "a.wav", "b.wav"):
+        (tmp_path / name).write_text("")
     manifest(tmp_path / "good.jsonl", [row])
     manifest(tmp_path / "no-text.jsonl", [row, {"audio_filepath": "a.wav"}])
     manifest(tmp_path / "blank.jsonl", [row | {"text": " \t"}])

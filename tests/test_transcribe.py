@@ -601,7 +601,7 @@ def test_emissions_in_pieces_are_those_of_the_whole(pieces, tickets):
     assert len({e.token for e in whole}) > 2 and len({e.start for e in whole}) > 5
 
 
-def test_streams_have_the_text_of_the_whole(tickets, speech, capsys):
+def test_streams_have_the_text_of_the_whole(tickets, speech, capsys, tmp_path):
     _, offline, _ = said(capsys, tickets["rnnt"], *speech, "--dense", "--normalize", "running")
     _, as_json, _ = said(capsys, tickets["rnnt"], *speech, "--dense", "--normalize", "running", "--json")
     for chunk in ("0.0517", "0.3217", "60"):
@@ -612,6 +612,9 @@ def test_streams_have_the_text_of_the_whole(tickets, speech, capsys):
     calibrated = ("--dense", "--calibrate", DEMO / "audio" / "added.opus")
     _, other, _ = said(capsys, tickets["rnnt"], *speech, *calibrated, "--normalize", "running")
     assert said(capsys, tickets["rnnt"], *speech, *calibrated, "--stream")[1] == other != offline
+    soundfile.write(tmp_path / "loud.wav", np.full(8000, 1e30), 16_000, "FLOAT")
+    code, lines, err = said(capsys, tickets["rnnt"], *speech, "--calibrate", tmp_path / "loud.wav", "--stream")
+    assert (code, lines) == (2, []) and f"{tmp_path / 'loud.wav'}: its samples are too large" in err
     code, lines, err = said(capsys, tickets["rnnt"], *speech, "--dense", "--stream", "--json")
     assert code == 0 and [json.loads(a)["words"] for a in lines] == [json.loads(b)["words"] for b in as_json]
 
@@ -684,8 +687,12 @@ def check_script(script, graph, ticket, speech, capsys):
 def test_the_script_without_torch_refuses_another_sample_rate(tmp_path):
     pytest.importorskip("onnxruntime")
     soundfile.write(tmp_path / "a.wav", np.zeros(800), 8_000)
-    with pytest.raises(SystemExit, match=r"a\.wav: 8000 Hz: convert it to 16000"):
+    with pytest.raises(SystemExit, match=r"a\.wav: 800 samples at 8000 Hz: some at 16000 Hz are wanted"):
         without_torch().read(tmp_path / "a.wav")
+    soundfile.write(tmp_path / "b.wav", np.zeros(0), 16_000)
+    for name, why in (("b.wav", "0 samples at 16000 Hz"), ("gone.wav", "Error opening")):
+        with pytest.raises(SystemExit, match=rf"{name}: {why}"):
+            without_torch().read(tmp_path / name)
 
 
 @pytest.mark.parametrize("backbone", ["cnn-lstm", "conformer"])
@@ -739,6 +746,8 @@ def test_a_transducer_in_onnx(tickets, speech, tmp_path, capsys):
         assert [ids] == model.transcribe(features, lengths) and ids
     for name in ("net.onnx", "net-encoder.onnx"):
         check_script(without_torch(), tmp_path / name, tickets["rnnt"], speech, capsys)
+    code, lines, err = said(capsys, tickets["cnn-lstm"], "--export", tmp_path / "net.onnx")
+    assert (code, lines) == (2, []) and "net-encoder.onnx: is there, of another kind of network" in err
     (tmp_path / "tokens.txt").write_text("of another\n")
     code, lines, err = said(capsys, tickets["rnnt"], "--export", tmp_path / "net.onnx")
     assert (code, lines) == (2, []) and "tokens.txt: is there with other tokens than this ticket's" in err

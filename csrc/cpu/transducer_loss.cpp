@@ -150,7 +150,7 @@ TransducerLoss transducer_loss(const Tensor& encoder_out, const Tensor& predicto
   const int64_t batch = encoder_out.size(0), joiner = encoder_out.size(2), tokens = weight.size(0);
   const int64_t groups = std::min(batch, GROUPS);
   const Tensor ahead = pad(encoder_out), predicted = pad(predictor_out), said = targets.contiguous();
-  const Tensor padded = pad(weight), across = pad(padded.t()), start = pad(bias, -1e30);
+  const Tensor padded = pad(weight), across = pad(padded.t()), start = pad(bias, -INFINITY);
   check_targets(said, tokens, target_lengths);
   const Tensor d_ahead = at::zeros_like(ahead), d_predicted = at::zeros_like(predicted);
   const Tensor d_weight = at::zeros({std::max<int64_t>(groups, 1), tokens, padded.size(1)}, weight.options());

@@ -2,6 +2,7 @@
 // a warp a cell, the lattice of an utterance in a block that goes over its diagonals. Each sum has one writer that adds in
 // order. All cells are differentiated.
 
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -170,6 +171,9 @@ TransducerLoss transducer_loss(const Tensor& encoder_out, const Tensor& predicto
   check_transducer(encoder_out, predictor_out, weight, bias, targets, lengths, target_lengths);
   check_targets(targets.cpu().contiguous(), weight.size(0), target_lengths);
   const c10::cuda::CUDAGuard guard(encoder_out.device());
+  // Products in float32 whatever autocast says, and without a graph of their own.
+  const c10::impl::ExcludeDispatchKeyGuard below(c10::autograd_dispatch_keyset_with_ADInplaceOrView |
+                                                 c10::autocast_dispatch_keyset);
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const int64_t batch = encoder_out.size(0), joiner = encoder_out.size(2), tokens = weight.size(0);
   std::vector<int64_t> table(3 * batch + 1);  // first (B + 1,), frames, width
