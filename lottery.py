@@ -114,10 +114,8 @@ def check_rates(sparsity: float, prune_rate: float) -> None:
 
 
 def kept_counts(total: int, sparsity: float, prune_rate: float = 0.2) -> list[int]:
-    """Kept counts of rounds 0, 1, ...; the last is exactly round(total * (1 - sparsity)).
-
-    Raises LotteryError as check_rates does, and if no weight would be kept.
-    """
+    """Kept counts of rounds 0, 1, ...; the last is exactly round(total * (1 - sparsity)). Raises LotteryError as
+    check_rates does, and if no weight would be kept."""
     check_rates(sparsity, prune_rate)
     last = round(total * (1 - sparsity))
     if last < 1:
@@ -316,12 +314,17 @@ def sha256(tensors: dict[str, Tensor]) -> str:
 def check_model(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Raise LotteryError, naming the tensor, unless all state can be hashed and put back, and the weights be ranked."""
     own, (first, device) = state_of(model), next((name, weight.device) for name, weight in weights.items())
+    places: dict[int, str] = {}
     for name, tensor in own.items():
         if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
             raise LotteryError(f"{name} is quantised, sparse or on the meta device: it cannot be hashed and put back")
+        if any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride())):
+            raise LotteryError(f"{name} was expanded, and elements that share a place cannot be put back: clone() it")
+        other = places.setdefault(tensor.data_ptr(), name)
+        if own[other] is not tensor and tensor.numel() and {name, other} & weights.keys():
+            raise LotteryError(f"{other} and {name} share their memory: make them one parameter, or clone() one")
     for name in sorted(model.state_dict().keys() - own.keys()):
-        what = "neither a parameter nor a buffer (get_extra_state, a quantised layer)"
-        raise LotteryError(f"{name} is state, but {what}: it cannot be hashed and put back")
+        raise LotteryError(f"{name} is state, but neither a parameter nor a buffer (extra state, a quantised layer)")
     for name, weight in weights.items():
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise LotteryError(f"{name} must be float32, bfloat16, float16 or float64, got {weight.dtype}")
@@ -336,8 +339,7 @@ class Pruning(NamedTuple):
     """How weights are ranked against each other, and in which units they are removed."""
 
     block: tuple[int, int] = (1, 1)  # rows, columns of a unit, each weight seen as out_features x the rest
-    # "global": by magnitude, as in Algorithm 1; "layer": the same share of each layer; "lamp": Lee et al. 2021
-    scope: str = "global"
+    scope: str = "global"  # by magnitude, as in Algorithm 1; "layer": the same share of each; "lamp": Lee et al. 2021
     min_remaining: float = 0.0  # share of its units that each layer keeps at least
 
     def check(self) -> None:
@@ -378,7 +380,7 @@ BY_MAGNITUDE = Pruning()  # Algorithm 1
 def rank_within(scores: Tensor, units: Tensor, scope: str) -> Tensor:
     """Scores of a layer's surviving units that order them as |scores| does, made comparable between layers.
 
-    scores, units: of one shape.  Returns float64 of it, 0 where units is False; the same bits on every device.
+    scores, units: of one shape.  Returns float64 of it, 0 where units is False, the same on every device.
     scope "layer": n / (rank + 1/2), n the layer's units, removed ones too, and rank 0 its largest: the largest of all
     layers together are the same share of each, rounded by Webster's method, and shares of fewer are subsets.
     scope "lamp": score^2 / sum of the squares of itself and all larger ones (Lee et al. 2021, "Layer-adaptive
@@ -424,9 +426,8 @@ def prune(weights: dict[str, Tensor], masks: Masks, keep: int, pruning: Pruning 
     except (ValueError, TypeError) as error:
         raise LotteryError(str(error)) from None
     kept = [a | f for a, f in zip(above, floor)] or above
-    if sum(int(unit.sum()) for unit in kept) != keep:  # I2
-        what = "weights" if pruning.block == (1, 1) else "blocks"
-        raise LotteryError(f"pruning kept {sum(int(u.sum()) for u in kept)} {what} instead of {keep}")
+    if (found := sum(int(unit.sum()) for unit in kept)) != keep:  # I2
+        raise LotteryError(f"pruning kept {found} weights or blocks instead of {keep}")
     new = {name: pruning.weights(unit, masks[name]) for name, unit in zip(weights, kept)}
     for name in new:
         if (new[name] & ~masks[name]).any():  # I1
@@ -612,11 +613,10 @@ def find_ticket(
 
 def check_least(ticket: Ticket, keep: int) -> None:
     """Raise LotteryError if what each layer keeps at least is more than `keep` units."""
-    pruning, units = ticket.pruning, [ticket.pruning.units(mask) for mask in ticket.masks.values()]
-    least = sum(map(pruning.least, units))
+    least = sum(ticket.pruning.least(ticket.pruning.units(mask)) for mask in ticket.masks.values())
     if least > keep:
-        rule = f"more than {keep}, all that the sparsity leaves"
-        raise LotteryError(f"min_remaining {pruning.min_remaining} keeps {least} of the prunable, {rule}")
+        share = f"min_remaining {ticket.pruning.min_remaining}"
+        raise LotteryError(f"{share} keeps {least} of the prunable, more than {keep} in all")
 
 
 def finish(ticket: Ticket, trained: State | None) -> tuple[State, dict]:

@@ -52,15 +52,15 @@ def verdict(
         rate, variance, freedom = crossed(difference, words)
         half = student_t(float(freedom)) * math.sqrt(variance)
         low, high = rate - half, rate + half
-    if dense_errors.mean(0).sum() >= nothing * words.sum():
-        word = "no verdict"
-    elif high < 0:
-        word = "winning"
-    elif high <= margin:
-        word = "matching"
-    else:
-        word = "worse" if low > 0 else "undecided"
-    return Verdict(word, float(low), float(high))
+    recognised = dense_errors.mean(0).sum() < nothing * words.sum()
+    return Verdict(word_of(low, high, margin) if recognised else "no verdict", float(low), float(high))
+
+
+def word_of(low: float, high: float, margin: float) -> str:
+    """The word of an interval, where dense recognises something."""
+    if high <= margin:
+        return "winning" if high < 0 else "matching"
+    return "worse" if low > 0 else "undecided"
 
 
 def p_value(ticket_errors, dense_errors, words, margin: float = 0.01) -> float:

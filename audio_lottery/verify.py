@@ -14,7 +14,7 @@ import torch
 from audio_lottery import checked, ledger, texts
 from audio_lottery.checked import SHA256
 from audio_lottery.files import check_finite, check_fit, load_masks, load_ticket, read_sealed
-from audio_lottery.verdicts import of_this_rule, verdict_of
+from audio_lottery.verdicts import VERDICT_RULE, of_this_rule, verdict_of, word_of
 from lottery import LotteryError, Masks, Pruning, State, sha256
 
 REPORTS = ("report.md", "report.png")
@@ -201,16 +201,21 @@ def check_test(test: dict, dense_test: dict, where: str) -> None:
 
 
 def check_verdicts(run: Run) -> str | None:
-    """By the rule of today; an older rule's intervals are not made any more."""
-    older = []
-    for row in run.rows[1:]:
-        if not of_this_rule(row) and ledger.is_tested(row):
+    """By the rule of today; an older rule's intervals are not made any more, and only their words are compared."""
+    older, margin = [], run.settings["margin"]
+    for row in filter(ledger.is_tested, run.rows[1:]):
+        tests = {"": row, **row.get("other_tests", {})}
+        if not of_this_rule(row):
+            old = run.end is None and "verdict_rule" not in row  # a ledger with an end is of today's rule
+            expect(old, f"round {row['round']}: verdict_rule must be {VERDICT_RULE}, got {row.get('verdict_rule')}")
+            for test in tests.values():
+                told = f"round {row['round']}: the verdict {test['verdict']} is not that of {test['interval']}"
+                expect(test["verdict"] in ("no verdict", word_of(*test["interval"], margin)), told)
             older.append(str(row["round"]))
             continue
-        tests = {"": row, **row.get("other_tests", {})} if ledger.is_tested(row) else {}
         for name, test in tests.items():
             dense = run.rows[0]["other_tests"][name] if name else run.rows[0]
-            right = verdict_of(test["test_errors"], dense["test_errors"], test["test_words"], run.settings["margin"])
+            right = verdict_of(test["test_errors"], dense["test_errors"], test["test_words"], margin)
             stated = {key: test[key] for key in ("verdict", "interval", "power") if key in test}
             said = f"round {row['round']}: the verdict is {right['verdict']} {right['interval']}"
             expect(stated == right, f"{said}, not {stated['verdict']} {stated['interval']}, or its power is another")
@@ -334,6 +339,7 @@ def check_starts(run: Run) -> str | None:
 
 
 def check_ticket(run: Run) -> str | None:
+    check_dense(run)
     if run.bare:
         return "ticket.safetensors"
     file, row = run.ticket, run.rows[-1]
@@ -350,7 +356,6 @@ def check_ticket(run: Run) -> str | None:
         "its info (tokens, sizes, features) is not the last round's",
     )
     check_unpruned(run)
-    check_dense(run)
     return None
 
 

@@ -452,7 +452,7 @@ def test_broken_masks_are_refused(monkeypatch):
     ticket.prune(6)
     everything = [torch.ones_like(m) for m in ticket.masks.values()]
     monkeypatch.setattr(lottery, "ops", lottery.ops._replace(global_magnitude_masks=lambda *_: everything))
-    with pytest.raises(lottery.LotteryError, match="pruning kept 10 weights instead of 5"):
+    with pytest.raises(lottery.LotteryError, match="pruning kept 10 weights or blocks instead of 5"):
         ticket.prune(5)
     regrown = [bits([1, 1, 0], [0, 1, 1]), bits([0, 0, 0, 1])]
     monkeypatch.setattr(lottery, "ops", lottery.ops._replace(global_magnitude_masks=lambda *_: regrown))
@@ -794,10 +794,24 @@ def sparse():
     return model
 
 
+def expanded():
+    model = Toy()
+    model.register_buffer("positions", torch.arange(3).expand(2, 3))
+    return model
+
+
+def of_one_storage():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
+    model[1].weight = nn.Parameter(model[0].weight.detach().t())
+    return model
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     "make, message",
     [
+        (expanded, r"positions was expanded, and elements that share a place cannot be put back: clone\(\) it"),
+        (of_one_storage, r"0.weight and 1.weight share their memory: make them one parameter, or clone\(\) one"),
         (lambda: nn.Sequential(Extra(3, 3)), r"0._extra_state is state, but neither a parameter nor a buffer"),
         (quantised, r"0._packed_params.* is state, but neither a parameter nor a buffer"),
         (lazy, r"1.(bias|weight) has no shape yet: run the model once"),

@@ -642,5 +642,11 @@ def test_an_older_rule_s_verdicts_are_not_held_against_this_one_s(copy_of_run):
     assert not verify.failures(copy_of_run, networks)
     assert "not here" in [check.word for check in verify.verify(copy_of_run, networks)]
     assert train.main(["--retrain", str(copy_of_run), "2"]) == 0
-    forge(copy_of_run, 2, test_wer=0.01)
+    for changes, message in (
+        ({"interval": [0.1, 0.2]}, "round 2: the verdict winning is not that of [0.1, 0.2]"),
+        ({"interval": [-0.5, -0.4], "verdict_rule": 3}, "round 2: verdict_rule must be 2, got 3"),
+    ):
+        forge(copy_of_run, 2, **changes)
+        assert verify.failures(copy_of_run, networks) == [message]
+    forge(copy_of_run, 2, test_wer=0.01, verdict_rule=None)
     assert any("test_wer is not" in wrong for wrong in verify.failures(copy_of_run, networks))

@@ -133,8 +133,19 @@ def test_a_manifest_on_stdin(tickets, rows, capsys, monkeypatch):
         (["{folder}/good.jsonl", "--score", "--by-utterance", "{folder}/good.jsonl"], "is what is read: name another"),
         (["{folder}/good.jsonl", "--score", "--by-utterance", "{cnn-lstm}"], "is what is read: name another file"),
         (["{folder}/good.jsonl", "--score", "--by-utterance", "{folder}/a.wav"], "is what is read: name another file"),
-        (["{folder}/good.jsonl", "--score", "--by-utterance", "{folder}/b.wav", "--normalize", "running", "--calibrate",
-          "{folder}/b.wav"], "is what is read: name another file"),
+        (
+            [
+                "{folder}/good.jsonl",
+                "--score",
+                "--by-utterance",
+                "{folder}/b.wav",
+                "--normalize",
+                "running",
+                "--calibrate",
+                "{folder}/b.wav",
+            ],
+            "is what is read: name another file",
+        ),
         (
             ["{folder}/good.jsonl", "--score", "--against", "dense"],
             "dense.safetensors: the run folder of a search has it",
