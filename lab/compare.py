@@ -212,8 +212,14 @@ class Method:
         return sparsest, None
 
     def holm(self) -> list[float]:
-        """Of each marked ticket, Holm's p that it truly loses the margin: beside the walk, which hangs on the order."""
-        return verdicts.holm([verdicts.p_value(*point.counts(), point.margin) for point in self.marked()])
+        """Of each marked ticket, the p of one that truly loses the margin, as Holm corrects it for all marks, those too
+        that have no round yet: beside the walk, which hangs on the order. 1 where there is no verdict."""
+        marked = self.marked()
+        ps = [
+            1.0 if point.verdict().word == "no verdict" else verdicts.p_value(*point.counts(), point.margin)
+            for point in marked
+        ]
+        return verdicts.holm(ps + [1.0] * (len(self.get("marks")) - len(ps)))[: len(ps)]
 
     def best(self) -> Point | None:
         """The ticket of the best valid WER, less dense's, as rounds may have other seeds. The test selects nothing."""

@@ -84,8 +84,9 @@ EXPLAINED = (
     "Student's t with Satterthwaite's degrees of freedom), so that the interval is of other seeds and other "
     "utterances. " + WORDS_EXPLAINED.format(margin="the margin") + " No round is chosen on the test: rounds that were "
     "named beforehand (the marks) are judged from dense to sparse, up to the first that is neither winning nor "
-    "matching; a verdict of any other round is for reading on. Beside a mark in brackets: Holm's p, one-sided, that "
-    "its ticket truly loses the margin, corrected for all marks; 0.025 or less is matching whatever their order. "
+    "matching; a verdict of any other round is for reading on. Beside a mark in brackets: Holm's p, one-sided, the "
+    "chance of so low a difference if its ticket truly loses the margin, corrected for all marks; 0.025 or less is "
+    "matching whatever their order. "
     "`remaining` is of the prunable weights, `of all` of all "
     f"parameters. Multiply-adds: products with weights as speech is recognised, {plan.TOKENS_A_SECOND} tokens a "
     "second; of the ticket, zeros are skipped. ± is the standard deviation over seeds."
@@ -103,10 +104,14 @@ def seeds_of(point: Point) -> str:
     return f"{len(point.seeds)} seed{'s' * (len(point.seeds) > 1)}"
 
 
+def is_mark(method: Method, point: Point) -> bool:
+    return any(point is mark for mark in method.marked())
+
+
 def merged_cells(method: Method, point: Point, test: str) -> list[str]:
     """A round of a method under MERGED."""
     whole, skipped = method.multiply_adds(point)
-    marked = point.round in [p.round for p in method.marked()]
+    marked = is_mark(method, point)
     return [
         markdown_text(test or "test"), markdown_text(method.name), str(point.round) + (", a mark" if marked else ""),
         *(f"{point.mean(key):.1%}" for key in ("remaining", "remaining_all")),
@@ -132,7 +137,7 @@ def curves(methods: list[Method]) -> list[str]:
     for method, point in points:
         share, found = f"{point.mean('remaining'):.1%}", point.of_new_texts()
         cells = [markdown_text(method.name)] * (len(searches) > 1)
-        cells += [f"**{share}**" if point in method.marked() else share, f"{point.mean('kept'):,.0f}"]
+        cells += [f"**{share}**" if is_mark(method, point) else share, f"{point.mean('kept'):,.0f}"]
         cells += [str(len(point.seeds)), f"{point.mean('valid_wer'):.3f}", spread(point.values("test_wer"))]
         cells += [f"{point.mean('test_cer'):.3f}"] + [f"{found[1]:.3f}" if found else ""] * new
         cells += [judged_over(point) if point.round else ""]
@@ -217,18 +222,21 @@ class Claim(NamedTuple):
 
 
 def word_of(point: Point, test: str = "", true: tuple[str, ...] = MATCHES) -> str:
+    """Whether a claim holds; that a ticket matches is refuted only above the margin, that one is better above 0."""
     told = point.verdict(test)
     if told.word in (*true, "no verdict"):
         return "holds" if told.word in true else told.word
-    return "does not hold" if told.low > 0 else "undecided"
+    return "does not hold" if told.low > (point.margin if true == MATCHES else 0) else "undecided"
 
 
 def interval(point: Point, test: str = "", true: tuple[str, ...] = MATCHES) -> str:
-    """The interval; the power of an undecided verdict; that it matches, where no more than that is shown."""
-    told = point.verdict(test)
-    known = f", power {coverage.power(point, test):.0%}" if told.word == "undecided" else ""
-    known += ", matching" if told.word == "matching" and told.word not in true else ""
-    return f"[{told.low:+.3f}, {told.high:+.3f}]{known}"
+    """The interval. Where the claim is undecided: the power of one that a ticket matches; what is shown all the same,
+    that it is worse than dense, or that no more than a match is shown of one that is to be better."""
+    told, shown = point.verdict(test), ""
+    if word_of(point, test, true) == "undecided":
+        shown = f", power {coverage.power(point, test):.0%}" if told.word == "undecided" and true == MATCHES else ""
+        shown += f", {told.word}" if told.word in ("worse", "matching") else ""
+    return f"[{told.low:+.3f}, {told.high:+.3f}]{shown}"
 
 
 def claims(methods: list[Method]) -> list[Claim]:
@@ -247,8 +255,8 @@ def claims(methods: list[Method]) -> list[Claim]:
             found += [Claim(what, f"{label}{f', {test}' if test else ''}", point, test) for test in point.tests()]
     for a, b in rivals(methods):
         points = compared(a, b)
-        rounds = [point.round for point in a.marked()]
-        for point in [p for p in points if p.round in rounds] or points[-1:]:
+        rows = [id(row) for point in a.marked() for row in point.rows]
+        for point in [p for p in points if id(p.rows[0]) in rows] or points[-1:]:
             share = f"{point.mean('remaining'):.1%}"
             what = f"{a.name} is better than {b.name} at {share}"
             found.append(Claim(what, f"{a.name} less {b.name}, {share}", point, true=("winning",)))
@@ -282,7 +290,8 @@ def merged_report(groups: dict[str, list[Method]], pictured: bool) -> str:
     explained = (
         "Each about a mark: rounds that were named before any result (comparisons of methods without one: the "
         "sparsest). Intervals are of a difference of test WER. A ticket matches if it is winning or matching, and does "
-        "not if it is worse; one method is better if it is winning, undecided if no more is shown than that it matches."
+        "not if the interval lies above the margin; undecided, worse, if it lies above 0 only. One method is better if "
+        "it is winning, undecided if no more is shown than that it matches."
     )
     found = found or ["None yet: no round is near a mark."]
     forest = ["", "![every claim's interval against 0 and the margin](forest.png)"] * (pictured and "- " in found[0])
