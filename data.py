@@ -72,7 +72,7 @@ def read_manifest(path: Path) -> list[Utterance]:
                 audio = recordings[name] = Path(folder, name)
                 if not os.path.isfile(audio):
                     raise DataError(f"{source}, line {line}: no such audio file: {audio}")
-            speaker = sys.intern(str(row.get("speaker", "")))
+            speaker = sys.intern(str("" if row.get("speaker") is None else row["speaker"]))
             utterances.append(Utterance(audio, text, speaker, row["offset"], row["duration"], source, line))
     return utterances
 
@@ -161,13 +161,14 @@ def read_corpus(folder: Path, splits: tuple[str, ...] = SPLITS) -> dict[str, lis
 def check_apart(corpus: dict[str, list[Utterance]]) -> None:
     """Raise DataError for a recording that is in two parts."""
     part_of: dict[str, str] = {}
+    place = functools.cache(os.path.realpath)  # whatever ways and links lead there; once for all segments
     for part, utterances in corpus.items():
         for utterance in utterances:
-            name = str(utterance.audio)
-            other = part_of.setdefault(os.path.normpath(name) if ".." in name else name, part)
+            other = part_of.setdefault(place(utterance.audio), part)
             if other != part:
+                why = f"is in {part} and in {other}: a recording may be in one of them only"
                 with told_of(utterance):
-                    raise DataError(f"{name}: is in {part} and in {other}: a recording may be in one of them only")
+                    raise DataError(f"{utterance.audio}: {why}")
 
 
 def audio_files(corpus: dict[str, list[Utterance]]) -> list[Path]:
@@ -303,8 +304,9 @@ def normalize(features: Tensor, one_mean: bool = False) -> Tensor:
     One mean and one variance a bin; with one_mean, one of each for all bins, the variance with T F - 1 below it, as in
     the paper's CNN-LSTM.
     """
-    if one_mean:
-        return (features - features.mean()) / features.std().clamp(min=1e-3)
+    if one_mean:  # by numpy: torch shares one sum of all out among its threads, and its bits would hang on them
+        x = features.numpy().astype(np.float64)
+        return (features - float(x.mean())) / max(float(x.std(ddof=1)), 1e-3)
     return (features - features.mean(0)) / features.std(0, correction=0).clamp(min=1e-3)
 
 

@@ -455,8 +455,7 @@ def run(args: argparse.Namespace, signals: Signals) -> None:
     if not processes.index():
         args.out.mkdir(parents=True, exist_ok=True)
     with contextlib.nullcontext() if processes.index() else locked(args.out):
-        if not processes.index():
-            rows = rows_there(args.out, config, flags.NAMES)  # again, now that nobody else writes
+        rows = processes.gather(rows if processes.index() else rows_there(args.out, config, flags.NAMES))[0]  # again
         if len(rows) == rounds:
             print(printable(f"{args.out} is finished: nothing to train"))
             say_rows(rows)
@@ -515,7 +514,8 @@ def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signa
             save_round(out, found.ticket, row["round"], info, masks, rewinds)
             if args.source and args.control not in ("random-init", "dense-small"):
                 save_start(out, found.ticket, run_sha256)
-            save_texts(out / TEXTS, row["round"], rounds.texts)
+            if new:  # else it was tested before, and the row is of those texts
+                save_texts(out / TEXTS, row["round"], rounds.texts)
         ledger.append_row(out / "ledger.jsonl" if first else None, rows, row, config)
         if new:
             print(report.text_line(report.cells(row)), flush=True)
@@ -566,11 +566,11 @@ def train_again(run: Path, number: int, cache: str | Path = "memory") -> None:
 @command("train.py", goes_on=True)
 def main(argv: list[str] | None = None) -> int:
     args = flags.parse(argv)
-    if args.plan:
-        epochs = {backbone: args.epochs or recipes.RECIPES[backbone, "paper"].epochs for backbone in models.BACKBONES}
-        print(f"{plan.table(epochs, args.prune_rate)}\n\n{plan.explained()}")
-        return 0
     try:
+        if args.plan:
+            epochs = {name: args.epochs or recipes.RECIPES[name, "paper"].epochs for name in models.BACKBONES}
+            print(f"{plan.table(epochs, args.prune_rate)}\n\n{plan.explained()}")
+            return 0
         processes.start(args.device)
     except lottery.LotteryError as error:
         return fail("train.py", error)

@@ -213,6 +213,10 @@ def _called(program: str, main: Callable[..., int], argv: list[str] | None) -> i
         return 128 + 13
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        if not re.search("out of memory|allocate memory|DataLoader worker", str(error)):
+            raise
+        return fail(program, ValueError(str(error).splitlines()[0]))
     except ModuleNotFoundError as error:
         return fail(program, ValueError(f"the package {error.name} is not there: pip install {error.name}"))
     except OSError as error:

@@ -25,6 +25,7 @@ CONTROLS = ("random-mask", "random-mask-matched", "random-init", "dense-small")
 GO_ON = ("finetune", "lr-rewind")  # rivals that search, whose weights go on from round to round
 GRADUAL = ("gradual", "gradual-long")  # rivals of one training, whose masks shrink as it goes
 RIVALS = (*GO_ON, *GRADUAL, "dense-long")
+EPOCHS = 10_000_000  # of a training, at most: the longest rival's are those of all rounds of a search
 COUNT, RATE, SECONDS = integer(0, 2**53), number(0, 1e6), number(0, 1e9)
 HASH = text(most=1_000)  # as reports take it; verify wants SHA-256
 PATH = maybe(text(most=5_000))
@@ -73,11 +74,11 @@ ROW_NEEDED = {
 ROW_MAY = {
     "seed": integer(0, 2**31 - 1), "config_sha256": SHA256, "data_sha256": SHA256, "code_sha256": SHA256,
     "versions": keyed(text(most=100), 20), "device": one_of("cpu", "cuda"), "threads": integer(1, 1024),
-    "rewind_sha256": SHA256, "start_sha256": SHA256, "threshold": number(0, 1e30), "best_epoch": integer(1, 10_000),
+    "rewind_sha256": SHA256, "start_sha256": SHA256, "threshold": number(0, 1e30), "best_epoch": integer(1, EPOCHS),
     "info_sha256": SHA256, "waited": SECONDS, "resumed": integer(0, 10**9), "parent_sha256": SHA256,
-    "source_mask_sha256": HASH, "valid_wers": listed(RATE, 1, 10_000), "losses": listed(number(), 1, 10_000),
+    "source_mask_sha256": HASH, "valid_wers": listed(RATE, 1, EPOCHS), "losses": listed(number(), 1, EPOCHS),
     "kept_blocks": COUNT, "total_blocks": COUNT, "sizes": keyed(checked.anything, 20),
-    "steps": COUNT, "steps_in_all": COUNT, "epochs": integer(1, 10_000_000), "epochs_before": integer(1, 10_000),
+    "steps": COUNT, "steps_in_all": COUNT, "epochs": integer(1, EPOCHS), "epochs_before": integer(1, EPOCHS),
     "parameters": COUNT, "texts_sha256": SHA256, "verdict_rule": integer(1, 1000), **TEST,
     "other_tests": keyed(record({key: TEST[key] for key in TESTED}, TEST)),
 }  # fmt: skip

@@ -64,7 +64,10 @@ def read(
         if name not in there:
             raise DataError(f"{root}: no {corpus} set {name!r} (there: {', '.join(there) or 'none'})")
     parts = {"train": train, "valid": valid}
-    parts |= {name if name.startswith("test") else f"test-{name}": [name] for name in tests}
+    named = {name if name.startswith("test") else f"test-{name}": [name] for name in tests}
+    if len(named) < len(tests):
+        raise DataError(f"{root}: of the test sets {' '.join(tests)} two are called the same with test- before them")
+    parts |= named
     utterances = {part: [u for name in names for u in read_set(there[name])] for part, names in parts.items()}
     for part, found in utterances.items():
         empty = sum(not utterance.text for utterance in found)

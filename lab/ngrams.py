@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.corpus == "manifests":
             train = data.read_corpus(args.data, ("train",))["train"]
         else:
-            train = corpora.read(args.corpus, args.data)["train"]
+            train = corpora.read(args.corpus, args.data, test_sets=[])["train"]
         content = arpa([utterance.text for utterance in train], args.order)
         files.write_atomically(args.out, content.encode())
     except (data.DataError, lottery.LotteryError, OSError) as error:

@@ -34,20 +34,21 @@ TOKENS = 29  # the paper's; how often a weight multiplies does not depend on the
 
 def multiply_adds(
     backbone: str, sizes: dict | None = None, kept: dict[str, int] | None = None, of: str = "transcribe",
-    whole: bool = False, exclude: Sequence[str] = (),
+    whole: bool = False, exclude: Sequence[str] = (), tokens: int = TOKENS,
 ) -> float:  # fmt: skip
     """Multiply-adds per second of speech, forward: convolutions, LSTMs (each step), linear layers, joiner.
 
     sizes: of the network (default: the paper's).  kept: weights by layer, as in a row of a ledger, so that zeros are
     skipped (default: all, with the paper's 29 tokens); whole: they are all that such a network has, less those of
-    `exclude` (as in lottery.prunable).
+    `exclude` (as in lottery.prunable).  tokens: of the network, for layers that have no count.
     of: "transcribe", greedy recognition, or "loss", which for a transducer computes its joiner over the whole lattice
     and a CTC output beside it.  Raises LotteryError if they are of other layers, or not as many; nothing is built then.
     The utterance is of 4 s and 15 tokens a second. Products of two activations, as in attention, are not counted.
     """
     if whole:
         check_whole(backbone, sizes, kept, exclude)
-    uses, weights = _uses_and_weights(backbone, json.dumps(sizes or models.BACKBONES[backbone].SIZES["paper"]), of)
+    sizes = sizes or models.BACKBONES[backbone].SIZES["paper"]
+    uses, weights = _uses_and_weights(backbone, json.dumps(sizes), of, tokens)
     kept = weights if kept is None else kept
     if not kept or kept.keys() - uses.keys():
         raise lottery.LotteryError(f"{backbone} has the prunable layers {', '.join(uses)}, not {', '.join(kept)}")
@@ -67,11 +68,11 @@ def check_whole(backbone: str, sizes: dict, kept: dict[str, int], exclude: Seque
 
 
 @functools.cache
-def _uses_and_weights(backbone: str, sizes: str, of: str) -> tuple[dict[str, int], dict[str, int]]:
+def _uses_and_weights(backbone: str, sizes: str, of: str, tokens: int) -> tuple[dict[str, int], dict[str, int]]:
     """How often each weight multiplies in an utterance, and how many weights each layer has; sizes: JSON."""
     with torch.random.fork_rng(devices=[]):
-        model = models.BACKBONES[backbone](TOKENS, **json.loads(sizes)).eval()  # eval: no statistics of other processes
-        uses = per_utterance(model, SECONDS, TOKENS, of)
+        model = models.BACKBONES[backbone](tokens, **json.loads(sizes)).eval()  # eval: no statistics of other processes
+        uses = per_utterance(model, SECONDS, tokens, of)
     return uses, {name: weight.numel() for name, weight in lottery.prunable(model).items()}
 
 
@@ -171,7 +172,8 @@ def of_ticket(path: Path) -> str:
     kept = {name: int(mask.sum()) for name, mask in file.masks.items()}
     total = {name: mask.numel() for name, mask in file.masks.items()}
     everything, removed = sum(p.numel() for p in model.parameters()), sum(total.values()) - sum(kept.values())
-    dense, ticket = (multiply_adds(file.info["backbone"], file.info["sizes"], counts) for counts in (total, kept))
+    count = functools.partial(multiply_adds, file.info["backbone"], file.info["sizes"], tokens=len(file.info["tokens"]))
+    dense, ticket = map(count, (total, kept))
     return (
         f"remaining: {1 - removed / sum(total.values()):.1%} of {sum(total.values()):,} prunable weights, "
         f"{1 - removed / everything:.1%} of all {everything:,} parameters\n"

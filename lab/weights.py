@@ -46,14 +46,13 @@ def valid_of(config: dict, folder: Path) -> tuple[list[data.Utterance], set[str]
     return found["valid"], {word for utterance in found["train"] for word in utterance.text.split()}
 
 
-def log_probs_of(model: torch.nn.Module, utterances: list[data.Utterance]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """log_probs (1, T, V) and lengths (1,) of each utterance."""
-    found = []
+def log_probs_of(
+    model: torch.nn.Module, utterance: data.Utterance, one_mean: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log_probs (1, T, V) and lengths (1,). one_mean: how the network's features were normalised."""
+    features = data.normalize(data.FEATURES[model.features](data.waveform_of(utterance)), one_mean)
     with torch.inference_mode():
-        for utterance in utterances:
-            features, _ = data.features_of(utterance, model.features)
-            found.append(model(features[None], torch.tensor([len(features)])))
-    return found
+        return model(features[None], torch.tensor([len(features)]))
 
 
 def wers(
@@ -63,7 +62,17 @@ def wers(
     model, tokens = networks.of(file.info, file.trained).eval(), file.info["tokens"]
     if isinstance(model, models.Transducer):
         raise lottery.LotteryError("a language model goes with CTC (cnn-lstm, conformer), and this ticket is of rnnt")
-    outputs, texts = log_probs_of(model, utterances), [utterance.text for utterance in utterances]
+    decode.transcriber(None, tokens, beam, lm, *pairs[0], words)  # a bad language model is told before all else
+    one_mean = model.features in data.ONE_MEAN and "normalization" in file.info  # once a mean a bin
+    outputs, texts = [], []
+    for utterance in utterances:
+        try:
+            outputs.append(log_probs_of(model, utterance, one_mean))
+            texts.append(utterance.text)
+        except data.DataError as error:
+            if not file.info.get("skip_broken"):
+                raise
+            print(printable(f"left out, as the run was told to: {error}"), file=sys.stderr)
 
     def wer(transcribe) -> float:
         return jiwer.wer(texts, [data.decode(transcribe(*output)[0], tokens) for output in outputs])

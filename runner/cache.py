@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +161,7 @@ TABLE = checked.record(
 )
 HEADER = checked.record({"__metadata__": checked.record({"about": checked.text(most=2**24)})})
 INDEX = checked.keyed(checked.tupled(integer(), integer(1 - checked.WHOLE), SHA256), 10**7)  # size, time, SHA-256
+OLD = 24 * 3600  # seconds: what was begun so long ago is not being written
 INDEX_LIMIT = 2**30  # bytes: of some five million recordings
 
 
@@ -214,17 +216,22 @@ class Cache:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"--cache {folder}: cannot make the folder ({error.strerror})") from None
+        with contextlib.suppress(OSError):
+            for path in folder.glob("*.tmp"):  # of a process that was killed as it wrote
+                if path.stat().st_mtime < time.time() - OLD:
+                    path.unlink()
         self.hashes: dict[Path, str] = {}
 
     def hash_files(self, paths: list[Path]) -> dict[Path, str]:
         """hash_files, but a file whose size and time are those of the last start is not read again."""
         known = self._index()
         stamps = {p: (stat.st_size, stat.st_mtime_ns) for p in paths if p not in self.hashes for stat in [_stat(p)]}
-        found = {path: known[str(path)][2] for path, s in stamps.items() if known.get(str(path), ())[:2] == s}
+        places = {path: os.path.abspath(path) for path in stamps}  # the cache may serve several folders
+        found = {path: known[places[path]][2] for path, s in stamps.items() if known.get(places[path], ())[:2] == s}
         new = data.hash_files([path for path in stamps if path not in found])
         self.hashes |= found | new
         if new:  # else nothing is written: the cache may be one that can only be read
-            rows = self._index() | {str(path): (*stamps[path], sha256) for path, sha256 in new.items()}
+            rows = self._index() | {places[path]: (*stamps[path], sha256) for path, sha256 in new.items()}
             with contextlib.suppress(OSError):  # the next start hashes them again, which is all that this saves
                 write_atomically(self.folder / "hashes.json", json.dumps(rows).encode(), _temporary())
         return self.hashes

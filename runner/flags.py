@@ -297,6 +297,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in given if args.retrain else ():
         if name not in ("--retrain", "--cache"):
             p.error(f"--retrain takes all settings from the run, and no flag beside it but --cache: got {name}")
+    for name in given if args.plan else ():
+        if name not in ("--plan", "--epochs", "--prune-rate"):
+            p.error(f"--plan is of paper sizes, and takes no flag beside it but --epochs and --prune-rate: got {name}")
     args.source = None
     if args.ticket:
         args = parse_with_source(p, args, argv)
@@ -349,6 +352,7 @@ def defaults_of(source: controls.Source, alone: argparse.Namespace) -> dict:
     seconds = alone.batch_seconds or (alone.batch_size is None and there.get("batch_seconds"))
     instead = ["batch_size" if seconds else "batch_seconds"]
     instead += [flag.name for flag in TABLE if flag.part_of and getattr(alone, flag.part_of) == NONE]
+    instead += [] if alone.test else ["test_snr", "test_sets", "lm", "lm_weight", "word_score", "beam"]
     defaults = {}
     for flag in TABLE:
         value = there.get(flag.name, flag.when_absent)
@@ -394,8 +398,9 @@ def check_values(p: Parser, args: argparse.Namespace) -> None:
         p.error(f"--corpus {args.corpus} wants --data DIR, the folder with the unpacked corpus")
     if args.batch_seconds and args.batch_size:
         p.error("--batch-size and --batch-seconds: only one of them can say how large a batch is")
-    if args.test_snr and not args.test:
-        p.error("--test-snr and --no-test: without a test there is no noise in it")
+    of_test = {"--test-snr": args.test_snr, "--test-sets": args.test_sets, "--lm": args.lm, "--beam": args.beam > 1}
+    for option in filter(of_test.get, () if args.test else of_test):
+        p.error(f"{option} is of the test, and with --no-test there is none")
     if args.noise and args.snr is None and args.test_snr is None:
         p.error("--noise needs --snr LO:HI (training), --test-snr A,B,... (test) or both")
     if not args.noise and not (args.snr is None and args.test_snr is None):
@@ -537,7 +542,7 @@ def configuration(args: argparse.Namespace) -> dict:
 
 def shortest(config: dict) -> list[str]:
     """command_line less the flags whose defaults say the same, for people to read; all, where --ticket has defaults."""
-    if "control" in config or "rounds" in config:
+    if of_ticket(config):
         return command_line(config)
     first = {key: config[key] for key in ("backbone", "size", "recipe_name") if key in config}
     usual = configuration(parse([f"{NAMED[key].option}={value}" for key, value in first.items()]))
@@ -566,4 +571,12 @@ def command_line(config: dict, leave_out: Collection[str] = ()) -> list[str]:
             argv += [flag.option, *map(str, value)]
         else:
             argv.append(f"{flag.option}={flag.written(value)}")
+    if of_ticket(config):  # what is not said would be the source's
+        argv += [] if "recipe_name" in config else [f"--recipe={OF_SIZE[config['size']]}"]
+        argv += [] if config.get("skip_broken") else ["--no-skip-broken"]
     return argv
+
+
+def of_ticket(config: dict) -> bool:
+    """Are the defaults of its flags those of --ticket's run?"""
+    return "control" in config or "rounds" in config

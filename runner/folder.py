@@ -78,10 +78,10 @@ class Progress:
 
 
 PROGRESS = checked.record(
-    {"epoch": integer(0, 10_000), "batch": integer(), "loss": number()},
+    {"epoch": integer(0, ledger.EPOCHS), "batch": integer(), "loss": number()},
     {
-        "before": integer(0, 10_000), "losses": listed(number(), 0, 10_000),
-        "valid_wers": listed(number(0), 0, 10_000),
+        "before": integer(0, ledger.EPOCHS), "losses": listed(number(), 0, ledger.EPOCHS),
+        "valid_wers": listed(number(0), 0, ledger.EPOCHS),
         "seconds": number(0), "waited": number(0), "resumed": integer(),
     },
 )  # fmt: skip
@@ -219,7 +219,7 @@ class Checkpoint:
         lottery.load_state(ticket.model, self.part("model"))
         return about["parent"]
 
-    def restore(self, model: torch.nn.Module, optimizer, schedule, device: str, epochs: int = 10_000) -> Progress:
+    def restore(self, model: torch.nn.Module, optimizer, schedule, device: str, epochs=ledger.EPOCHS) -> Progress:
         """Put optimizer, schedule and generators where they were; the model is there already. epochs: of a round."""
         with self.fitting():
             at = self._restore(model, optimizer, schedule, device)

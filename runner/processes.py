@@ -5,6 +5,7 @@ come to the same masks; the first one alone writes.
 """
 
 import contextlib
+import datetime
 import os
 
 import torch
@@ -13,6 +14,8 @@ from torch import nn
 
 import lottery
 import models
+
+WAITED = datetime.timedelta(days=2)  # for the first process, which may download a corpus or fill a cache alone
 
 
 def start(device: str) -> None:
@@ -26,7 +29,8 @@ def start(device: str) -> None:
     try:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=WAITED)
     except (ValueError, KeyError, RuntimeError) as error:
         why = (str(error).splitlines() or [""])[0]
         told = f"RANK is {rank} and WORLD_SIZE {others}, so that other processes are waited for"

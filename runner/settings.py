@@ -169,12 +169,11 @@ def read_corpus(args: argparse.Namespace) -> dict[str, list[data.Utterance]]:
     """The utterances of --data by split: manifests, or a --corpus as it is unpacked; with --no-test, no test set."""
     if args.corpus == "manifests":
         return data.read_corpus(args.data, data.SPLITS if args.test else data.SPLITS[:2])
-    sets = (args.train_sets, args.valid_sets, args.test_sets)
+    sets = (args.train_sets, args.valid_sets, args.test_sets if args.test else [])
     if args.download and not processes.index():
         corpora.download(args.corpus, args.data, *sets)
     processes.gather(None)
-    found = corpora.read(args.corpus, args.data, *sets)
-    return {split: part for split, part in found.items() if args.test or split in data.SPLITS[:2]}
+    return corpora.read(args.corpus, args.data, *sets)
 
 
 def leave_out_broken(utterances: dict[str, list[data.Utterance]], workers: int) -> None:

@@ -269,6 +269,27 @@ def test_a_complete_cache_that_can_only_be_read_serves(recordings, tmp_path, mon
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
 
 
+def test_recordings_of_two_folders_are_not_taken_for_each_other(tmp_path, monkeypatch):
+    """One relative name, as many bytes, one time: only their folders tell them apart."""
+    kept = tmp_path / "cache"
+    for i, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        soundfile.write("a.wav", noise(1600, seed=i), 16_000)
+        os.utime("a.wav", ns=(1, 1))
+        hashes = cache.Cache(kept).hash_files([Path("a.wav")])
+        assert hashes == data.hash_files([Path("a.wav")])
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    old, new = tmp_path / "x.1-0.tmp", tmp_path / "y.1-0.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    cache.Cache(tmp_path)
+    assert not old.exists() and new.exists()
+
+
 def test_two_live_processes_fill_one_cache(recordings, tmp_path, monkeypatch):
     monkeypatch.setattr(cache.Cache, "SHARD", 2)
     expected = [e.features for e in examples_of(recordings, "memory")]

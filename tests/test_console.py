@@ -128,6 +128,16 @@ def test_what_cannot_be_printed_ends_a_command_in_a_line_or_in_silence(error, co
     assert said_by(lambda argv: print("x") or 0, monkeypatch, capsys, Broken(error)) == (code, said)
 
 
+def test_memory_that_runs_out_is_one_line(monkeypatch, capsys):
+    def main(argv):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB.\nmore of it")
+
+    told = "prog: error: CUDA out of memory. Tried to allocate 9 GiB.\n"
+    assert said_by(main, monkeypatch, capsys, io.StringIO()) == (2, told)
+    with pytest.raises(RuntimeError, match="a bug"):
+        said_by(lambda argv: (_ for _ in ()).throw(RuntimeError("a bug")), monkeypatch, capsys, io.StringIO())
+
+
 @pytest.mark.parametrize(
     "error, said",
     [(PIPE, ""), (FULL, "prog: stdout: No space left on device: going on unseen\n")],

@@ -20,6 +20,8 @@ import models
 import train
 from audio_lottery import ledger, sound, verify
 from lab import corpora, networks
+from runner import settings
+from runner.flags import parse
 
 DEMO = Path(data.__file__).parent / "demo"
 
@@ -212,6 +214,10 @@ def test_an4(tmp_path, recordings):
     assert speakers == {"train": sorted(ordered[8:]), "valid": sorted(ordered[:8]), "test": ["fzzz"]}
     assert [u.audio.stem for u in found["test"]] == [f"an{100 + i}-fzzz-b" for i in range(4)]  # not as they are listed
     assert [u.text for u in found["test"]] == [u.text for u in recordings["test"]]
+    for path in (tmp_path / "an4" / "etc").glob("an4_test.*"):
+        path.unlink()
+    args = parse(["--corpus", "an4", "--data", str(tmp_path / "an4"), "--no-test"])
+    assert settings.read_corpus(args) == {part: found[part] for part in ("train", "valid")}  # it never reads the test
     first = min(found["valid"] + found["train"], key=lambda u: u.audio.stem)
     assert first.text == recordings["train"][0].text and first.line == 1
 

@@ -151,7 +151,7 @@ def test_a_recording_of_many_segments_is_looked_for_once(tmp_path, monkeypatch):
     assert [u.line for u in utterances] == list(range(1, 11)) and [u.offset for u in utterances][2] == 0.02
 
 
-def test_a_recording_in_two_splits_is_refused(tmp_path):
+def test_a_recording_in_two_splits_is_refused(tmp_path, monkeypatch):
     for split in ("train", "valid", "test"):
         write_wav(tmp_path / f"{split}.wav", noise(1600))
         row = {"audio_filepath": f"{split}.wav", "text": "a"}
@@ -162,6 +162,20 @@ def test_a_recording_in_two_splits_is_refused(tmp_path):
         (tmp_path / "test.jsonl").write_text(f"\n{json.dumps(row)}")
         with pytest.raises(data.DataError, match=r"test.jsonl, line 2: .*train.wav: is in test and in train: a record"):
             data.read_corpus(tmp_path)
+    (tmp_path / "link.wav").symlink_to("train.wav")
+    (tmp_path / "test.jsonl").write_text(json.dumps({"audio_filepath": "link.wav", "text": "b"}))
+    with pytest.raises(data.DataError, match=r"link.wav: is in test and in train"):
+        data.read_corpus(tmp_path)
+    (tmp_path / "test.jsonl").write_text(json.dumps({"audio_filepath": str(tmp_path / "train.wav"), "text": "b"}))
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(data.DataError, match=r"train.wav: is in test and in train"):
+        data.read_corpus(Path(tmp_path.name))
+
+
+def test_a_speaker_without_a_name_is_none(tmp_path):
+    write_wav(tmp_path / "a.wav", noise(1600))
+    rows = [{"audio_filepath": "a.wav", "text": "a"} | more for more in ({"speaker": None}, {}, {"speaker": 0})]
+    assert [u.speaker for u in data.read_manifest(manifest(tmp_path, *rows))] == ["", "", "0"]
 
 
 def test_half_a_surrogate_pair_in_a_name_is_no_file(tmp_path):
@@ -365,6 +379,13 @@ def test_the_papers_spectrogram_has_one_mean_and_one_deviation_for_all_bins():
     features = torch.tensor([[1.0, 2.0], [3.0, 6.0]])  # mean 3, squares about it 4 + 1 + 0 + 9, over 3
     expected = (features - 3) / (14 / 3) ** 0.5
     torch.testing.assert_close(data.normalize(features, one_mean=True), expected)
+    long, threads = data.log1p_stft(torch.from_numpy(noise(80_000))), torch.get_num_threads()
+    found = []
+    for count in (1, 2, 4):  # a worker has one thread, the main process all of them
+        torch.set_num_threads(count)
+        found.append(data.normalize(long, one_mean=True))
+    torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     utterance = data.Utterance(Path(data.__file__).parent / "demo/audio/added.opus", "")
     for kind, one_mean in (("log-mel", False), ("log1p-stft", True)):
         found, whole = data.features_of(utterance, kind)[0], data.FEATURES[kind](data.load_audio(utterance.audio))

@@ -173,6 +173,7 @@ def test_a_command_line():
         "--corpus=manifests", "--train-sets", "a", "b", "--tokens=chars", "--sparsity=0.9", "--prune-rate=0.2",
         "--rewind-step=0", "--block=1x4", "--scope=lamp", "--min-remaining=0.0", "--test", "--margin=0.01",
         "--marks=0.41,0.168,0.107,0.044", "--beam=1",
+        "--recipe=demo", "--no-skip-broken",  # else those of the ticket's run
     ]  # fmt: skip
 
 
@@ -260,6 +261,12 @@ SPEEDS = "from 0.5 to 2, each above the one before and of two decimals at most"
             ["--seed", "7", "--retrain", "run", "1"],
             "--retrain takes all settings from the run, and no flag beside it but --cache: got --seed",
         ),
+        (
+            ["--plan", "--sparsity", "0.5"],
+            "--plan is of paper sizes, and takes no flag beside it but --epochs and",
+        ),
+        (["--no-test", "--beam", "4"], "--beam is of the test, and with --no-test there is none"),
+        (["--no-test", "--lm", "README.md"], "--lm is of the test, and with --no-test there is none"),
         (["--rounds", "1"], "--control, --rounds, --dense and --ticket-weights go with --ticket"),
         (["--speeds", "1,0.9"], f"argument --speeds: must be A,B,... {SPEEDS}, got '1,0.9'"),
         (["--speeds", "1.234"], f"argument --speeds: must be A,B,... {SPEEDS}, got '1.234'"),

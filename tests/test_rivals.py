@@ -226,7 +226,8 @@ def test_a_run_without_a_test_never_reads_it(corpus, tmp_path, capsys):
     assert "is finished: nothing to train" in capsys.readouterr().out
     with pytest.raises(lottery.LotteryError, match="trained with --no-test: it has nothing to compare"):
         compare.load(tmp_path / "run")
-    assert "--test-snr and --no-test" in refused(capsys, *flags, "--no-test", "--noise", here, "--test-snr", 5)
+    err = refused(capsys, *flags, "--no-test", "--noise", here, "--test-snr", 5)
+    assert "--test-snr is of the test, and with --no-test there is none" in err
 
 
 def test_texts_give_the_ledger_s_counts(corpus, source, tmp_path):

@@ -390,6 +390,12 @@ def test_corpus_says_what_it_leaves_out(tmp_path, capsys):
     assert "2 train utterances left out of training: not between 1 and 9 s long" in capsys.readouterr().out
 
 
+def test_a_plan_of_too_many_rounds_is_one_line(capsys):
+    assert train.main(["--plan", "--prune-rate", "0.0025"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "takes 1248" in err and "rounds to sparsity 0.956" in err
+
+
 def test_plan_trains_nothing(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train.plan, "multiply_adds", lambda backbone, of: 2e9 if of == "loss" else 0)
