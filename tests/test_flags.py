@@ -263,10 +263,13 @@ SPEEDS = "from 0.5 to 2, each above the one before and of two decimals at most"
         ),
         (
             ["--plan", "--sparsity", "0.5"],
-            "--plan is of paper sizes, and takes no flag beside it but --epochs and",
+            "--plan is of paper sizes, and takes no flag beside it but --epochs and --prune-rate: got --sparsity",
         ),
         (["--no-test", "--beam", "4"], "--beam is of the test, and with --no-test there is none"),
-        (["--no-test", "--lm", "README.md"], "--lm is of the test, and with --no-test there is none"),
+        (
+            ["--no-test", "--backbone", "cnn-lstm", "--lm", "README.md"],
+            "--lm is of the test, and with --no-test there is none",
+        ),
         (["--rounds", "1"], "--control, --rounds, --dense and --ticket-weights go with --ticket"),
         (["--speeds", "1,0.9"], f"argument --speeds: must be A,B,... {SPEEDS}, got '1,0.9'"),
         (["--speeds", "1.234"], f"argument --speeds: must be A,B,... {SPEEDS}, got '1.234'"),
