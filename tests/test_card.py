@@ -180,7 +180,7 @@ def test_licences_by_hand(text, found, tmp_path):
     [
         "--backbone=rnnt", "--backbone=conformer --epochs=3 --seed=2", "--backbone=rnnt --size=wide --tokens=bpe:64",
         "--backbone=rnnt --block=8x1 --scope=global", "--backbone=rnnt --block=8x1 --scope=lamp",
-        "--backbone=cnn-lstm --recipe=an4", "--backbone=rnnt --beam=4 --no-test",
+        "--backbone=cnn-lstm --recipe=an4", "--backbone=rnnt --beam=4", "--backbone=rnnt --no-test",
     ],
 )  # fmt: skip
 def test_the_shortest_command_gives_the_configuration_again(line):

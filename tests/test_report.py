@@ -13,7 +13,7 @@ import torch
 import lottery
 import models
 from audio_lottery import console, ledger, verdicts
-from lab import compare, pictures, plan, report, tables
+from lab import compare, coverage, pictures, plan, report, tables
 
 with torch.device("meta"):
     WEIGHTS = {n: w.numel() for n, w in lottery.prunable(models.build("cnn-lstm", "demo", 29)).items()}
@@ -276,7 +276,16 @@ def test_a_claim_of_better_that_is_undecided_says_that_it_matches(tmp_path):
     assert tables.word_of(point) == "holds" and tables.interval(point) == "[+0.000, +0.000]"
     better = ("winning",)
     assert tables.word_of(point, "", better) == "undecided"
-    assert tables.interval(point, "", better) == "[+0.000, +0.000], matching"
+    assert tables.interval(point, "", better) == "[+0.000, +0.000], finds a gain of 0.000, matching"
+    ((method,),) = merged(write_run(tmp_path / "b", [ROUND_0, [2, 2, 6, 6]])).values()
+    (point,) = method.tickets()  # WER 0.4 in both, [-0.2, +0.2]: half of it, and 0.8416 of its 1.96 deviations more
+    assert tables.interval(point, "", better) == "[-0.200, +0.200], finds a gain of 0.286"
+    points = [[ROUND_0, [2, 2, 6, 6]], [ROUND_0, [2, 6, 2, 6]]]
+    ((method,),) = merged(*(write_run(tmp_path / f"c{s}", e, seed=s) for s, e in enumerate(points))).values()
+    (point,) = method.tickets()
+    ends = coverage.upper_ends(point)
+    found = coverage.gain_found(point)
+    assert np.mean(ends - found < 0) == pytest.approx(0.8, abs=1e-3) and coverage.power(point) < 0.1
 
 
 def test_the_demo_s_ledgers_are_read_though_the_first_ones_counted_no_waiting(tmp_path):

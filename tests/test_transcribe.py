@@ -213,7 +213,7 @@ def test_memory_does_not_grow_with_the_recording(flags, tickets, lasting, monkey
     monkeypatch.setitem(data.FEATURES, "log-mel", featured)
     monkeypatch.setattr(streaming.Stream, "push", watched)
     short, long = (most(lasting / f"{seconds}.flac", seconds) for seconds in (30, 600))
-    assert long - short < 2.5e7
+    assert long - short < 3.5e7  # of 38 MB of samples and 19 of features; huge pages (THP) may add some
 
 
 def test_running_out_of_memory_on_one_file_names_it_and_goes_on(tickets, speech, tmp_path, capsys, monkeypatch):
