@@ -616,7 +616,7 @@ def check_least(ticket: Ticket, keep: int) -> None:
     least = sum(ticket.pruning.least(ticket.pruning.units(mask)) for mask in ticket.masks.values())
     if least > keep:
         share = f"min_remaining {ticket.pruning.min_remaining}"
-        raise LotteryError(f"{share} keeps {least} of the prunable, more than {keep} in all")
+        raise LotteryError(f"{share} keeps {least} of the prunable, more than {keep} that sparsity leaves")
 
 
 def finish(ticket: Ticket, trained: State | None) -> tuple[State, dict]:

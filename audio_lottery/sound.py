@@ -234,7 +234,7 @@ def _check_length(
     hence 0.1 s, or 2 %. A segment may end a frame of features behind its recording.
     """
     if not done:
-        where = "" if offset is None else f" from {offset:g} s on"
+        where = "" if offset is None else f" from {offset:.10g} s on"
         raise DataError(f"{name}: no audio in it{where} (its header counts {file.frames} samples)")
     cut = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.M)  # libsndfile's log, of a WAV
     if cut and int(cut[2]) < int(cut[1]) < 0x7FFF0000:  # larger sizes stand for "unknown" in WAVs written to a pipe

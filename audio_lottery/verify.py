@@ -203,10 +203,12 @@ def check_test(test: dict, dense_test: dict, where: str) -> None:
 def check_verdicts(run: Run) -> str | None:
     """By the rule of today; an older rule's intervals are not made any more, and only their words are compared."""
     older, margin = [], run.settings["margin"]
-    for row in filter(ledger.is_tested, run.rows[1:]):
+    tested = [row for row in run.rows[1:] if ledger.is_tested(row)]
+    today = next((i for i, row in enumerate(tested) if "verdict_rule" in row), len(tested))  # from this row on
+    for i, row in enumerate(tested):
         tests = {"": row, **row.get("other_tests", {})}
         if not of_this_rule(row):
-            old = run.end is None and "verdict_rule" not in row  # a ledger with an end is of today's rule
+            old = i < today and (run.end is None or today < len(tested))  # a ledger with an end was ended by today's
             expect(old, f"round {row['round']}: verdict_rule must be {VERDICT_RULE}, got {row.get('verdict_rule')}")
             for test in tests.values():
                 told = f"round {row['round']}: the verdict {test['verdict']} is not that of {test['interval']}"

@@ -52,7 +52,7 @@ class Ctc:
 
     def __init__(self, path):
         self.graph = onnxruntime.InferenceSession(path)
-        if self.graph.get_modelmeta().custom_metadata_map["features"] != "log-mel":
+        if self.graph.get_modelmeta().custom_metadata_map.get("features") == "log1p-stft":
             sys.exit(f"{path}: takes other features than log-mel")
 
     def __call__(self, features):

@@ -8,7 +8,8 @@ data order:
     random-mask-matched    as many in each layer, anywhere in it: only which weights differs
     random-init            its masks on a new draw of the initial weights, another one each round
     a rival                see lab/rivals.py
-    dense-small            no mask: a narrower network, as deep, with as many heads and within 1 % as many parameters
+    dense-small            no mask: a narrower network, as deep, with as many heads and within 1 % as many parameters,
+                           or else the next smaller one
 """
 
 from collections.abc import Callable, Sequence

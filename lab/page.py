@@ -151,7 +151,8 @@ def player_of(utterance: data.Utterance, heard: Heard) -> Player | str:
     """A recording, if it is the one that was heard and a browser plays it."""
     name, start, seconds = utterance.audio.name, utterance.offset, utterance.duration
     there = name if start is None else f"{name} from {start:.10g} s"
-    if (there, utterance.text) != (heard.audio, heard.reference):
+    before = name if start is None else f"{name} from {start:g} s"  # as it was once written
+    if heard.audio not in (there, before) or utterance.text != heard.reference:
         return f"there is another utterance in its place, {there}"
     try:
         if not utterance.audio.is_file():  # a pipe would be waited for

@@ -41,8 +41,8 @@ def recipe_of(recipe, control: str | None, number: int, steps: int, rewind_step:
 class Gradual(lottery.Ticket):
     """A ticket whose masks shrink as it trains: kept(s) = keep + (all - keep) * left(s) ** 3 (Zhu and Gupta 2017).
 
-    left falls from 1 to 0 between a tenth and seven tenths of the steps, in which masks change every hundredth
-    of them; the rest lets the network recover. Only epochs that end there count.
+    left falls from 1 to 0 between a tenth and seven tenths of the steps, and masks change once in a hundredth
+    of all; the rest lets the network recover. Only epochs that end there count.
     """
 
     def __init__(self, model: nn.Module, pruning: lottery.Pruning, keep: int, exclude: Sequence[str] = ()):

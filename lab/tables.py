@@ -127,7 +127,7 @@ def merged_cells(method: Method, point: Point, test: str) -> list[str]:
 
 def curves(methods: list[Method]) -> list[str]:
     """What most readers want of searches: a row a round, the marks bold, a column a test set. [] without a search."""
-    searches = [method for method in methods if not method.get("control")]
+    searches = [method for method in methods if not method.get("control") and not method.get("ticket")]
     points = [(method, point) for method in searches for point in method.points.values()]
     tests = list(dict.fromkeys(test for _, point in points for test in point.tests() if test))
     new = any(point.of_new_texts() for _, point in points)
@@ -230,8 +230,8 @@ def word_of(point: Point, test: str = "", true: tuple[str, ...] = MATCHES) -> st
 
 
 def interval(point: Point, test: str = "", true: tuple[str, ...] = MATCHES) -> str:
-    """The interval. Where the claim is undecided: the power of one that a ticket matches, the gain that one would find
-    that is to be better; and what is shown all the same, that it is worse than dense, or matches."""
+    """The interval, and behind it, of an undecided claim: that a ticket matches has a power; that one method is better
+    has the gain that would be found. Then what is shown all the same: that it is worse than dense, or matches."""
     told, shown = point.verdict(test), ""
     if word_of(point, test, true) == "undecided":
         if true != MATCHES:

@@ -51,6 +51,10 @@ def log_probs_of(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log_probs (1, T, V) and lengths (1,). one_mean: how the network's features were normalised."""
     features = data.normalize(data.FEATURES[model.features](data.waveform_of(utterance)), one_mean)
+    with data.told_of(utterance):
+        if not features.isfinite().all():
+            why = "its samples are too large (features are not finite; full scale is 1)"
+            raise data.DataError(f"{utterance.audio}: {why}")
     with torch.inference_mode():
         return model(features[None], torch.tensor([len(features)]))
 
@@ -58,7 +62,7 @@ def log_probs_of(
 def wers(
     file: files.TicketFile, utterances: list[data.Utterance], words: set[str], lm: Path, beam: int, pairs
 ) -> list[float]:  # fmt: skip
-    """The greedy WER, then that of each pair (lm_weight, word_score)."""
+    """How many utterances were recognised; the greedy WER, then that of each pair (lm_weight, word_score)."""
     model, tokens = networks.of(file.info, file.trained).eval(), file.info["tokens"]
     if isinstance(model, models.Transducer):
         raise lottery.LotteryError("a language model goes with CTC (cnn-lstm, conformer), and this ticket is of rnnt")
@@ -78,7 +82,7 @@ def wers(
         return jiwer.wer(texts, [data.decode(transcribe(*output)[0], tokens) for output in outputs])
 
     known = lambda log_probs, lengths: (log_probs, lengths)  # noqa: E731, a network that was asked already
-    found = [wer(models.ctc_greedy)]
+    found = [len(texts), wer(models.ctc_greedy)]
     for lm_weight, word_score in pairs:
         found.append(wer(decode.transcriber(known, tokens, beam, lm, lm_weight, word_score, words)))
     return found
@@ -103,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         config = ledger.read_config(args.run)
         there = config["machine"]["data"]
         utterances, words = valid_of(config, args.data or (DEMO if there == "demo" else Path(there)))
-        greedy, *found = wers(files.load_ticket(args.run), utterances, words, args.lm, args.beam, pairs)
+        count, greedy, *found = wers(files.load_ticket(args.run), utterances, words, args.lm, args.beam, pairs)
     except (data.DataError, lottery.LotteryError, OSError) as error:
         return fail(PROGRAM, error)
     rows = [[f"{w:g}", *(f"{found[pairs.index((w, s))]:.4f}" for s in args.word_scores)] for w in args.lm_weights]
@@ -112,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     best = min(range(len(pairs)), key=lambda i: (found[i], abs(pairs[i][0]), abs(pairs[i][1])))
     weight, score = pairs[best]
     said = f"--beam {args.beam} --lm-weight {weight:g} --word-score {score:g}: valid WER {found[best]:.4f}"
-    print(printable(f"{said}; greedy {greedy:.4f} ({len(utterances)} utterances; the test was not read)"))
+    print(printable(f"{said}; greedy {greedy:.4f} ({count} utterances; the test was not read)"))
     return 0
 
 

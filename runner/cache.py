@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -161,6 +162,7 @@ TABLE = checked.record(
 )
 HEADER = checked.record({"__metadata__": checked.record({"about": checked.text(most=2**24)})})
 INDEX = checked.keyed(checked.tupled(integer(), integer(1 - checked.WHOLE), SHA256), 10**7)  # size, time, SHA-256
+TEMPORARY = re.compile(r"([0-9a-f]{64}\.safetensors|hashes\.json)\.\d+-[0-9a-f]{16}\.tmp")  # as by _temporary()
 OLD = 24 * 3600  # seconds: what was begun so long ago is not being written
 INDEX_LIMIT = 2**30  # bytes: of some five million recordings
 
@@ -216,9 +218,9 @@ class Cache:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"--cache {folder}: cannot make the folder ({error.strerror})") from None
-        with contextlib.suppress(OSError):
-            for path in folder.glob("*.tmp"):  # of a process that was killed as it wrote
-                if path.stat().st_mtime < time.time() - OLD:
+        for path in folder.glob("*.tmp"):  # of a process that was killed as it wrote
+            with contextlib.suppress(OSError):
+                if TEMPORARY.fullmatch(path.name) and path.stat().st_mtime < time.time() - OLD:
                     path.unlink()
         self.hashes: dict[Path, str] = {}
 

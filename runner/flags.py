@@ -352,7 +352,9 @@ def defaults_of(source: controls.Source, alone: argparse.Namespace) -> dict:
     seconds = alone.batch_seconds or (alone.batch_size is None and there.get("batch_seconds"))
     instead = ["batch_size" if seconds else "batch_seconds"]
     instead += [flag.name for flag in TABLE if flag.part_of and getattr(alone, flag.part_of) == NONE]
-    instead += [] if alone.test else ["test_snr", "test_sets", "lm", "lm_weight", "word_score", "beam"]
+    if not alone.test:
+        instead += ["test_snr", "test_sets", "lm", "lm_weight", "word_score", "beam"]
+        instead += [] if there.get("snr") or alone.snr else ["noise"]  # which was of the test
     defaults = {}
     for flag in TABLE:
         value = there.get(flag.name, flag.when_absent)
@@ -574,6 +576,7 @@ def command_line(config: dict, leave_out: Collection[str] = ()) -> list[str]:
     if of_ticket(config):  # what is not said would be the source's
         argv += [] if "recipe_name" in config else [f"--recipe={OF_SIZE[config['size']]}"]
         argv += [] if config.get("skip_broken") else ["--no-skip-broken"]
+        argv += ["--anneal=1.1"] if config.get("schedule") == "anneal" and "anneal" not in config else []
     return argv
 
 

@@ -282,12 +282,17 @@ def test_recordings_of_two_folders_are_not_taken_for_each_other(tmp_path, monkey
 
 
 def test_what_a_killed_process_left_half_written_goes(tmp_path):
-    old, new = tmp_path / "x.1-0.tmp", tmp_path / "y.1-0.tmp"
-    for path in (old, new):
+    (tmp_path / "a.tmp").mkdir()
+    foreign = tmp_path / "thesis.tmp"
+    shard, index, new = (
+        tmp_path / f"{name}{cache._temporary()}" for name in (f"{0:064x}.safetensors", "hashes.json", "hashes.json")
+    )
+    for path in (foreign, shard, index, new):
         path.write_bytes(b"half")
-    os.utime(old, (1, 1))
+        os.utime(path, (1, 1))
+    os.utime(new)
     cache.Cache(tmp_path)
-    assert not old.exists() and new.exists()
+    assert foreign.exists() and new.exists() and not shard.exists() and not index.exists()
 
 
 def test_two_live_processes_fill_one_cache(recordings, tmp_path, monkeypatch):

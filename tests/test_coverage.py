@@ -1,5 +1,7 @@
 """Coverage and power of verdicts by simulation: the model's moments, the command, and whether 95 % are 95 %."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from test_report import write_run
@@ -17,6 +19,16 @@ def known(seed_sd=0.0, utterance_sd=0.0, both_sd=1.0, seeds=4, tickets=1):
     shape = tickets, seeds, UTTERANCES
     levels = rng.normal(0, seed_sd, (tickets, seeds, 1)) * words
     return levels + rng.normal(0, utterance_sd, shape[-1]) + rng.normal(0, both_sd, shape), words
+
+
+def test_the_gain_that_is_found_is_called_better_four_times_in_five():
+    folder = Path(coverage.__file__).parents[1] / "results" / "an4"
+    runs = [compare.load(folder / f"cnn-lstm-{seed}") for seed in range(5)]
+    ((method,),) = compare.merge(runs).values()
+    point = method.tickets()[3]
+    gain = coverage.gain_found(point)
+    _, better = coverage.simulated(coverage.source_of([point]), coverage.crossed, 5, margin=0.0, worse=-gain)
+    assert better[0] == pytest.approx(0.8, abs=0.06) and 0.005 < gain < 0.05
 
 
 def test_trials_are_spread_as_the_ledger_says():

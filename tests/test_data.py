@@ -381,10 +381,12 @@ def test_the_papers_spectrogram_has_one_mean_and_one_deviation_for_all_bins():
     torch.testing.assert_close(data.normalize(features, one_mean=True), expected)
     long, threads = data.log1p_stft(torch.from_numpy(noise(80_000))), torch.get_num_threads()
     found = []
-    for count in (1, 2, 4):  # a worker has one thread, the main process all of them
-        torch.set_num_threads(count)
-        found.append(data.normalize(long, one_mean=True))
-    torch.set_num_threads(threads)
+    try:
+        for count in (1, 2, 4):  # a worker has one thread, the main process all of them
+            torch.set_num_threads(count)
+            found.append(data.normalize(long, one_mean=True))
+    finally:
+        torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     utterance = data.Utterance(Path(data.__file__).parent / "demo/audio/added.opus", "")
     for kind, one_mean in (("log-mel", False), ("log1p-stft", True)):

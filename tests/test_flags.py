@@ -227,6 +227,11 @@ def test_a_ticket_s_run_gives_the_defaults(monkeypatch, capsys):
     assert identity(of("--ticket", "x")) == identity(config) | {"rounds": [0, 1, 2]}
     assert "snr" not in of("--ticket", "x", "--noise", "none")
     assert of("--ticket", "x", "--epochs", 4, "--rounds", 2)["epochs"] == 4
+    source_of(monkeypatch, of("--noise", "x", "--test-snr", "10,0"), [1, 2], noise="x")  # its noise is the test's
+    found = of("--ticket", "x", "--no-test")
+    assert not found["test"] and "test_snr" not in found and found["machine"]["noise"] is None
+    source_of(monkeypatch, config, [1, 2], noise="x")
+    assert "snr" in of("--ticket", "x", "--no-test")
     said = refused(capsys, "--ticket", "x", "--block", "1x1")
     assert said == "--block is 2x3 in x, whose masks were made so: leave it out"
     said = refused(capsys, "--ticket", "x", "--sparsity", 0.5)

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 import statistics
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 import lottery
 import models
 from audio_lottery import console, ledger, verdicts
-from lab import compare, coverage, pictures, plan, report, tables
+from lab import compare, pictures, plan, report, tables
 
 with torch.device("meta"):
     WEIGHTS = {n: w.numel() for n, w in lottery.prunable(models.build("cnn-lstm", "demo", 29)).items()}
@@ -280,12 +279,41 @@ def test_a_claim_of_better_that_is_undecided_says_that_it_matches(tmp_path):
     ((method,),) = merged(write_run(tmp_path / "b", [ROUND_0, [2, 2, 6, 6]])).values()
     (point,) = method.tickets()  # WER 0.4 in both, [-0.2, +0.2]: half of it, and 0.8416 of its 1.96 deviations more
     assert tables.interval(point, "", better) == "[-0.200, +0.200], finds a gain of 0.286"
-    points = [[ROUND_0, [2, 2, 6, 6]], [ROUND_0, [2, 6, 2, 6]]]
-    ((method,),) = merged(*(write_run(tmp_path / f"c{s}", e, seed=s) for s, e in enumerate(points))).values()
+
+
+def test_a_match_is_refuted_above_the_margin_alone(tmp_path):
+    """0, 1, 1 and 3 more errors in 10 words: 3.5 % of the draws have a sum of 1 or less, so it begins at 0.025."""
+    ((method,),) = merged(write_run(tmp_path / "a", [ROUND_0, [4, 5, 5, 7]], margin=0.05)).values()
     (point,) = method.tickets()
-    ends = coverage.upper_ends(point)
-    found = coverage.gain_found(point)
-    assert np.mean(ends - found < 0) == pytest.approx(0.8, abs=1e-3) and coverage.power(point) < 0.1
+    assert point.verdict().word == "worse" and point.verdict().low == 0.025
+    assert tables.word_of(point) == "undecided" and tables.interval(point).endswith("], worse")
+    assert tables.word_of(point, "", ("winning",)) == "does not hold"
+    point.margin = 0.02
+    assert tables.word_of(point) == "does not hold" and tables.interval(point).endswith("]")
+
+
+def test_holm_counts_the_marks_that_have_no_round(tmp_path):
+    ((method,),) = merged(write_run(tmp_path / "a", [ROUND_0] + [[1, 1, 1, 1]] * 4, sparsity=0.59)).values()
+    assert method.holm() == [pytest.approx(4 / 10_001)]  # of 10,000 draws none is above the margin; 41 % is one of four
+    nothing = [10, 10, 10, 10]
+    ((method,),) = merged(write_run(tmp_path / "b", [nothing] + [ROUND_0] * 4, sparsity=0.59)).values()
+    assert method.holm() == [1.0]
+
+
+def test_a_short_table_of_searches(tmp_path):
+    errors, control = [ROUND_0] + [[1, 1, 1, 1]] * 4, dict(control="random-mask")
+    runs = [write_run(tmp_path / scope, errors, sparsity=0.59, scope=scope) for scope in ("global", "lamp")]
+    (methods,) = merged(*runs, write_run(tmp_path / "c", errors, sparsity=0.59, **control)).values()
+    head, _, *rows, end = tables.curves(methods)
+    assert (
+        head == "| method | remaining | weights kept | seeds | valid WER | test WER | CER | against dense |" and not end
+    )
+    assert len(rows) == 10 and [row.split("|")[2] for row in rows[:5]] == [
+        " 100.0% ", " 80.0% ", " 64.0% ", " 51.2% ", " **41.0%** ",
+    ]  # fmt: skip
+    kept = lottery.kept_counts(TOTAL, 0.59, 0.2)[-1]
+    assert f"| {kept:,} | 1 | 0.500 | 0.100 | 0.050 | winning [-0.300, -0.300] |" in rows[4]
+    assert tables.curves([method for method in methods if method.get("control")]) == []
 
 
 def test_the_demo_s_ledgers_are_read_though_the_first_ones_counted_no_waiting(tmp_path):
@@ -591,5 +619,6 @@ def test_the_tables_of_an4_are_those_of_its_ledgers():
     groups = report.merged(sorted(folder.glob("*-[0-9]")))
     told = tables.merged_report(groups, pictured=True)
     assert told == (folder / "tables" / "report.md").read_text()
-    rows = re.findall(r"^\| \**[\d.]+%.*", (folder.parents[1] / "RESULTS.md").read_text(), re.MULTILINE)
-    assert len(rows) > 4 and set(rows) <= set(told.split("\n")), "RESULTS.md's table is not of the ledgers"
+    (methods,) = groups.values()
+    curves = "\n".join(tables.curves(methods))
+    assert curves in told and curves in (folder.parents[1] / "RESULTS.md").read_text(), "not the table of RESULTS.md"
