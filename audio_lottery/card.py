@@ -106,9 +106,10 @@ def sizes(path: Path, file: files.TicketFile) -> list[str]:
     parts, dense = files.parts(path, file), files.dense_bytes(file.trained)
     whole, rewind = sum(parts.values()), sum(size for part, size in parts.items() if part.startswith("rewind"))
     without = f", {whole - rewind:,} without its rewind state" if rewind else ""
+    of_all = f"; {kept + rest:,} of all {total + rest:,} parameters, {(kept + rest) / (total + rest):.1%}"
+    of_all = of_all if is_run(file.info) else ""  # which tensors of another network are parameters is unknown
     return [
-        f"weights kept: {kept:,} of {total:,} prunable ones, {kept / total:.1%}; "
-        f"{kept + rest:,} of all {total + rest:,} parameters, {(kept + rest) / (total + rest):.1%}",
+        f"weights kept: {kept:,} of {total:,} prunable ones, {kept / total:.1%}{of_all}",
         f"bytes: {whole:,}{without}; the dense float32 checkpoint has {dense:,}",
     ]
 
@@ -155,9 +156,7 @@ def command(info: dict, origin: Origin | None, line_of: Callable[[dict], list[st
 
 def settings_in(info: dict) -> dict:
     """The settings of a run, of its ticket's info: what --tokens was stands in the tokens themselves."""
-    pieces = (
-        any(len(token) > 1 for token in map(str, info["tokens"][1:])) if isinstance(info.get("tokens"), list) else 0
-    )
+    pieces = isinstance(info.get("tokens"), list) and "▁" in "".join(map(str, info["tokens"]))  # of bpe:N
     kind = {"tokens": f"bpe:{len(info['tokens'])}" if pieces else "chars"}
     return {key: value for key, value in info.items() if key not in ("sizes", "features")} | kind
 

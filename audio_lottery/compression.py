@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 import lottery
 from audio_lottery.fused import fused
-from audio_lottery.layers import Conv, DenseProduct, Greedy, Layer, Lstm, Product, Recurrent
+from audio_lottery.layers import Conv, DenseProduct, Fixed, Greedy, Layer, Lstm, Product, Recurrent
 from audio_lottery.masked import check_names, masked_copy
 from audio_lottery.sparse import DTYPES, FEW_COLUMNS, LAYOUTS, WAYS, Matrix, to_matrix, whole
 
@@ -314,6 +314,8 @@ def form_of(
         return None, f"no sparse form of {kind.__name__} with {other[0] if other else 'padding by name'}"
     if module._forward_hooks or module._forward_pre_hooks:
         return None, "it has hooks, as weight_norm is one, which only the layer itself runs"
+    if "forward" in vars(module):
+        return None, "its forward was replaced by another function"
     if len(own) != (2 * len(module.all_weights) if kind is nn.LSTM else 1):
         return None, f"only {', '.join(own)} of it can be pruned"
     if not calls:
@@ -365,7 +367,7 @@ def tensors_in(value: object) -> list[Tensor]:
     """The tensors of a layer's output, in order; those of nested ones one by one."""
     if isinstance(value, Tensor):
         return list(value.unbind()) if value.is_nested else [value]
-    return [tensor for part in value for tensor in tensors_in(part)] if isinstance(value, tuple) else []
+    return [tensor for part in value for tensor in tensors_in(part)] if isinstance(value, (tuple, list)) else []
 
 
 def check_alike(layer: nn.Module, become: nn.Module, calls: Calls, exact: bool) -> float:
@@ -412,15 +414,33 @@ def compress_layers(model: nn.Module, masks: lottery.Masks, maker: Maker) -> tup
     return rows, swaps
 
 
+def floats_in(value: object) -> list[Tensor]:
+    return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
+
+
+def check_answers(got: list[Tensor], wanted: list[Tensor]) -> None:
+    """Raise LotteryError unless the model answers as before, up to float32's rounding through several layers."""
+    if [t.shape for t in got] != [t.shape for t in wanted]:
+        raise lottery.LotteryError(f"what run returns is of shapes {[list(t.shape) for t in got]}")
+    for a, b in zip(got, wanted):
+        finite = b.isfinite()
+        most = float(b[finite].abs().max()) if finite.any() else 0.0
+        if not torch.allclose(a, b, rtol=1e-2, atol=1e-2 * most, equal_nan=True):
+            raise lottery.LotteryError(f"what run returns is up to {float((a - b).abs().max()):.3g} off")
+
+
 def attempt(
-    model: nn.Module, dense: nn.Module, swaps: list[Swap], run: Callable[[nn.Module], object]
+    model: nn.Module, dense: nn.Module, swaps: list[Swap], run: Callable[[nn.Module], object], wanted: list[Tensor]
 ) -> list[tuple[Swap, str]]:
-    """Put `swaps` in and run the model. Returns those without which it runs, and why; they are dense again."""
+    """Put `swaps` in and run the model. Returns those without which it runs and answers as wanted, and why; they are
+    dense again."""
     for swap in swaps:
         swap.put(swap.sparse)
     try:
         use_products(model, dense)
-        run(model)
+        found = floats_in(run(model))
+        if wanted:
+            check_answers(found, wanted)
         return []
     except Exception as error:
         for swap in swaps:
@@ -428,7 +448,7 @@ def attempt(
         if len(swaps) == 1:
             return [(swaps[0], failing(error))]
         half = len(swaps) // 2
-        return attempt(model, dense, swaps[:half], run) + attempt(model, dense, swaps[half:], run)
+        return attempt(model, dense, swaps[:half], run, wanted) + attempt(model, dense, swaps[half:], run, wanted)
 
 
 def use_products(model: nn.Module, dense: nn.Module) -> None:
@@ -444,13 +464,26 @@ def use_products(model: nn.Module, dense: nn.Module) -> None:
             ours = model.get_submodule(name)
             replaced = isinstance(ours.linear1, Layer) or isinstance(ours.linear2, Layer)
             ours.activation_relu_or_gelu = 0 if replaced else layer.activation_relu_or_gelu
-    if hasattr(model, "greedy_parts"):
-        model.use_greedy(Greedy(**model.greedy_parts()))
+    if hasattr(model, "greedy_parts") and plain(parts := model.greedy_parts()) and lottery.ops.compiled:
+        model.use_greedy(Greedy(**parts) if parts["embedding"].weight.device.type == "cpu" else None)
     for module in list(model.modules()):
         parts = module.fused_parts() if hasattr(module, "fused_parts") else {}
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in parts.values() if isinstance(m, nn.Module))
-        if parts and not hooked:
+        if parts and plain(parts):
             module.use_fused(*fused(**parts))
+
+
+def plain(parts: dict[str, object]) -> bool:
+    """Do these layers compute what their kinds do? Not with hooks, and not with a forward of their own: what is made of
+    their weights would leave that out."""
+    kinds = (nn.Embedding, nn.Linear, nn.LSTM, nn.Conv1d)
+    for layer in parts.values():
+        if not isinstance(layer, nn.Module) or isinstance(layer, Fixed):
+            continue
+        of_torch = next((kind for kind in kinds if isinstance(layer, kind)), None)
+        own = "forward" in vars(layer) or (of_torch and type(layer).forward is not of_torch.forward)
+        if own or layer._forward_hooks or layer._forward_pre_hooks:
+            return False
+    return True
 
 
 def checked_choice(model: nn.Module, chosen: dict[str, str] | None, run: Callable | None) -> dict[str, str] | None:
@@ -478,14 +511,15 @@ def compress(
     no wrapper of torch.compile, DistributedDataParallel or DataParallel.
     run: uses the model as it will be used (`lambda model: model.transcribe(features, input_lengths)`): each layer is
     measured on what reaches it there, with as many threads as torch has now; layers that are not reached stay dense.
-    It is called 6 times at most, so it must not use anything up; more often only where a layer's replacement fails,
-    which then stays dense and is named. If it is faster dense as a whole, all stays dense.
+    It is called 7 times at most, so it must not use anything up; more often only where a layer's replacement fails,
+    which then stays dense and is named: also where in float32 what `run` returns would be another. If it is faster
+    dense as a whole, all stays dense.
     Without it a layer is measured on one utterance of FRAMES frames, and Conv2d stays dense.
     layout: one of LAYOUTS to measure against dense; all by default.
     dtype: "float32", "bfloat16", or "int8" with a scale an output; for sparse layers, dense ones stay float32.
     keep_dense: names of layers (with all in them) or of weights that stay dense.
     chosen: what each weight takes, as choice(rows) of another call on such a model says; weights that it does not name
-    stay dense. Nothing is measured, and `run` is called twice; not at all where everything stays dense.
+    stay dense. Nothing is measured, and `run` is called three times at most; not at all where everything stays dense.
     A model with the methods `greedy_parts` and `use_greedy` gets a compiled greedy loop too: see layers.Greedy. A block
     in it with `fused_parts` and `use_fused` gets what these name in one pass each: see fused.py.
     Raises LotteryError for another layout or dtype, for masks and names that are not the model's, for `chosen` without
@@ -496,7 +530,14 @@ def compress(
     if layout is not None and layout not in LAYOUTS:
         raise lottery.LotteryError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout}")
     chosen = checked_choice(model, chosen, run)
-    maker = Maker(run, list(LAYOUTS) if layout is None else [layout], dtype, check_names(model, keep_dense), chosen)
+    returned: list = []  # by run, as the layers' calls were recorded
+    maker = Maker(
+        run and (lambda m: returned.append(run(m))),
+        list(LAYOUTS) if layout is None else [layout],
+        dtype,
+        check_names(model, keep_dense),
+        chosen,
+    )
     compressed, masks = masked_copy(model, masks)
     dense = copy.deepcopy(compressed)
     with torch.no_grad():
@@ -507,7 +548,11 @@ def compress(
         if not run:
             use_products(compressed, dense)
             return compressed, rows
-        failed = attempt(compressed, dense, swaps, run) if swaps else []
+        wanted = floats_in(returned[0]) if swaps and dtype == "float32" else []
+        if wanted:  # unless it returns something else each time
+            again = floats_in(run(dense))
+            wanted = wanted if len(wanted) == len(again) and all(map(torch.equal, wanted, again)) else []
+        failed = attempt(compressed, dense, swaps, run, wanted) if swaps else []
         if failed and len(failed) == len(swaps):
             run(compressed)  # all dense again: if this raises, it is not for our layers
         for swap, why in failed:

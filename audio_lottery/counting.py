@@ -13,8 +13,11 @@ from lottery import PRUNED_LAYERS, LotteryError, prunable
 PRODUCTS = {
     "linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "baddbmm", "einsum",
     "tensordot", "inner", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-    "multi_head_attention_forward",
+    "multi_head_attention_forward", "addmv", "multi_dot", "linalg_multi_dot", "linalg_matmul",
+    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
 }  # fmt: skip
+
+ROWS_OF = {"embedding", "index_select", "gather"}  # what these take of a weight, as a tied one, is an input
 
 
 def weight_uses(model: nn.Module, call: Callable[[], object]) -> dict[str, int | Tensor]:
@@ -28,8 +31,10 @@ def weight_uses(model: nn.Module, call: Callable[[], object]) -> dict[str, int |
     Raises LotteryError, naming it, for a weight that is multiplied outside of its layer's forward: it is not seen here.
     """
     names = {id(weight): name for name, weight in prunable(model).items()}
+    sizes = {name: weight.numel() for name, weight in prunable(model).items()}
     uses: dict[str, int | Tensor] = dict.fromkeys(names.values(), 0)
     running: list[nn.Module] = []
+    made: dict[int, tuple[str, Tensor]] = {}  # what was made of a weight outside of its layer, and holds its place
 
     def count(module, args, kwargs, output):
         running.pop()
@@ -39,13 +44,21 @@ def weight_uses(model: nn.Module, call: Callable[[], object]) -> dict[str, int |
 
     class Watch(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            if getattr(func, "__name__", "") in PRODUCTS:
-                within = {id(weight) for module in running for _, weight in own_weights(module)}
-                for key in (id(x) for tensor in tensors_in((args, kwargs)) for x in (tensor, tensor._base)):
-                    if key in names and key not in within:
-                        what = f"multiplies in {func.__name__} outside of its layer's forward"
-                        raise LotteryError(f"{names[key]} {what}: its uses cannot be counted")
-            return func(*args, **(kwargs or {}))
+            within = {id(weight) for module in running for _, weight in own_weights(module)}
+            found = (id(x) for tensor in tensors_in((args, kwargs)) for x in (tensor, tensor._base))
+            weight = next((w for w in (names.get(k) or name_of_made(k) for k in found if k not in within) if w), None)
+            called = getattr(func, "__name__", "")
+            if weight and called in PRODUCTS:
+                what = f"multiplies in {called} outside of its layer's forward"
+                raise LotteryError(f"{weight} {what}: its uses cannot be counted")
+            result = func(*args, **(kwargs or {}))
+            if weight and called not in ROWS_OF and isinstance(result, Tensor) and result.is_floating_point():
+                if result.numel() == sizes[weight]:
+                    made[id(result)] = weight, result
+            return result
+
+    def name_of_made(key: int) -> str | None:
+        return made[key][0] if key in made else None
 
     layers = [module for module in model.modules() if isinstance(module, PRUNED_LAYERS)]
     hooks = [module.register_forward_hook(count, with_kwargs=True) for module in layers]
@@ -100,6 +113,8 @@ def uses_in(module: nn.Module, path: str, args: tuple, kwargs: dict, output) -> 
     out = output[0] if isinstance(output, tuple) else output
     if isinstance(module, nn.modules.conv._ConvNd):
         return out.numel() // module.out_channels
+    if isinstance(module, nn.Linear):
+        return out.numel() // max(module.out_features, 1)
     if not is_attention(module):
         return rows_of(out)
     query, key, value = map(rows_of, given[:3])

@@ -109,10 +109,16 @@ def digest(content: bytes, at: int) -> str:
 
 
 def write_sealed(path: Path, kind: str, tensors: dict[str, Tensor], about: dict) -> None:
-    """Write tensors and JSON to one file, whole or not at all."""
-    metadata = {"about": f"sha256:{'0' * 64} " + json.dumps({"format": FORMAT, "kind": kind, **about})}
+    """Write tensors and JSON to one file, whole or not at all. Raises LotteryError for JSON that would not be read."""
+    try:
+        said = json.dumps({"format": FORMAT, "kind": kind, **about})
+    except (TypeError, ValueError, RecursionError) as error:
+        raise LotteryError(f"{path}: its metadata is no JSON: {error}") from None
+    checked.parse(said, f"{path}: its metadata", checked.OBJECT)  # before it takes the place of a good one
     ready = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    content = safetensors.torch.save(ready, metadata)
+    content = safetensors.torch.save(ready, {"about": f"sha256:{'0' * 64} {said}"})
+    if int.from_bytes(content[:8], "little") > HEADER or len(content) > LARGEST:
+        raise LotteryError(f"{path}: a header of {HEADER:,} bytes and a file of {LARGEST:,} are the most that is read")
     at = content.index(SEAL) + len(SEAL)
     stated = digest(content, at).encode()
     write_atomically(path, content[:at] + stated + content[at + 64 :])
@@ -216,7 +222,7 @@ def save_ticket(path: Path, masks: Masks, rewind: State | None, trained: State, 
 
     rewind: None leaves it out.  info: whatever rebuilds the model (JSON), kept in the file's metadata.
     Raises LotteryError, naming it, for what load_ticket would refuse: no mask at all, a mask of no weight, a NaN, an
-    infinite value of a masked weight.
+    infinite value of a masked weight, and info that is no JSON or has a NaN in it. What was there stays then.
     """
     path = Path(path)
     if not any(mask.numel() for mask in masks.values()):
@@ -234,6 +240,7 @@ def save_ticket(path: Path, masks: Masks, rewind: State | None, trained: State, 
         "mask_sha256": {name: sha256({name: mask}) for name, mask in masks.items()},
         "info": info,
     }
+    TICKET(about, f"{path}: its metadata")
     write_sealed(path, "ticket", tensors, about)
 
 
@@ -306,6 +313,12 @@ def check_finite(path: Path, state: State, buffers: Container[str] = ()) -> None
 
 
 def _ticket_of(path: Path, tensors: dict[str, Tensor], about: dict, buffers: Container[str]) -> TicketFile:
+    in_memory = 0  # where nothing is kept, a bit of the file is a bool and two weights
+    for name, shape in about["shapes"].items():
+        weights = (tensors[key].element_size() for key in (f"trained/{name}", f"rewind/{name}") if key in tensors)
+        in_memory += math.prod(shape) * (1 + sum(weights))
+    if in_memory > LARGEST:
+        raise LotteryError(f"{path}: its weights would take {in_memory:,} bytes of memory ({LARGEST:,} at most)")
     masks = _unpacked(path, {n[5:]: t for n, t in tensors.items() if n.startswith("mask/")}, about["shapes"])
     if about["mask_sha256"] != {name: sha256({name: mask}) for name, mask in masks.items()}:
         raise LotteryError(f"{path}: a mask does not have the hash the ticket states")

@@ -81,8 +81,9 @@ def fused(heads: int, depthwise: nn.Conv1d, norm: nn.BatchNorm1d) -> "tuple[Rota
 def turns(frames: int, half: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine of rotary positions, (frames, half) each."""
     with torch.inference_mode(False):  # else they could be used in that mode alone, ever after
-        rates = 10_000.0 ** (-torch.arange(half, dtype=torch.float32) / half)
-        angle = torch.outer(torch.arange(frames, dtype=torch.float32), rates)
+        numbers = {"dtype": torch.float32, "device": "cpu"}  # they are kept: whatever device is the default now
+        rates = 10_000.0 ** (-torch.arange(half, **numbers) / half)
+        angle = torch.outer(torch.arange(frames, **numbers), rates)
         return angle.cos(), angle.sin()
 
 

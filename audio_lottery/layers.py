@@ -42,10 +42,12 @@ class Fixed(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         self._buffers.update({name: bits(buffer) for name, buffer in before.items()})
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            moved = self._buffers[name]
-            self._buffers[name] = moved.view(buffer.dtype) if moved.dtype == bits(buffer).dtype else buffer
+        try:
+            super()._apply(fn, recurse)
+        finally:  # it may fail, as without a GPU
+            for name, buffer in before.items():
+                moved = self._buffers[name]
+                self._buffers[name] = moved.view(buffer.dtype) if moved.dtype == bits(buffer).dtype else buffer
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
@@ -62,9 +64,9 @@ class Fixed(nn.Module):
 
     def keep_attributes(self, layer: nn.Module) -> None:
         """Take over what others may read of the layer: in_features, stride, hidden_size, whatever a user added."""
-        of_all = vars(nn.Module())
+        ours = {*vars(nn.Module()), *vars(self), "forward"}
         self.train(layer.training)
-        vars(self).update({n: v for n, v in vars(layer).items() if n not in of_all and not n.startswith("_")})
+        vars(self).update({n: v for n, v in vars(layer).items() if n not in ours and not n.startswith("_")})
 
 
 def check_floating(input: Tensor) -> None:

@@ -1,6 +1,7 @@
 """A copy of a model to make fast: without wrappers, and with zeros where weights are pruned."""
 
 import copy
+import functools
 from collections.abc import Iterable
 
 from torch import Tensor, nn
@@ -41,12 +42,24 @@ def unwrapped_name(model: nn.Module, name: str) -> str:
     return name
 
 
+def of(function: object, model: nn.Module) -> bool:
+    """Is this a method of one of the model's modules, or a partial of one?"""
+    if isinstance(function, functools.partial):
+        return any(of(part, model) for part in (function.func, *function.args))
+    return any(getattr(function, "__self__", None) is module for module in model.modules())
+
+
 def masked_copy(model: nn.Module, masks: lottery.Masks) -> tuple[nn.Module, lottery.Masks]:
     """An unwrapped copy with zeros where weights are pruned, for inference, and its masks by its own names.
 
-    A weight without a mask was not pruned. Raises LotteryError for masks that are not the model's, and for none.
+    A weight without a mask was not pruned. Raises LotteryError for masks that are not the model's, for none, and for a
+    module whose own `forward` is a function that no copy takes along.
     """
     masked = unwrapped_copy(model).eval().requires_grad_(False)
+    for name, module in masked.named_modules():
+        if "forward" in vars(module) and not of(module.forward, masked):
+            what = f"the forward of {name or 'the model'} was replaced by a function that no copy takes along"
+            raise lottery.LotteryError(f"{what}: it would run the model that it was made for (give it as a method)")
     masks = {unwrapped_name(model, name): mask for name, mask in masks.items()}
     weights = lottery.prunable(masked)
     for name in [*masks, *weights]:

@@ -1,6 +1,7 @@
 """What takes a layer's place is called, read, cast, copied and sent away as the layer was."""
 
 import copy
+import functools
 import pickle
 import re
 from multiprocessing.reduction import ForkingPickler
@@ -384,7 +385,8 @@ def test_run_is_called_a_handful_of_times_and_its_errors_pass_through(always):
         return model(torch.randn(2, 60))
 
     compress(model, masks, run)
-    assert calls == [nn.Linear, layers.Product]  # once to record, once to see that it runs; the rest is timing
+    # once to record, once to see that it runs (what it returns is another each time); the rest is timing
+    assert calls == [nn.Linear, nn.Linear, layers.Product]
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         compress(model, masks, lambda m: m(torch.randn(2, 7)))
     turns = iter([None])
@@ -397,6 +399,60 @@ def test_run_is_called_a_handful_of_times_and_its_errors_pass_through(always):
         compress(model, masks, once)
 
 
+def test_a_model_that_looks_at_its_layers_kinds_stays_dense(always):
+    """It asks isinstance, as some do to put an activation behind a layer: without an error the answer is another."""
+
+    class Looking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 5)])
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+                x = x.relu() if isinstance(layer, nn.Linear) else x
+            return x, [x]
+
+    model, masks = pruned(Looking())
+    x = torch.randn(9, 6)
+    compressed, rows = compress(model, masks, lambda m: m(x))
+    close(compressed(x)[0], model(x)[0])
+    assert [row.layout for row in rows] == ["dense", "dense"]
+    assert all(re.search("its replacement fails: LotteryError: what run returns is up to .* off", r.why) for r in rows)
+
+
+def test_a_forward_that_was_replaced(always):
+    def doubled(forward, x):
+        return 2 * forward(x)
+
+    model, masks = pruned(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5)))
+    x = torch.randn(3, 6)
+    model[0].forward = functools.partial(doubled, model[0].forward)  # a copy of it is of the copy's layer
+    want = model(x)
+    compressed, rows = compress(model, masks, lambda m: m(x))
+    close(compressed(x), want)
+    assert (rows[0].layout, rows[1].layout) == ("dense", "unstructured")
+    assert rows[0].why == "its forward was replaced by another function"
+    layer = model[0]
+    model[0].forward = lambda x: nn.functional.linear(x, layer.weight)  # one of this layer, whose copy runs it too
+    with pytest.raises(lottery.LotteryError, match="the forward of 0 was replaced by a function that no copy takes"):
+        compress(model, masks, lambda m: m(x))
+
+
+def test_a_move_that_fails_leaves_the_layer_as_it_was(always):
+    model, masks = pruned(nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
+    x = torch.randn(3, 6)
+    compressed, _ = compress(model, masks, lambda m: m(x))
+    want = compressed(x)
+
+    def refuse(tensor):
+        raise RuntimeError("no such device")
+
+    with pytest.raises(RuntimeError, match="no such device"):
+        compressed._apply(refuse)
+    assert torch.equal(compressed(x), want)
+
+
 def test_run_is_timed_twice_each_way(monkeypatch):
     model, masks = pruned(nn.Sequential(nn.Linear(60, 60)))
     calls, times = [], compression.time_calls
@@ -406,7 +462,7 @@ def test_run_is_timed_twice_each_way(monkeypatch):
 
     monkeypatch.setattr(compression, "time_calls", prefer_ours)
     compress(model, masks, lambda m: calls.append(type(m[0])) or m(torch.randn(2, 60)), layout="unstructured")
-    assert 4 <= len(calls) <= 6 and set(calls) == {nn.Linear, layers.Product}
+    assert 4 <= len(calls) <= 7 and set(calls) == {nn.Linear, layers.Product}
 
 
 # ---------------------------------------------------------------------------- names, wrappers, shared layers
@@ -517,7 +573,7 @@ def test_layers_with_hooks_stay_dense(always):
     why = {row.name: row.why for row in rows}
     assert why["0.weight"].startswith("it has hooks") and type(compressed[0]) is nn.Linear
     assert type(compressed[1]) is type(model[1]) and type(compressed[2]) is layers.Product
-    assert len(seen) == 2  # recorded, and tried
+    assert len(seen) == 3  # recorded, once more to see that it returns the same, and tried
 
 
 def test_old_weight_norm_after_a_backward_pass(always):
@@ -543,7 +599,7 @@ def test_a_choice_is_taken_without_measuring(monkeypatch):
     kept = {"0.weight": "unstructured", "1.weight_hh_l0": "8x1"}
     monkeypatch.setattr(compression, "time_calls", None)  # nothing is measured
     compressed, rows = compress(model, masks, run, chosen=kept)
-    assert len(runs) == 2
+    assert len(runs) == 3
     assert compression.choice(rows) == dict.fromkeys(masks, "dense") | kept
     assert [type(layer) for layer in compressed] == [layers.Product, layers.Lstm, nn.Linear]
     assert {row.why for row in rows} == {"chosen before"}
@@ -634,8 +690,9 @@ def test_an_lstm_under_autocast(always):
     model, masks = pruned(nn.Sequential(nn.LSTM(5, 7)))
     chosen, x = {"0.weight_ih_l0": "dense", "0.weight_hh_l0": "unstructured"}, torch.randn(4, 2, 5)
     fast, _ = compress(model, masks, lambda m: m(x), chosen=chosen)
+    want = model(x)[0]  # under autocast torch's own fails on some processors
     with torch.autocast("cpu", torch.bfloat16):
-        close(fast(x)[0], model(x)[0].float(), 0.02)
+        close(fast(x)[0].float(), want, 0.02)
 
 
 @torch.no_grad()

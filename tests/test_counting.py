@@ -132,6 +132,41 @@ def test_a_weight_that_multiplies_outside_of_its_layer_is_refused(product):
         counting.weight_uses(model, lambda: functional_attention(model.attention, zeros(2, 1, 8)))
 
 
+@pytest.mark.parametrize("how", ["scaled", "cast", "twice"])
+def test_what_is_made_of_a_weight_multiplies_outside_of_its_layer_too(how):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.gate = nn.Linear(4, 4), nn.Parameter(torch.ones(4, 1))
+
+        def forward(self, x):
+            made = {"scaled": lambda w: w * self.gate, "cast": lambda w: w.to(torch.float64),
+                    "twice": lambda w: (w * self.gate).tanh()}[how](self.inner.weight)  # fmt: skip
+            return x.to(made.dtype) @ made.T
+
+    model = Gated()
+    with pytest.raises(lottery.LotteryError, match=r"inner.weight multiplies in matmul outside of its layer's forward"):
+        counting.weight_uses(model, lambda: model(zeros(2, 4)))
+
+
+def test_rows_of_a_tied_weight_are_an_input():
+    model = nn.ModuleDict({"symbols": nn.Embedding(4, 4), "first": nn.Linear(4, 4), "out": nn.Linear(4, 4)})
+    model["first"].weight = model["symbols"].weight  # pruned where every layer of it is: so here it is none
+    model["out"].weight = nn.Parameter(torch.ones(4, 4))
+    ids = torch.arange(4)
+    looked_up = lambda: model["out"](nn.functional.embedding(ids, model["out"].weight))  # noqa: E731
+    assert counting.weight_uses(model, looked_up) == {"out.weight": 4}
+
+
+def test_a_linear_that_shapes_its_output():
+    class Heads(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).unflatten(-1, (2, 3))
+
+    model = nn.Sequential(Heads(4, 6))
+    assert counting.weight_uses(model, lambda: model(zeros(5, 4))) == {"0.weight": 5}
+
+
 def functional_attention(module, x):
     return nn.functional.multi_head_attention_forward(
         x, x, x, 8, 2, module.in_proj_weight, module.in_proj_bias, None, None, False, 0.0, module.out_proj.weight,

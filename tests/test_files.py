@@ -294,15 +294,45 @@ def test_what_is_no_regular_file_is_not_read(ticket, tmp_path):
 @pytest.mark.parametrize("info", [None, [], 5, "x"])
 def test_info_is_an_object(info, ticket):
     _, _, trained, _ = file = files.load_ticket(ticket)
-    files.save_ticket(ticket, file.masks, None, trained, info)
-    with pytest.raises(lottery.LotteryError, match=r"t: not a whole ticket: its metadata, info: must be an object"):
-        files.load_ticket(ticket)
+    before = ticket.read_bytes()
+    with pytest.raises(lottery.LotteryError, match=r"t: its metadata, info: must be an object"):
+        files.save_ticket(ticket, file.masks, None, trained, info)
+    assert ticket.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "info, why",
+    [
+        ({"loss": float("nan")}, r"t: its metadata: not JSON that can be read \(the number NaN"),
+        ({"n": 2**63}, "t: its metadata: not JSON that can be read"),
+        ({1: "a", "1": "b"}, "t: its metadata: not JSON that can be read"),
+        ({"text": "\ud800"}, "t: its metadata: not JSON that can be read"),
+        ({"long": "x" * files.HEADER}, "t: a header of 16,777,216 bytes and a file of "),
+    ],
+)
+def test_a_good_ticket_is_not_written_over_by_one_that_cannot_be_read(info, why, ticket):
+    file, before = files.load_ticket(ticket), ticket.read_bytes()
+    with pytest.raises(lottery.LotteryError, match=why):
+        files.save_ticket(ticket, file.masks, file.rewind, file.trained, info)
+    assert ticket.read_bytes() == before
+
+
+def test_a_ticket_of_nothing_that_would_fill_the_memory(tmp_path, monkeypatch):
+    masks = {"w": torch.zeros(1000, 1000, dtype=torch.bool)}
+    weight = {"w": torch.zeros(1000, 1000, dtype=torch.float64)}
+    files.save_ticket(tmp_path / "t", masks, weight, weight, {})
+    monkeypatch.setattr(files, "LARGEST", 16_999_999)
+    with pytest.raises(
+        lottery.LotteryError, match=r"t: its weights would take 17,000,000 bytes of memory \(16,999,999"
+    ):
+        files.load_ticket(tmp_path / "t")
 
 
 @pytest.mark.parametrize(
     "shape, why",
     [
-        ([10**9, 10**9], "bytes of mask for the shape"),
+        ([10**9, 10**9], "its weights would take 9,000,000,000,000,000,000 bytes of memory"),
+        ([20, 30], "bytes of mask for the shape"),
         ([2**62], "must be a whole number from 0 to 2147483647"),
         ([-1, 6], "must be a whole number"),
         ([2.0, 3], "must be a whole number"),

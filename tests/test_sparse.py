@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import types
 
 import pytest
 import torch
@@ -801,6 +802,41 @@ def test_a_model_that_offers_its_greedy_loop(bias, monkeypatch):
     for network in (compressed, dense):
         assert type(network.loop) is layers.Greedy and model.loop is None
         assert network(rows) == copy.deepcopy(network)(rows) == want
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["hook", "forward", "subclass"])
+def test_a_loop_of_layers_that_compute_something_else_is_left_to_the_model(how, monkeypatch):
+    """A penalty on the blank, as decoders have it: the compiled loop would leave it out."""
+    model, masks, rows = masked_speller(OfferingSpeller)
+    plain, penalty = model(rows), torch.eye(model.say.out_features)[0] * 3
+    if how == "hook":
+        model.say.register_forward_hook(lambda module, args, logits: logits - penalty)
+    elif how == "forward":
+        model.say.forward = types.MethodType(lambda self, x: nn.Linear.forward(self, x) - penalty, model.say)
+    else:
+
+        class Penalised(nn.Linear):
+            def forward(self, x):
+                return super().forward(x) - penalty
+
+        model.say.__class__ = Penalised
+    want = model(rows)
+    assert want != plain
+    always_sparse(monkeypatch)
+    compressed, table = compression.compress(model, masks, lambda m: m(rows), layout="unstructured")
+    assert compressed.loop is None and compressed(rows) == want
+    assert {row.name: row.layout for row in table}["say.weight"] == "dense"
+
+
+@torch.no_grad()
+def test_rows_that_lie_in_memory_as_channels_do(monkeypatch):
+    """Few rows, padded to blocks of 1x4: (1, 2, 1, 5) with the channels last."""
+    weight = torch.randn(3, 5)
+    matrix = sparse.to_matrix(weight, torch.ones(3, 5, dtype=torch.bool), "1x4")
+    x = torch.randn(1, 1, 5, 2).permute(0, 3, 1, 2)
+    assert x.shape == (1, 2, 1, 5) and not x.is_contiguous()
+    torch.testing.assert_close(sparse.sparse_linear(x, *matrix, None, 3), x @ weight.T)
 
 
 def test_greedy_parts_that_do_not_fit():

@@ -260,7 +260,8 @@ int64_t threads_for(const Matrix& m, int64_t columns) {
 // Rows of x, readable up to a multiple of c.
 Tensor padded(const Tensor& x, int64_t c) {
   const int64_t inputs = x.size(-1);
-  return inputs % c == 0 ? x.contiguous() : at::constant_pad_nd(x, {0, round_up(inputs, c) - inputs});
+  const Tensor rows = x.contiguous();  // what is padded keeps the order that x has in memory
+  return inputs % c == 0 ? rows : at::constant_pad_nd(rows, {0, round_up(inputs, c) - inputs});
 }
 
 std::vector<float> padded_bias(const std::optional<Tensor>& bias, int64_t size) {
