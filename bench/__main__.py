@@ -33,11 +33,15 @@ MEASUREMENTS = {
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog=PROGRAM, description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("what", choices=list(MEASUREMENTS))
+    what = (
+        "ops: the operators; train: a step; data: features and cache; save: a checkpoint; infer: sparse products, or "
+    )
+    what += "tickets (--ticket); try: a look at a ticket"
+    add("what", choices=list(MEASUREMENTS), help=what)
     add("--size", choices=["demo", "paper"], default="paper", help="of train and save")
     add("--backbone", choices=list(models.BACKBONES), help="of save (default: rnnt) and infer (all)")
     add("--repeats", type=int, default=21, help="turns a median is taken over (default: 21)")
-    without_peers = "without torch.nn.utils.prune, which takes minutes"
+    without_peers = "ops: without torch.nn.utils.prune, which takes minutes"
     add("--no-peers", dest="peers", action="store_false", help=without_peers)
     add("--short", action="store_true", help="infer: one thread and 90 %% sparsity only")
     tickets = "infer: tickets (files or run folders) on the test set of --data, with WER; try: the first of them"

@@ -136,9 +136,10 @@ def subtitles(words: list[Word], form: str) -> str:
 
 
 def check(form: str, folder: Path | None, recordings: list[data.Utterance]) -> None:
-    """Raise DataError if two recordings would be one in this format, or if several are to be one file of subtitles."""
-    if folder and not folder.is_dir():
-        raise data.DataError(f"--out {folder}: no such folder")
+    """Raise DataError if two recordings would be one in this format, or if several are to be one file of subtitles.
+    Else make the folder; raises OSError, naming it, if it cannot be made."""
+    if folder and folder.exists() and not folder.is_dir():
+        raise data.DataError(f"--out {folder}: is a file, and wants a folder")
     paths = [path for path, _ in itertools.groupby(recording.audio for recording in recordings)]  # segments follow
     by_name: dict[str, Path] = {}
     for path in paths if form in (*SUBTITLES, "ctm") else ():
@@ -150,6 +151,9 @@ def check(form: str, folder: Path | None, recordings: list[data.Utterance]) -> N
         raise data.DataError(f"--format {form}: {len(paths)} recordings are as many files: {ways}")
     if form in SUBTITLES and len(paths) > len(by_name):
         raise data.DataError(f"--format {form}: a recording stands twice, with others between: recognise it by itself")
+    if folder:
+        with files.naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
 
 class Writer:

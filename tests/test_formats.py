@@ -119,10 +119,10 @@ def test_formats_have_the_words_and_times_of_json(ticket, speech, tmp_path, caps
         assert float(confidence) == word["confidence"]
     code, one = said(speech[0], "--format", "vtt")
     assert code == 0 and one.startswith("WEBVTT\n\n00:00:0")
-    code, told = said(*speech, tmp_path / "gone.wav", "--format", "srt", "--out", tmp_path)
-    assert code == 1 and told.splitlines() == [f"{tmp_path}/{path.stem}.srt" for path in speech]
+    code, told = said(*speech, tmp_path / "gone.wav", "--format", "srt", "--out", tmp_path / "made/subs")
+    assert code == 1 and told.splitlines() == [f"{tmp_path}/made/subs/{path.stem}.srt" for path in speech]
     for path, row in zip(speech, rows):
-        text = (tmp_path / f"{path.stem}.srt").read_text()
+        text = (tmp_path / "made" / "subs" / f"{path.stem}.srt").read_text()
         spoken = [line for line in text.splitlines() if line and not line.isdigit() and "-->" not in line]
         assert " ".join(spoken) == row["text"]
         assert text.split("\n")[1].startswith(formats.clock(row["words"][0]["start"], ","))

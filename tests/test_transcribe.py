@@ -499,7 +499,7 @@ def test_a_ticket_by_its_run_folder(tickets, speech, tmp_path, capsys):
         (["{rnnt}", "x.wav", "--format", "doc"], "argument --format: invalid choice: 'doc'"),
         (["{rnnt}", "x.wav", "--out", "."], "--out goes with --format srt and vtt"),
         (["{rnnt}", "x.wav", "y.wav", "--format", "srt"], "--format srt: 2 recordings are as many files: give --out"),
-        (["{rnnt}", "x.wav", "--format", "vtt", "--out", "/no/where"], "--out /no/where: no such folder"),
+        (["{rnnt}", "x.wav", "--format", "vtt", "--out", "{rnnt}"], ": is a file, and wants a folder"),
         (["{rnnt}", "a/x.wav", "b/x.mp3", "--format", "ctm"], "--format ctm: b/x.mp3 and a/x.wav have one name there"),
         (["/nowhere", "--export", ".."], "--export ..: must name a file"),
         (["{rnnt}", "{empty}"], "no recording in it (by their endings: .aif"),
