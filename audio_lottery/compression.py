@@ -531,13 +531,8 @@ def compress(
         raise lottery.LotteryError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout}")
     chosen = checked_choice(model, chosen, run)
     returned: list = []  # by run, as the layers' calls were recorded
-    maker = Maker(
-        run and (lambda m: returned.append(run(m))),
-        list(LAYOUTS) if layout is None else [layout],
-        dtype,
-        check_names(model, keep_dense),
-        chosen,
-    )
+    layouts, kept = list(LAYOUTS) if layout is None else [layout], run and (lambda m: returned.append(run(m)))
+    maker = Maker(kept, layouts, dtype, check_names(model, keep_dense), chosen)
     compressed, masks = masked_copy(model, masks)
     dense = copy.deepcopy(compressed)
     with torch.no_grad():
@@ -545,23 +540,32 @@ def compress(
         if chosen is not None and set(chosen.values()) <= {"dense"}:
             maker = maker._replace(run=None)  # nothing is replaced
         rows, swaps = compress_layers(compressed, masks, maker)
-        if not run:
-            use_products(compressed, dense)
-            return compressed, rows
-        wanted = floats_in(returned[0]) if swaps and dtype == "float32" else []
-        if wanted:  # unless it returns something else each time
-            again = floats_in(run(dense))
-            wanted = wanted if len(wanted) == len(again) and all(map(torch.equal, wanted, again)) else []
-        failed = attempt(compressed, dense, swaps, run, wanted) if swaps else []
-        if failed and len(failed) == len(swaps):
-            run(compressed)  # all dense again: if this raises, it is not for our layers
-        for swap, why in failed:
-            rows = [r.as_dense(why) if r.name in swap.rows else r for r in rows]
+        if run:
+            return tried(compressed, dense, rows, swaps, run, maker, returned)
         use_products(compressed, dense)
-        if chosen is None and any(row.layout != "dense" for row in rows):
-            # layers may gain less than what surrounds them costs
-            ways = {"dense": lambda: run(dense), "ours": lambda: run(compressed)}
-            times = time_calls(ways, [(1, ())], TURNS)
-            if times["dense"] < times["ours"]:
-                return dense, [r.as_dense(f"the whole model: {said(times)}") for r in rows]
+    return compressed, rows
+
+
+def tried(
+    compressed: nn.Module, dense: nn.Module, rows: list[Taken], swaps: list[Swap], run: Callable[[nn.Module], object],
+    maker: Maker, returned: list,
+) -> tuple[nn.Module, list[Taken]]:  # fmt: skip
+    """Of the copy with all its swaps what runs, answers as the dense one did (returned: by its first run) and is faster
+    as a whole; and the rows of that."""
+    wanted = floats_in(returned[0]) if swaps and maker.dtype == "float32" else []
+    if wanted:  # unless it returns something else each time
+        again = floats_in(run(dense))
+        wanted = wanted if len(wanted) == len(again) and all(map(torch.equal, wanted, again)) else []
+    failed = attempt(compressed, dense, swaps, run, wanted) if swaps else []
+    if failed and len(failed) == len(swaps):
+        run(compressed)  # all dense again: if this raises, it is not for our layers
+    for swap, why in failed:
+        rows = [r.as_dense(why) if r.name in swap.rows else r for r in rows]
+    use_products(compressed, dense)
+    if maker.chosen is None and any(row.layout != "dense" for row in rows):
+        # layers may gain less than what surrounds them costs
+        ways = {"dense": lambda: run(dense), "ours": lambda: run(compressed)}
+        times = time_calls(ways, [(1, ())], TURNS)
+        if times["dense"] < times["ours"]:
+            return dense, [r.as_dense(f"the whole model: {said(times)}") for r in rows]
     return compressed, rows
