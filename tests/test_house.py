@@ -13,7 +13,7 @@ import transcribe
 from audio_lottery import __main__ as audio_lottery_main
 from audio_lottery import __version__
 from bench import __main__ as bench_main
-from lab import coverage, plan, report
+from lab import coverage, ngrams, plan, report, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("audio_lottery", "bench", "lab", "runner")
@@ -164,7 +164,7 @@ def test_the_public_face():
 COMMANDS = {
     "train.py": train.main, "transcribe.py": transcribe.main, "audio_lottery": audio_lottery_main.main,
     "lab.report": report.main, "lab.plan": plan.main,
-    "lab.coverage": coverage.main, "bench": bench_main.main,
+    "lab.coverage": coverage.main, "lab.ngrams": ngrams.main, "lab.weights": weights.main, "bench": bench_main.main,
 }  # fmt: skip
 
 
