@@ -2,7 +2,8 @@
 
     from audio_lottery import find_ticket, save_ticket, load_ticket, compress
 
-The algorithm is lottery.py; here is what leans on it, without networks and corpora: files, verdicts, ledger, sparse inference.
+The algorithm is lottery.py; here is what leans on it, without networks and corpora: files, verdicts, ledger, sparse
+inference.
 """
 
 __version__ = "0.2.0"
