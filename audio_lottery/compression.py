@@ -370,6 +370,12 @@ def tensors_in(value: object) -> list[Tensor]:
     return [tensor for part in value for tensor in tensors_in(part)] if isinstance(value, (tuple, list)) else []
 
 
+def largest(values: Tensor) -> float:
+    """The largest magnitude of the finite ones, 0 where there is none."""
+    finite = values[values.isfinite()].abs()
+    return float(finite.max()) if finite.numel() else 0.0
+
+
 def check_alike(layer: nn.Module, become: nn.Module, calls: Calls, exact: bool) -> float:
     """The largest difference of their outputs in all calls, as a share of the layer's largest output there.
 
@@ -382,8 +388,7 @@ def check_alike(layer: nn.Module, become: nn.Module, calls: Calls, exact: bool) 
         if [(t.shape, t.dtype) for t in got] != [(t.shape, t.dtype) for t in wanted]:
             raise lottery.LotteryError(f"its shapes are {[list(t.shape) for t in got]}")
         for a, b in zip(got, wanted):
-            finite = b.isfinite()
-            most, far = float(b[finite].abs().max()) if finite.any() else 0.0, (a - b)[finite].abs()
+            most, far = largest(b), (a - b)[b.isfinite()].abs()
             if exact and not torch.allclose(a, b, rtol=1e-3, atol=1e-3 * most, equal_nan=True):
                 raise lottery.LotteryError(f"its outputs are up to {float((a - b).abs().max()):.3g} off")
             if not far.isfinite().all():
@@ -423,9 +428,7 @@ def check_answers(got: list[Tensor], wanted: list[Tensor]) -> None:
     if [t.shape for t in got] != [t.shape for t in wanted]:
         raise lottery.LotteryError(f"what run returns is of shapes {[list(t.shape) for t in got]}")
     for a, b in zip(got, wanted):
-        finite = b.isfinite()
-        most = float(b[finite].abs().max()) if finite.any() else 0.0
-        if not torch.allclose(a, b, rtol=1e-2, atol=1e-2 * most, equal_nan=True):
+        if not torch.allclose(a, b, rtol=1e-2, atol=1e-2 * largest(b), equal_nan=True):
             raise lottery.LotteryError(f"what run returns is up to {float((a - b).abs().max()):.3g} off")
 
 
@@ -464,8 +467,9 @@ def use_products(model: nn.Module, dense: nn.Module) -> None:
             ours = model.get_submodule(name)
             replaced = isinstance(ours.linear1, Layer) or isinstance(ours.linear2, Layer)
             ours.activation_relu_or_gelu = 0 if replaced else layer.activation_relu_or_gelu
-    if hasattr(model, "greedy_parts") and plain(parts := model.greedy_parts()) and lottery.ops.compiled:
-        model.use_greedy(Greedy(**parts) if parts["embedding"].weight.device.type == "cpu" else None)
+    parts = model.greedy_parts() if hasattr(model, "greedy_parts") and lottery.ops.compiled else {}
+    if parts and plain(parts) and parts["embedding"].weight.device.type == "cpu":
+        model.use_greedy(Greedy(**parts))
     for module in list(model.modules()):
         parts = module.fused_parts() if hasattr(module, "fused_parts") else {}
         if parts and plain(parts):

@@ -49,8 +49,8 @@ def markdown_text(text: object) -> str:
 
 
 def json_line(row: dict) -> str:
-    """JSON in which all that is not printable() is written \\uXXXX. Half a surrogate pair, too, which is how a name
-    that is no UTF-8 is read back: os.fsencode() gives its bytes."""
+    """JSON in which all that is not printable() is written \\u and four digits. Half a surrogate pair, too, which is
+    how a name that is no UTF-8 is read back: os.fsencode() gives its bytes."""
     escaped = lambda found: found[0] if printable(found[0]) == found[0] else json.dumps(found[0])[1:-1]  # noqa: E731
     return re.sub(r"[^ -~]", escaped, json.dumps(row, ensure_ascii=False))
 
