@@ -30,8 +30,8 @@ def weight_uses(model: nn.Module, call: Callable[[], object]) -> dict[str, int |
     projections, not products of two activations. (Counters of FLOPs take nn.LSTM for 0.)
     Raises LotteryError, naming it, for a weight that is multiplied outside of its layer's forward: it is not seen here.
     """
-    names = {id(weight): name for name, weight in prunable(model).items()}
-    sizes = {name: weight.numel() for name, weight in prunable(model).items()}
+    weights = prunable(model)
+    names = {id(weight): name for name, weight in weights.items()}
     uses: dict[str, int | Tensor] = dict.fromkeys(names.values(), 0)
     running: list[nn.Module] = []
     made: dict[int, tuple[str, Tensor]] = {}  # what was made of a weight outside of its layer, and holds its place
@@ -46,19 +46,17 @@ def weight_uses(model: nn.Module, call: Callable[[], object]) -> dict[str, int |
         def __torch_function__(self, func, types, args=(), kwargs=None):
             within = {id(weight) for module in running for _, weight in own_weights(module)}
             found = (id(x) for tensor in tensors_in((args, kwargs)) for x in (tensor, tensor._base))
-            weight = next((w for w in (names.get(k) or name_of_made(k) for k in found if k not in within) if w), None)
+            known = (names.get(key) or made.get(key, ("",))[0] for key in found if key not in within)
+            name = next(filter(None, known), None)
             called = getattr(func, "__name__", "")
-            if weight and called in PRODUCTS:
+            if name and called in PRODUCTS:
                 what = f"multiplies in {called} outside of its layer's forward"
-                raise LotteryError(f"{weight} {what}: its uses cannot be counted")
+                raise LotteryError(f"{name} {what}: its uses cannot be counted")
             result = func(*args, **(kwargs or {}))
-            if weight and called not in ROWS_OF and isinstance(result, Tensor) and result.is_floating_point():
-                if result.numel() == sizes[weight]:
-                    made[id(result)] = weight, result
+            if name and called not in ROWS_OF and isinstance(result, Tensor) and result.is_floating_point():
+                if result.numel() == weights[name].numel():
+                    made[id(result)] = name, result
             return result
-
-    def name_of_made(key: int) -> str | None:
-        return made[key][0] if key in made else None
 
     layers = [module for module in model.modules() if isinstance(module, PRUNED_LAYERS)]
     hooks = [module.register_forward_hook(count, with_kwargs=True) for module in layers]

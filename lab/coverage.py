@@ -50,7 +50,8 @@ def student_t(freedom: np.ndarray) -> np.ndarray:
 def power(point: Point, test: str = "", over: str = "utterances", trials: int = 20_000) -> float:
     """The chance that a ticket truly equal to dense is called matching, or winning, by as many seeds and utterances.
 
-    over: speakers in place of utterances, or those of new texts (Point.counts).
+    over: speakers in place of utterances, or those of new texts (Point.counts).  One seed: equal in that seed, from the
+    interval (verdicts.power).
     """
     if len(point.seeds) == 1:
         return verdicts.power(point.verdict(test, over), point.margin)
@@ -66,10 +67,10 @@ def gain_found(point: Point, test: str = "") -> float:
 
 
 def upper_ends(point: Point, test: str = "", over: str = "utterances", trials: int = 20_000) -> np.ndarray:
-    """Upper ends of the intervals of a true difference of 0, in so many other experiments.
+    """Upper ends of the intervals of a true difference of 0, in so many other experiments; of two seeds or more.
 
-    One seed (not here): equal in that seed, from the interval. More: the three components are taken as what the point's
-    estimate, their estimates in another experiment as chi-square, the difference as normal.
+    The three components are taken as what the point's estimate, their estimates in another experiment as chi-square,
+    the difference as normal.
     """
     errors, others, words = point.counts(test, over)
     _, *parts = verdicts.components(errors - others, words)
