@@ -5,6 +5,7 @@ What files, names and settings of others say is printed through printable(), and
 
 import argparse
 import contextlib
+import faulthandler
 import functools
 import json
 import os
@@ -162,6 +163,16 @@ def open_closed() -> None:
             setattr(sys, name, open(os.open(os.devnull, flags), mode))
 
 
+def receive_signals_apart() -> None:
+    """Let signals come in on a stack of their own, faulthandler's, which Python's handlers use where it is there.
+
+    oneDNN's products of float32 let the stack pointer point into the heap while they compute: the frame of a signal
+    that comes meanwhile would be written over weights, or over what malloc keeps (their issue 4845; in torch 2.11).
+    """
+    if not faulthandler.is_enabled():
+        faulthandler.enable(file=2)
+
+
 def command(program: str, goes_on: bool = False):
     """Decorates main(argv) -> exit code of every command, so that no stream and no missing package is a traceback.
 
@@ -174,6 +185,7 @@ def command(program: str, goes_on: bool = False):
         @functools.wraps(main)
         def guarded(argv: list[str] | None = None) -> int:
             open_closed()
+            receive_signals_apart()
             before = out, err = sys.stdout, sys.stderr
 
             def unseen(error: OSError) -> None:

@@ -211,3 +211,34 @@ def test_a_package_that_is_not_there_is_one_line(name, package):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert f"error: the package {package} is not there: pip install -r requirements.txt" in done.stderr
+
+
+UNDER_SIGNALS = """
+import signal, time, torch
+from audio_lottery.console import command
+@command("under signals")
+def main(argv):
+    lstm, x, count = torch.nn.LSTM(64, 64), torch.randn(50, 8, 64), 0
+    def noted(*_):
+        nonlocal count
+        count += 1
+    def gradient():
+        lstm.zero_grad()
+        lstm(x)[0].sum().backward()
+        return lstm.weight_hh_l0.grad.clone()
+    expected, end = gradient(), time.monotonic() + 3
+    signal.signal(signal.SIGALRM, noted)
+    signal.setitimer(signal.ITIMER_REAL, 2e-4, 2e-4)
+    while time.monotonic() < end:
+        assert gradient().equal(expected)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return 0 if count > 100 else 3
+raise SystemExit(main())
+"""
+
+
+def test_signals_write_over_nothing():
+    """Without a stack of their own this ended in glibc's "corrupted size vs. prev_size" wherever AVX2 is (1 thread)."""
+    command = [sys.executable, "-c", f"import torch; torch.set_num_threads(1){UNDER_SIGNALS}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
