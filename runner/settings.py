@@ -119,6 +119,7 @@ def prepare(args: argparse.Namespace) -> Setting:
         what |= {"exclude": args.keep_dense}
         controls.check_source(args.source, args.rounds, model, tokens, **what)
     hashes = hashes_of(utterances, cache, args)
+    say_copies(utterances, hashes)
     config = flags.configuration(args) | {"data_sha256": data.corpus_sha256(utterances, hashes)}
     if args.corpus == "an4":
         print(corpora.an4_said(config["data_sha256"]))
@@ -138,6 +139,20 @@ def prepare(args: argparse.Namespace) -> Setting:
     transcriber_of = functools.partial(decode.transcriber, tokens=tokens, lm=args.lm, words=words, **options)
     rounds = args.rounds or list(range(len(counts)))
     return Setting(args, config, utterances, tokens, model, transcriber_of, rounds, cache, dense, noise)
+
+
+def say_copies(utterances: dict[str, list[data.Utterance]], hashes: dict[Path, str]) -> None:
+    """Name, in a line, recordings that two parts have under two names: a corpus may be so, but who reads must know."""
+    first: dict[str, tuple[str, Path]] = {}
+    copies = {}
+    for part, those in utterances.items():
+        for path in dict.fromkeys(utterance.audio for utterance in those):
+            other, before = first.setdefault(hashes[path], (part, path))
+            if other != part:
+                copies[path] = f"{path} of {part} is {before} of {other}"
+    if copies:
+        some, more = "; ".join([*copies.values()][:3]), f"; {len(copies) - 3} more" if len(copies) > 3 else ""
+        print(printable(f"data: copies of one recording are in two parts, which makes tests easier: {some}{more}"))
 
 
 def most_steps(recipe, utterances: int) -> int:

@@ -101,6 +101,18 @@ def test_broken_files_end_in_one_line_and_leave_no_run(capsys, tmp_path):
     assert "train.jsonl, line 1: not a JSON object" in refused(capsys, "--data", tmp_path, "--out", tmp_path / "run")
 
 
+def test_copies_of_a_recording_in_two_parts_are_told(capsys, tmp_path):
+    folder = tiny_corpus(tmp_path, train={"text": "x" * 90})  # too long: it ends before it trains
+    assert train.main(["--data", str(folder), "--out", str(tmp_path / "run")]) == 2
+    said = f"{folder}/valid.opus of valid is {folder}/train.opus of train; {folder}/test.opus of test is "
+    assert f"in two parts, which makes tests easier: {said}{folder}/train.opus of train\n" in capsys.readouterr().out
+    with open(folder / "valid.opus", "ab") as file:
+        file.write(b"another")
+    assert train.main(["--data", str(folder), "--out", str(tmp_path / "run")]) == 2
+    out = capsys.readouterr().out
+    assert "valid.opus of" not in out and "test.opus of test is" in out
+
+
 def test_no_disk(capsys, tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device", str(path))
