@@ -77,7 +77,7 @@ def why_not(module: nn.Module, name: str, parameter: Tensor) -> str:
     """Why this module's parameter is not pruned; "" if it is."""
     reparametrised = isinstance(module, nn.utils.parametrize.ParametrizationList)
     if not isinstance(module, PRUNED_LAYERS) and not reparametrised:
-        return f"in {type(module).__name__}, not a convolution, recurrent, attention or linear layer"
+        return f"in {type(module).__name__}, no convolution, recurrent, attention or linear layer of torch's"
     computed = vars(module).get(name.rpartition("_")[0])  # weight, of weight_g and weight_v, or of weight_orig
     if reparametrised or isinstance(computed, Tensor):
         return "reparametrised: the layer computes its weight from this, and a 0 here need be none there"

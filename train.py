@@ -12,8 +12,6 @@ import itertools
 import json
 import math
 import os
-import shlex
-import signal
 import sys
 import time
 import warnings
@@ -589,9 +587,8 @@ def main(argv: list[str] | None = None) -> int:
             return 1 if isinstance(error, retrain.Differs) else code
         except Stopped as stopped:
             signals.over = True  # another one must not end what is said here
-            line = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
-            name = signal.Signals(stopped.number).name
-            print(printable(f"train.py: stopped by {name}; go on with: {line}"), file=sys.stderr)
+            if not processes.index():
+                print(printable(stopped.told(sys.argv[1:] if argv is None else argv)), file=sys.stderr)
             return 128 + stopped.number
     return 0
 

@@ -293,7 +293,8 @@ def restore_ticket(ticket: Ticket, file: TicketFile, round: int = 1) -> None:
     for name in sorted(ticket.weights.keys() | file.masks.keys()):
         shapes = [list(part[name].shape) if name in part else "none" for part in (file.masks, ticket.weights)]
         if shapes[0] != shapes[1]:
-            raise LotteryError(f"{name}: the file has a mask of {shapes[0]} for pruned weights of {shapes[1]}")
+            why = "" if shapes[0] != "none" else " (make the Ticket with the file's exclude)"
+            raise LotteryError(f"{name}: the file has a mask of {shapes[0]} for pruned weights of {shapes[1]}{why}")
     if file.rewind is None:
         raise LotteryError("the file has no rewind state to go on from")
     if round == 0 and ticket.rewind_step:

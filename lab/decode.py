@@ -151,7 +151,7 @@ def spellings(arpa: Path, lm: Path, words: Iterable[str], tokens: list[str], sil
         with contextlib.suppress(KeyError):
             spelled[word] = " ".join(map(str, data.encode(word, tokens)))
     if spelled.keys().isdisjoint(lm_words):
-        raise data.DataError(f"--lm {lm}: the tokens spell none of its {len(lm_words)} words (is it in capitals?)")
+        raise data.DataError(f"--lm {lm}: the tokens spell none of its {len(lm_words)} words (in capitals? tr A-Z a-z)")
     lines = []
     for word, ids in spelled.items():
         lines.append(f"{word} {ids} {silence}\n")

@@ -164,10 +164,12 @@ def told(point: Point | None) -> str:
 
 
 def other_seeds(methods: list[Method]) -> list[str]:
-    """A warning of each method whose marks have not the same seeds, as where a run is not finished."""
+    """A warning of each method whose marks, up to its stop, have not the same seeds, as where a run is not finished."""
     lines = []
     for m in methods:
-        seeds = {f"{p.mean('remaining'):.1%}": ", ".join(map(str, sorted(p.seeds))) for p in m.marked()}
+        marks, (_, stopped) = m.marked(), m.walk()
+        marks = marks[: marks.index(stopped) + 1] if stopped else marks
+        seeds = {f"{p.mean('remaining'):.1%}": ", ".join(map(str, sorted(p.seeds))) for p in marks}
         if len(set(seeds.values())) > 1:
             told = "; ".join(f"{share}: {numbers}" for share, numbers in seeds.items())
             lines += [f"{markdown_text(m.name)}: the marks have not the same seeds ({told}): no sequence yet.", ""]

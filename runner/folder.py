@@ -6,6 +6,7 @@ import errno
 import fcntl
 import math
 import os
+import shlex
 import signal
 import socket
 import time
@@ -27,6 +28,13 @@ class Stopped(BaseException):
 
     def __init__(self, number: int):
         self.number = number
+
+    def told(self, argv: list[str]) -> str:
+        """What ended the run, and how it goes on."""
+        command = f"the same torchrun command, with {processes.count()} processes again"
+        if processes.count() == 1:
+            command = shlex.join(["python", "train.py", *argv])
+        return f"train.py: stopped by {signal.Signals(self.number).name}; go on with: {command}"
 
 
 class Signals:
@@ -286,7 +294,10 @@ def locked(out: Path):
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                why = f"cannot be locked ({error.strerror}): choose an --out on another file system"
+                raise lottery.LotteryError(f"--out {out}: {why}") from None
             file.seek(0)
             raise lottery.LotteryError(f"--out {out}: in use by {file.read().strip() or 'another process'}") from None
         with files.naming(out / "lock"):
@@ -353,7 +364,8 @@ def rows_there(out: Path, config: dict, flags: tuple[str, ...]) -> list[dict]:
             hashes["noise_sha256"] = "--noise, by its hash"
             name = f"--{key.replace('_', '-')}" if key in flags else hashes.get(key, key)
             what = f"{name} {old.get(key)} there, {value} now"
-            raise lottery.LotteryError(f"--out {out}: holds another run ({what}): choose another folder")
+            rule = "start as many" if key == "processes" else "choose another folder"
+            raise lottery.LotteryError(f"--out {out}: holds another run ({what}): {rule}")
     path = out / "ledger.jsonl"
     rows = ledger.read_ledger(path) if path.exists() else []
     try:

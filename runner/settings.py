@@ -1,6 +1,7 @@
 """What a run is, before anything is trained: corpus, network, tokens, noise, another run's tickets, configuration."""
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -19,7 +20,7 @@ import torch
 import data
 import lottery
 import models
-from audio_lottery import files, ledger
+from audio_lottery import files, ledger, sound
 from audio_lottery.console import printable
 from lab import controls, corpora, decode, networks, rivals
 from lab.noise import Noise
@@ -120,6 +121,7 @@ def prepare(args: argparse.Namespace) -> Setting:
         controls.check_source(args.source, args.rounds, model, tokens, **what)
     hashes = hashes_of(utterances, cache, args)
     say_copies(utterances, hashes)
+    say_cut(utterances)
     config = flags.configuration(args) | {"data_sha256": data.corpus_sha256(utterances, hashes)}
     if args.corpus == "an4":
         print(corpora.an4_said(config["data_sha256"]))
@@ -153,6 +155,21 @@ def say_copies(utterances: dict[str, list[data.Utterance]], hashes: dict[Path, s
     if copies:
         some, more = "; ".join([*copies.values()][:3]), f"; {len(copies) - 3} more" if len(copies) > 3 else ""
         print(printable(f"data: copies of one recording are in two parts, which makes tests easier: {some}{more}"))
+
+
+def say_cut(utterances: dict[str, list[data.Utterance]], look: int = 100) -> None:
+    """Tell, in a line, of parts whose durations leave out the ends of recordings, by a look at some of each."""
+    for part, those in utterances.items():
+        beginnings = [u for u in those if u.offset is None and u.duration is not None]
+        looked = beginnings[:: math.ceil(len(beginnings) / look) or 1]
+        over = []
+        for u in looked:
+            with contextlib.suppress(data.DataError):  # told when it is decoded
+                over.append(sound.about(u.audio)[0] - u.duration)
+        cut = sorted(seconds for seconds in over if sound.ROUNDING < seconds < 1e6)  # 1e6: a header that does not know
+        if cut:
+            said = f"{len(cut)} of {len(looked)} are longer than their duration, by {cut[len(cut) // 2]:.1f} s (median)"
+            print(f"data: of {part} {said}: only their beginnings are heard")
 
 
 def most_steps(recipe, utterances: int) -> int:

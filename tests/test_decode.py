@@ -202,7 +202,7 @@ NO_BEGIN = ARPA.replace("-9\t<s>\t-0.5\n", "").replace("ngram 1=8", "ngram 1=7")
         (ARPA.encode()[:-40], "KenLM cannot read it ("),
         (ARPA.replace("ngram 2=3", "ngram 2=4").encode(), "KenLM cannot read it ("),
         (ARPA.upper().replace("NGRAM", "ngram").replace("DATA", "data").replace("GRAMS:", "grams:").encode(),
-         "the tokens spell none of its 5 words (is it in capitals?)"),
+         "the tokens spell none of its 5 words (in capitals? tr A-Z a-z)"),
     ],
 )  # fmt: skip
 def test_a_broken_language_model_is_one_line(content, message, tmp_path, capfd):

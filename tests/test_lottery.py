@@ -477,7 +477,7 @@ def test_scope_names_every_parameter_and_why_not():
     net = Net()
     rows = lottery.scope(net)
     assert [row.name for row in rows] == [name for name, _ in net.named_parameters()]
-    assert rows[0] == ("free", (3, 3), "in Net, not a convolution, recurrent, attention or linear layer")
+    assert rows[0] == ("free", (3, 3), "in Net, no convolution, recurrent, attention or linear layer of torch's")
     assert {row.name for row in rows if row.status == "pruned"} == {
         "conv.weight", "attention.in_proj_weight", "attention.out_proj.weight",
         "lstm.weight_ih_l0", "lstm.weight_hh_l0", "lstm.weight_ih_l0_reverse", "lstm.weight_hh_l0_reverse",

@@ -10,9 +10,9 @@ import torch
 import lottery
 import models
 import transcribe
-from audio_lottery import files
+from audio_lottery import files, ledger
 from lab import controls, networks, plan
-from runner import flags
+from runner import flags, recipes
 
 SMALL = {
     "cnn-lstm": dict(
@@ -28,6 +28,13 @@ SMALL = {
     "conformer": dict(channels=2, width=16, heads=2, blocks=1, kernel=3, dropout=0.1),
 }
 TOKENS = ["<blank>", *"abc"]
+
+
+def test_every_table_has_every_backbone():
+    names = set(models.BACKBONES)
+    for table in (ledger.BACKBONES, recipes.AN4_EPOCHS, networks.SIZES, networks.DEPTH, controls.WIDTHS):
+        assert set(table) == names, table
+    assert set(recipes.RECIPES) == {(name, recipe) for name in names for recipe in recipes.RECIPE_NAMES}
 
 
 @pytest.fixture

@@ -90,14 +90,15 @@ def test_two_processes_are_stopped_and_go_on(script, corpus, tmp_path):
         assert stopped.poll() is None, stopped.communicate()
         time.sleep(0.01)
     stopped.send_signal(signal.SIGTERM)
-    stopped.communicate(timeout=100)
+    said = "".join(map(str, stopped.communicate(timeout=100)))
     assert stopped.returncode != 0 and (tmp_path / "stopped" / "checkpoint.safetensors").exists()
+    assert said.count("go on with: the same torchrun command, with 2 processes again") == 1, said
     assert "going on in round" in finish(start(script, corpus, tmp_path / "stopped", 2, "--batch-size", 2))
     assert soak.result(tmp_path / "stopped") == soak.result(tmp_path / "whole")
     # One process is another run: its batches are half as large.
     alone = start(script, corpus, tmp_path / "whole", 1, "--batch-size", 2)
     _, said = alone.communicate(timeout=100)
-    assert alone.returncode == 2 and "holds another run (processes 2 there, 1 now)" in said
+    assert alone.returncode == 2 and "holds another run (processes 2 there, 1 now): start as many" in said
 
 
 def spans(lengths, seconds, processes) -> list[list[list[int]]]:

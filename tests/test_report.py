@@ -220,6 +220,12 @@ def test_marks_of_other_seeds_are_no_sequence_yet(tmp_path):
     seeds = "41.0%: 0, 1; 16.8%: 0; 10.7%: 0; 4.4%: 0"
     assert line == f"{GLOBAL}: the marks have not the same seeds ({seeds}): no sequence yet."
     assert line in tables.tables([method])
+    worse = [4, 10, 10, 10]
+    stopped = write_run(tmp_path / "2", [ROUND_0] + [good] * 5 + [worse] * 9, sparsity=0.956, seed=2)
+    short = write_run(tmp_path / "3", [ROUND_0] + [good] * 5 + [worse] * 3, sparsity=0.956, seed=3)
+    ((method,),) = merged(stopped, short).values()
+    assert method.walk()[1].mean("remaining") == pytest.approx(0.168, abs=1e-3) and len(method.marked()[-1].seeds) == 1
+    assert tables.other_seeds([method]) == []  # the sequence does not reach the mark that one seed lacks
     assert tables.other_seeds(next(iter(merged(whole).values()))) == []
 
 

@@ -113,6 +113,15 @@ def test_copies_of_a_recording_in_two_parts_are_told(capsys, tmp_path):
     assert "valid.opus of" not in out and "test.opus of test is" in out
 
 
+def test_durations_that_cut_recordings_are_told(capsys, tmp_path):
+    rows = {"train": {"text": "x" * 90}, "valid": {"duration": 0.5}, "test": {"duration": 0.7}}
+    folder = tiny_corpus(tmp_path, **rows)  # of 0.723 s each
+    assert train.main(["--data", str(folder), "--out", str(tmp_path / "run")]) == 2
+    said = [line for line in capsys.readouterr().out.splitlines() if "beginnings" in line]
+    longer = "1 of 1 are longer than their duration, by 0.2 s (median)"
+    assert said == [f"data: of valid {longer}: only their beginnings are heard"]
+
+
 def test_no_disk(capsys, tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device", str(path))
