@@ -17,6 +17,7 @@ import functools
 import hashlib
 import io
 import json
+import operator
 import os
 import random
 import resource
@@ -59,11 +60,17 @@ def small_corpus(folder: Path) -> Path:
     return folder
 
 
-def shrink_models() -> None:
-    """Networks of a few thousand weights: what is tried here is the run, not the recogniser."""
-    models.CnnLstm.SIZES["demo"] |= dict(channels=2, kernels=((5, 3), (3, 3)), hidden=8, layers=1)
-    models.Transducer.SIZES["demo"] |= dict(channels=8, hidden=12, layers=1, predictor=8, joiner=8)
-    models.ConformerCtc.SIZES["demo"] |= dict(channels=2, width=16, heads=2, blocks=1, kernel=3)
+def shrink_models(set_item=operator.setitem) -> None:
+    """Networks of a few thousand weights: what is tried here is the run, not the recogniser.
+
+    set_item: monkeypatch.setitem, where they are to be as large again afterwards.
+    """
+    for network, small in (
+        (models.CnnLstm, dict(channels=2, kernels=((5, 3), (3, 3)), hidden=8, layers=1)),
+        (models.Transducer, dict(channels=8, hidden=12, layers=1, predictor=8, joiner=8)),
+        (models.ConformerCtc, dict(channels=2, width=16, heads=2, blocks=1, kernel=3)),
+    ):
+        set_item(network.SIZES, "demo", network.SIZES["demo"] | small)
 
 
 def die() -> None:

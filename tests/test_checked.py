@@ -1,5 +1,6 @@
 """The reader of JSON that may come from a stranger, by hand."""
 
+import functools
 import os
 
 import pytest
@@ -14,13 +15,13 @@ DEEP = "[" * 33 + "]" * 33
     "text, value",
     [
         ('{"a": [1, 2.5, "x", null, true]}', {"a": [1, 2.5, "x", None, True]}),
-        ("[" * 32 + "]" * 32, None),
+        ("[" * 32 + "]" * 32, functools.reduce(lambda inner, _: [inner], range(31), [])),
         ("9223372036854775807", 2**63 - 1),
         ('"\\ud83d\\ude00"', "\U0001f600"),
     ],
 )
 def test_what_is_read(text, value):
-    assert value in (None, checked.parse(text.encode(), "here"))
+    assert checked.parse(text.encode(), "here") == value
 
 
 @pytest.mark.parametrize(

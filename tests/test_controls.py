@@ -22,9 +22,7 @@ from lab import compare, controls, networks, plan, report, tables
 
 @pytest.fixture(autouse=True)
 def small_models(monkeypatch):
-    for backbone in models.BACKBONES.values():
-        monkeypatch.setitem(backbone.SIZES, "demo", dict(backbone.SIZES["demo"]))
-    soak.shrink_models()
+    soak.shrink_models(monkeypatch.setitem)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +140,15 @@ def test_controls_train_what_they_say(source, tmp_path):
     assert small["remaining_all"] <= rows[2]["remaining_all"] and small["sizes"]["hidden"] < 8
     ((method, *_), *_) = compare.merge([compare.load(tmp_path / "dense-small")]).values()
     assert f"{small['parameters']:,} parameters" in tables.narrower(method.tickets()[0])
+
+
+def test_random_init_draws_anew_in_each_round_and_seed():
+    def drawn(seed, number):
+        sizes = models.BACKBONES["cnn-lstm"].SIZES["demo"]
+        return controls.fresh("cnn-lstm", sizes, 5, seed, number, "cpu").output.weight
+
+    one = drawn(0, 1)
+    assert torch.equal(one, drawn(0, 1)) and not (one == drawn(0, 2)).any() and not (one == drawn(1, 1)).any()
 
 
 def test_a_control_is_resumed_and_retrained(source, corpus, tmp_path, monkeypatch):

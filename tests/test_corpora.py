@@ -16,7 +16,6 @@ from test_resume import forge
 
 import data
 import lottery
-import models
 import train
 from audio_lottery import ledger, sound, verify
 from lab import corpora, networks
@@ -589,9 +588,7 @@ def test_a_ticket_of_each_corpus_stopped_and_taken_up_again(corpus, tmp_path, mo
         if len(calls) == 5:  # round 0: two epochs, the end, the best epoch; then round 1
             raise train.Stopped(signal.SIGTERM)
 
-    for backbone in models.BACKBONES.values():
-        monkeypatch.setitem(backbone.SIZES, "demo", dict(backbone.SIZES["demo"]))  # as large again afterwards
-    soak.shrink_models()
+    soak.shrink_models(monkeypatch.setitem)
     with monkeypatch.context() as patch:
         patch.setattr(lottery.Ticket, "check", stop)
         assert train.main([*command, "--save-every", "0"]) == 143

@@ -345,9 +345,7 @@ def test_unusable_flags(argv, message, capsys, tmp_path):
 
 @pytest.fixture
 def small_networks(monkeypatch):
-    for network in models.BACKBONES.values():
-        monkeypatch.setitem(network.SIZES, "demo", dict(network.SIZES["demo"]))
-    soak.shrink_models()
+    soak.shrink_models(monkeypatch.setitem)
 
 
 def small_run(tmp_path, *flags):

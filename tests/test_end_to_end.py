@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import signal
 from pathlib import Path
 
 import pytest
+import soak
 import torch
 
 import data
@@ -103,6 +105,45 @@ def test_from_speech_to_a_ticket(backbone, corpus, tmp_path, capsys):
     # Another setting on it is refused and named.
     assert run(corpus, tmp_path / "run", "--backbone", backbone, "--seed", "3") == 2
     assert "holds another run (--seed 0 there, 3 now)" in capsys.readouterr().err
+
+
+def test_a_run_tests_its_best_epoch_prunes_its_last_and_chooses_nothing_by_the_test(corpus, tmp_path, monkeypatch):
+    """Valid falls from epoch to epoch, by a script: so the first epoch is the best, and the last one another."""
+    soak.shrink_models(monkeypatch.setitem)
+    other = tmp_path / "other"  # the same to train on and to choose by; another test, with a character of its own
+    other.mkdir()
+    for split in ("train", "valid"):
+        (other / f"{split}.jsonl").write_text((corpus / f"{split}.jsonl").read_text())
+    row = json.loads((corpus / "test.jsonl").read_text().splitlines()[0])
+    (other / "test.jsonl").write_text(json.dumps(row | {"text": "ñandú"}))
+    rates, valid = scoring.rates, [u.text for u in data.read_corpus(corpus)["valid"]]
+
+    def rows_of(name, folder, *flags, code=0):
+        count = itertools.count(1)
+
+        def scripted(said, heard):
+            return rates(said, heard) | ({"wer": float(next(count))} if said == valid else {})
+
+        monkeypatch.setattr(scoring, "rates", scripted)
+        assert run(folder, tmp_path / name, "--backbone", "cnn-lstm", *flags) == code
+        return ledger.read_ledger(tmp_path / name / "ledger.jsonl")
+
+    rows = rows_of("run", corpus)
+    for row in rows:
+        assert row["best_epoch"] == 1 and row["trained_sha256"] != row["last_sha256"]
+    kept = {name: value.cpu() for name, value in files.load_ticket(tmp_path / "run/dense.safetensors").trained.items()}
+    assert lottery.sha256(kept) == rows[0]["trained_sha256"]
+
+    def stop(*_):
+        raise train.Stopped(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate_on_tests", stop)  # behind round 0's last epoch, with nothing pruned
+        rows_of("stopped", corpus, code=143)
+    hashes = ("mask_sha256", "rewind_sha256", "start_sha256", "last_sha256", "trained_sha256")
+    for again in (rows_of("stopped", corpus), rows_of("elsewhere", other), rows_of("none", corpus, "--no-test")):
+        for key in (*hashes, "best_epoch", "losses", "threshold"):
+            assert [row[key] for row in again] == [row[key] for row in rows], key
 
 
 def test_two_runs_of_one_seed_give_one_ledger(corpus, tmp_path):

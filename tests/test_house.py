@@ -77,13 +77,6 @@ def test_imports_run_one_way_without_a_circle():
         graph = {name: others for name, others in graph.items() if name not in ready}
 
 
-def test_rooms_stand_on_at_most_seven_floors():
-    floor = {}
-    for room, below in sorted(BELOW.items(), key=lambda item: len(item[1])):
-        floor[room] = 1 + max((floor[other] for other in below), default=0)
-    assert max(floor.values()) <= 7
-
-
 def test_functions_and_files_are_of_one_sitting():
     for path in sources():
         text = path.read_text()

@@ -56,6 +56,7 @@ def test_three_rounds_by_hand():
         seen.append((masks, copy.deepcopy(model.state_dict()), found.row))
 
     assert [row["kept"] for _, _, row in seen] == [10, 8, 6, 5]
+    assert [row["threshold"] for _, _, row in seen] == [0, 0.5, 1, 2]  # the least magnitude that stays
     # Round 1 removes two of three tied 0.5s: the earliest, a[0][2], is kept.
     # Round 2 removes that one, and b[0][0] rather than a[0][0], tied at 1. Round 3 removes a[0][0].
     expected = [
@@ -76,6 +77,15 @@ def test_three_rounds_by_hand():
     assert row["kept_per_layer"] == {"a.weight": 3, "b.weight": 2}
     assert row["parent_sha256"] == seen[2][2]["mask_sha256"] != row["mask_sha256"]
     assert len({r["rewind_sha256"] for _, _, r in seen}) == 1
+
+
+def test_a_rewind_that_rewinds_nothing_is_refused(monkeypatch):
+    ticket = lottery.Ticket(Toy())
+    train_toy(ticket)
+    ticket.prune(6)
+    monkeypatch.setattr(lottery, "load_state", lambda *_: None)
+    with pytest.raises(lottery.LotteryError, match=r"a.weight: the rewound weights are not theta_k \* mask"):
+        ticket.rewind()
 
 
 def test_late_rewinding_restores_the_step():

@@ -87,7 +87,8 @@ def test_signals_save_and_say_how_to_go_on(number, code, corpus, finished, tmp_p
     again = subprocess.run(command(corpus, out), cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and "going on in round" in again.stdout, again.stderr
     assert soak.result(out) == soak.result(finished)
-    assert sum(row["resumed"] for row in ledger.read_ledger(out / "ledger.jsonl")) == 1
+    # none, if it came in a round's test: the row is written then, and the next round begins
+    assert sum(row["resumed"] for row in ledger.read_ledger(out / "ledger.jsonl")) <= 1
 
 
 def test_a_finished_run_trains_nothing(copy_of_run, corpus, capsys):
@@ -440,11 +441,12 @@ def test_signals_before_a_run_can_be_saved(monkeypatch):
     with folder.Signals() as signals:
         Trap()
         assert signals.number == signal.SIGTERM  # so that the next step ends the run
+    monkeypatch.setattr(folder.Signals, "SAME", 100.0)  # seconds: however slow this machine is
     with folder.Signals() as signals:
         with pytest.raises(folder.Stopped):
             os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)  # within a second
-        monkeypatch.setattr(signals, "last", signals.last - 2)
+        os.kill(os.getpid(), signal.SIGINT)  # the same
+        monkeypatch.setattr(signals, "last", signals.last - 101)
         with pytest.raises(folder.Stopped):  # the second one does not wait
             os.kill(os.getpid(), signal.SIGINT)
 

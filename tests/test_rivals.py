@@ -8,7 +8,6 @@ import torch
 from test_train import refused
 
 import lottery
-import models
 import train
 from audio_lottery import files, ledger, texts, verify
 from lab import compare, networks, rivals
@@ -19,8 +18,7 @@ RECIPE = recipes.RECIPES["rnnt", "demo"]
 
 @pytest.fixture(autouse=True)
 def small_models(monkeypatch):
-    monkeypatch.setitem(models.CnnLstm.SIZES, "demo", dict(models.CnnLstm.SIZES["demo"]))
-    soak.shrink_models()
+    soak.shrink_models(monkeypatch.setitem)
     monkeypatch.setattr(train.report.pictures, "draw", lambda path, *_: path.write_bytes(b""))
 
 

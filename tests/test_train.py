@@ -1,6 +1,7 @@
 """The command line: flags, messages, scores, run folders."""
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -21,7 +22,7 @@ import train
 from audio_lottery import files, ledger
 from audio_lottery.texts import KINDS, edits
 from lab import scoring
-from runner import flags, recipes, settings
+from runner import flags, processes, recipes, settings
 
 ROOT = Path(train.__file__).parent
 
@@ -265,8 +266,8 @@ def small_corpus():
     return corpus
 
 
-def trained(ticket, recipe, examples=None):
-    args = argparse.Namespace(recipe=recipe, device="cpu", seed=0, workers=0)
+def trained(ticket, recipe, examples=None, seed=0):
+    args = argparse.Namespace(recipe=recipe, device="cpu", seed=seed, workers=0)
     corpus = small_corpus()
     corpus.train = examples or corpus.train
     return train.train_round(
@@ -285,6 +286,69 @@ def test_best_epoch_is_chosen_on_valid_and_the_model_keeps_the_last():
     assert at.valid_wers[1] == at.valid_wers[2] == 0.0 < min(at.valid_wers[0], at.valid_wers[3])
     assert ticket.steps == 8  # 3 utterances in batches of 2: two steps an epoch, nobody lost
     assert not torch.equal(at.best["linear.weight"], model.linear.weight)
+
+
+class Sum(Counter):
+    """Each weight's gradient is 1."""
+
+    def loss(self, features, input_lengths, targets, target_lengths):
+        return self.linear.weight.sum()
+
+
+def test_a_step_holds_before_it_clips(monkeypatch):
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, most: norms.append((float(clip(p, most)), most)))
+    ticket = lottery.Ticket(Sum([[[]]] * 9))
+    ticket.prune(1)
+    ticket.rewind()
+    trained(ticket, recipes.Recipe(2, 2, 1e-2, "anneal", 4.0, (0, 9), data.SpecAugment(0, 0, 0, 0)))
+    assert norms == [(1.0, 4.0)] * 4  # of the one weight that stays, not of all four
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"clip": 1e-3}, {"weight_decay": 0.5}, {"eps": 1.0}, {"betas": (0.5, 0.9)}, {"optimizer": "adam"},
+     {"augment": data.SpecAugment(2, 40, 2, 9)}, {"lr": 2e-2}, {"schedule": "one-cycle"}, {"batch_size": 1}, "seed"],
+    ids=str,
+)  # fmt: skip
+def test_each_setting_reaches_the_weights(change):
+    generator = torch.Generator().manual_seed(0)
+    examples = [data.Example(torch.randn(n, 80, generator=generator), "", [1, 2]) for n in (20, 33, 41)]
+    plain = recipes.Recipe(2, 2, 1e-2, "anneal", 5.0, (0, 9), data.SpecAugment(0, 0, 0, 0), weight_decay=1e-2)
+    shape = dict(window=12, channels=4, hidden=4, layers=1, predictor=4, joiner=4, dropout=0.0)
+    found = []
+    for recipe, seed in ((plain, 0), (plain, 1) if change == "seed" else (dataclasses.replace(plain, **change), 0)):
+        torch.manual_seed(0)
+        model = models.Transducer(4, **shape)
+        trained(lottery.Ticket(model), recipe, examples, seed)
+        found.append(lottery.sha256(model.state_dict()))
+    assert found[0] != found[1]
+
+
+def test_a_loss_is_a_mean_over_utterances():
+    model = Counter([[[]]] * 9)
+    loss = model.linear.weight.square().sum().item()
+    at = trained(
+        lottery.Ticket(model), recipes.Recipe(2, 2, 1e-12, "anneal", 4.0, (0, 9), data.SpecAugment(0, 0, 0, 0))
+    )
+    assert at.losses == [pytest.approx(loss)] * 2
+
+
+def test_processes_recognise_their_shares_and_all_know_the_whole(monkeypatch):
+    class Reader(torch.nn.Module):
+        def transcribe(self, features, input_lengths):
+            return [[int(row[0, 0])] for row in features]
+
+    examples = [data.Example(torch.full((7 - n, 2), float(n)), "", [1]) for n in range(1, 7)]
+    shares = []
+    monkeypatch.setattr(processes, "count", lambda: 4)
+    monkeypatch.setattr(processes, "gather", lambda texts: shares.append(texts) or [[""] * 9] * 4)
+    for index in range(4):
+        monkeypatch.setattr(processes, "index", lambda index=index: index)
+        train.recognise(Reader(), examples, [data.BLANK, *"abcdef"], 2, "cpu")
+    assert shares == [["a", "e"], ["b", "f"], ["c"], ["d"]]
+    monkeypatch.setattr(processes, "gather", lambda _: shares)
+    assert train.recognise(Reader(), examples, [data.BLANK, *"abcdef"], 2, "cpu") == [*"abcdef"]
 
 
 def test_every_round_trains_alike():

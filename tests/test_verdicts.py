@@ -55,6 +55,12 @@ def test_memory_s_parts_are_one_draw():
     assert found[1:] == pytest.approx(np.percentile(rates, [2.5, 97.5]), abs=1e-12)
 
 
+def test_words_at_the_edges_of_an_interval():
+    assert verdicts.word_of(-0.01, 0.01, 0.01) == verdicts.word_of(-0.01, 0, 0) == "matching"
+    assert verdicts.word_of(0, 0.02, 0.01) == "undecided" and verdicts.word_of(-0.02, -0.01, 0.01) == "winning"
+    assert verdicts.word_of(0.001, 0.02, 0.01) == "worse" and verdicts.word_of(0.001, 0.01, 0.01) == "matching"
+
+
 def test_references_without_words():
     """Draws of nothing but such utterances have no error rate and are left out; a test of nothing else is refused."""
     low, high = verdicts.verdict([0, 1], [0, 2], [0, 3])[1:]
@@ -215,6 +221,8 @@ def test_rows_bear_rule_power_and_speakers(monkeypatch):
     row, _ = train.evaluate_on_tests(setting, corpus, dense)
     told = verdicts.verdict([1, 0, 1, 0], [0, 1, 1, 0], [2] * 4)
     assert (row["verdict"], *row["interval"]) == told and told.word == "undecided" and 0 < row["power"] < 0.1
+    args.margin = 1.0
+    assert train.evaluate_on_tests(setting, corpus, dense)[0]["verdict"] == "matching"
     assert "test_speakers" not in row and row["verdict_rule"] == 2
     nameless = [data.Utterance(Path("a"), text) for text in texts]
     corpus.heard = dict.fromkeys(names, nameless)
@@ -237,13 +245,5 @@ def test_speakers_are_numbered():
 
 
 def test_a_resample_without_words_is_left_out():
-    """In a quarter of them only the first utterance is drawn, which has no word: its rate would be 0 / 0."""
-    assert verdicts.verdict([0, 1], [0, 2], [0, 3]) == ("winning", -1 / 3, -1 / 3)
-    # (n1 - n0) / 3 n1 for n0 and n1 draws of the first two: -1/3 in 3 of 19 (0 0 1), 1/3 in 7 (without the first)
+    """(n1 - n0) / 3 n1 for n0 and n1 draws of the first two: -1/3 in 3 of 19 (0 0 1), 1/3 in 7 (without the first)."""
     assert verdicts.verdict([0, 1, 0], [1, 0, 0], [0, 3, 0], margin=0.4) == ("matching", -1 / 3, 1 / 3)
-
-
-@pytest.mark.parametrize("words", [[0, 0], [0]])
-def test_references_without_any_word_are_refused(words):
-    with pytest.raises(lottery.LotteryError, match=rf"none of the {len(words)} references has a word"):
-        verdicts.verdict([0] * len(words), [1] * len(words), words)

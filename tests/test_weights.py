@@ -8,7 +8,6 @@ import pytest
 import soak
 import soundfile
 
-import models
 import train
 from lab import weights
 
@@ -34,9 +33,7 @@ needs_flashlight = pytest.mark.skipif(
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    for network in models.BACKBONES.values():
-        monkeypatch.setitem(network.SIZES, "demo", dict(network.SIZES["demo"]))
-    soak.shrink_models()
+    soak.shrink_models(monkeypatch.setitem)
 
     def trained(backbone: str):
         (tmp_path / "corpus").mkdir()
