@@ -251,8 +251,8 @@ def choose_ops() -> Ops:
     compiled, facts = torch.ops.audio_lottery, _lottery.build_facts()
     devices = {"cpu", "cuda"} if facts["cuda"] else {"cpu"}
 
-    def on_its_devices(op, reference):  # a build without CUDA leaves tensors on a GPU to the reference
-        return lambda weights, *rest: (op if {w.device.type for w in weights} <= devices else reference)(weights, *rest)
+    def on_its_devices(op, reference):  # leaves what is on a GPU to the reference in a build without CUDA, and []
+        return lambda ws, *rest: (op if ws and {w.device.type for w in ws} <= devices else reference)(ws, *rest)
 
     return Ops(
         on_its_devices(compiled.hold_ticket_, reference_hold_ticket_),
@@ -360,13 +360,13 @@ class Pruning(NamedTuple):
         return mask if self.block == (1, 1) else mask.flatten(1)[::rows, ::columns]
 
     def weights(self, units: Tensor, mask: Tensor) -> Tensor:
-        """The mask, of the shape of `mask`, that keeps these units."""
-        if self.block == (1, 1):
-            return units
-        matrix = mask.flatten(1)
-        rows, columns = (min(n, size) for n, size in zip(self.block, matrix.shape))
-        whole = units.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-        return whole[: matrix.shape[0], : matrix.shape[1]].reshape(mask.shape)
+        """The mask, of the shape and the strides of `mask`, that keeps these units."""
+        if self.block != (1, 1):
+            matrix = mask.flatten(1)
+            rows, columns = (min(n, size) for n, size in zip(self.block, matrix.shape))
+            whole = units.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+            units = whole[: matrix.shape[0], : matrix.shape[1]].reshape(mask.shape)
+        return units if units.stride() == mask.stride() else torch.empty_like(mask).copy_(units)
 
     def least(self, units: Tensor) -> int:
         """Units that a layer keeps at least."""

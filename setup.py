@@ -53,6 +53,7 @@ def extensions() -> list:
     if not compiler or not os.path.isfile(sysconfig.get_path("include") + "/Python.h"):
         print("no C++ compiler or no Python.h: csrc/ is not built, lottery.py will run in pure PyTorch")
         return []
+    os.environ.setdefault("CXX", compiler)  # what was asked about OpenMP is what builds
     home = cuda_home()
     if home:
         os.environ["CUDA_HOME"] = home  # before cpp_extension is imported: it reads it once

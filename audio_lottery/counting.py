@@ -120,4 +120,4 @@ def uses_in(module: nn.Module, path: str, args: tuple, kwargs: dict, output) -> 
         return {"k_proj_weight": key, "v_proj_weight": value}.get(path, query)
     if query == key == value:
         return query
-    return torch.tensor([query, key, value]).repeat_interleave(module.embed_dim)[:, None]
+    return torch.tensor([query, key, value], device=out.device).repeat_interleave(module.embed_dim)[:, None]

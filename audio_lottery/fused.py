@@ -8,8 +8,6 @@ use_fused(attention, convolution): takes the two, as submodules, and calls them 
 but for an export, a trace or torch.compile: their graphs are of its own layers. Both None: its own always.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,9 +65,12 @@ def fused(heads: int, depthwise: nn.Conv1d, norm: nn.BatchNorm1d) -> "tuple[Rota
     heads: of its attention, which turns queries and keys by rotary positions.  depthwise: between a GLU over channels
     and `norm`, which SiLU follows.  Raises LotteryError for layers of another form.
     """
-    channels, kernel = depthwise.weight.shape[0], depthwise.weight.shape[-1]
-    form = depthwise.groups, depthwise.stride, depthwise.dilation, depthwise.padding, depthwise.padding_mode
-    if kernel % 2 == 0 or form != (channels, (1,), (1,), (kernel // 2,), "zeros") or norm.running_mean is None:
+    fits = isinstance(depthwise, nn.Conv1d) and isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    if fits:
+        channels, (kernel,) = depthwise.out_channels, depthwise.kernel_size
+        form = depthwise.groups, depthwise.stride, depthwise.dilation, depthwise.padding, depthwise.padding_mode
+        fits = kernel % 2 and form == (channels, (1,), (1,), (kernel // 2,), "zeros") and norm.running_mean is not None
+    if not fits:
         raise lottery.LotteryError(
             "fused_parts: depthwise must be an nn.Conv1d of a group a channel, with an odd kernel, as many frames out "
             f"as in, and norm one that keeps statistics, got {depthwise} and {norm}"
@@ -77,14 +78,23 @@ def fused(heads: int, depthwise: nn.Conv1d, norm: nn.BatchNorm1d) -> "tuple[Rota
     return RotaryAttention(heads), GatedConvolution(depthwise, norm)
 
 
-@functools.lru_cache(maxsize=8)
+KEPT: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # the last few turns
+
+
 def turns(frames: int, half: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine of rotary positions, (frames, half) each."""
+    if type(frames) is int and (frames, half) in KEPT:
+        return KEPT[frames, half]
     with torch.inference_mode(False):  # else they could be used in that mode alone, ever after
         numbers = {"dtype": torch.float32, "device": "cpu"}  # they are kept: whatever device is the default now
         rates = 10_000.0 ** (-torch.arange(half, **numbers) / half)
         angle = torch.outer(torch.arange(frames, **numbers), rates)
-        return angle.cos(), angle.sin()
+        found = angle.cos(), angle.sin()
+    if type(frames) is int and type(angle) is Tensor:  # not what stands in for one while a graph is traced
+        if len(KEPT) == 8:
+            KEPT.pop(next(iter(KEPT)), None)
+        KEPT[frames, half] = found
+    return found
 
 
 class RotaryAttention(nn.Module):

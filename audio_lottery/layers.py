@@ -94,6 +94,9 @@ class Layer(Fixed):
         if input.dtype is FLOAT32 is self.dtype and not input.is_nested:
             return self.product(input, self._parameters["bias"])  # nn.Module looks attributes up so slowly
         check_floating(input)
+        if input.layout is torch.jagged:
+            of = torch.nested.nested_tensor_from_jagged
+            return of(self.forward(input.values()), input.offsets(), input.lengths())
         if input.is_nested:  # rows of several lengths, as nn.TransformerEncoder packs them
             parts = input.unbind()
             rows = self.forward(torch.cat(parts)).split([len(part) for part in parts])

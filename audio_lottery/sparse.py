@@ -267,7 +267,8 @@ else:
     def fake_lstm(projections, values, columns, offsets, scales, h0, c0, lengths, reverse, windows):
         matrix = {"values": values, "columns": columns, "offsets": offsets, "scales": scales}
         check_devices("projections", projections, **matrix, h0=h0, c0=c0, lengths=lengths, windows=windows)
-        return projections.new_empty(*projections.shape[:2], h0.shape[1]), torch.empty_like(h0), torch.empty_like(c0)
+        sizes = (*projections.shape[:2], h0.shape[1]), h0.shape, c0.shape
+        return tuple(projections.new_empty(size) for size in sizes)
 
     @torch.library.register_fake("audio_lottery::sparse_transducer")
     def fake_transducer(encoder_out, inputs, recurrent, projection, output, bias, max_symbols, state, windows):

@@ -70,7 +70,7 @@ def p_value(ticket_errors, dense_errors, words, margin: float = 0.01) -> float:
     difference = np.atleast_2d(ticket_errors) - np.atleast_2d(dense_errors)
     if len(difference) == 1:
         rates = draws_of(difference[0], words, 10_000)
-        return (1 + int((rates > margin).sum())) / (1 + len(rates))
+        return max(1, int((rates > margin).sum())) / len(rates)
     rate, variance, freedom = map(float, crossed(difference, words))
     return above((margin - rate) / math.sqrt(variance), freedom) if variance else float(rate > margin)
 

@@ -366,13 +366,24 @@ def compared(a: Method, b: Method) -> list[Point]:
 
 
 def by_seed(runs: list[Run], name: str) -> dict[int, Run]:
-    """A run a seed. Raises LotteryError if two have the same."""
-    found = {}
-    for run in runs:
+    """A run a seed. Raises LotteryError if two have the same, or another setting that a method does not leave open."""
+    found: dict[int, Run] = {}
+    every = [ledger.settings_of(run.config) for run in runs]
+    for run, own in zip(runs, every):
         if run.config["seed"] in found:
             raise lottery.LotteryError(f"{name}: {run.path} and {found[run.config['seed']].path} have the same seed")
+        for key in sorted((own.keys() | every[0].keys()) - set(OPEN)):
+            here, there = (one.get(key, PLAIN.get(key)) for one in (own, every[0]))
+            if here != there:
+                both = f"{there} in {runs[0].path}, {here} in {run.path}"
+                raise lottery.LotteryError(f"{name}: runs of a method differ in their seed alone, not in {key}: {both}")
         found[run.config["seed"]] = run
     return found
+
+
+def alike(row: dict, other: dict) -> bool:
+    """Do both keep as many weights, to 1 %?"""
+    return abs(row["remaining"] - other["remaining"]) <= 0.01 * other["remaining"]
 
 
 def paired(a: list[Run], b: list[Run], rounds: list[tuple[int, int]] | None = None) -> list[Point]:
@@ -381,16 +392,15 @@ def paired(a: list[Run], b: list[Run], rounds: list[tuple[int, int]] | None = No
     Raises LotteryError for two runs of a seed in one set, and unless there is a seed and a round to compare.
     """
     ours, theirs = by_seed(a, "A"), by_seed(b, "B")
-    seeds = [seed for seed in ours if seed in theirs]
+    seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         raise lottery.LotteryError(f"A has seeds {sorted(ours)} and B {sorted(theirs)}: none in common")
-    first, second = ours[seeds[0]].rows, theirs[seeds[0]].rows
     if rounds is None:
-        rounds = [
-            (row["round"], near["round"]) for row in first if row["round"]
-            for near in [min(second, key=lambda other: abs(other["remaining"] - row["remaining"]))]
-            if near["round"] and abs(near["remaining"] - row["remaining"]) <= 0.01 * row["remaining"]
-        ]  # fmt: skip
+        rounds = sorted({
+            (row["round"], near["round"]) for seed in seeds for row in ours[seed].rows if row["round"]
+            for near in [min(theirs[seed].rows, key=lambda other: abs(other["remaining"] - row["remaining"]))]
+            if near["round"] and alike(near, row)
+        })  # fmt: skip
     found = []
     for left, right in rounds:
         point = Point(ours[seeds[0]].config["margin"], rival=True)
@@ -399,6 +409,9 @@ def paired(a: list[Run], b: list[Run], rounds: list[tuple[int, int]] | None = No
                           for run, number in ((ours[seed], left), (theirs[seed], right)))  # fmt: skip
             if row and other:
                 point.add(seed, row, other, ours[seed].rows[0])
+                if not alike(row, point.rows[0]) or not alike(other, point.others[0]):
+                    both = f"rounds {left}:{right} of seeds {point.seeds[0]} and {seed}"
+                    raise lottery.LotteryError(f"{both} keep other shares")
         found += [point] if point.seeds else []
     if not found:
         named = ", ".join(f"{left}:{right}" for left, right in rounds)

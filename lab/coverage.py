@@ -208,17 +208,21 @@ def of_method(title: str, method: Method, seeds: list[int], worse: float, trials
         source = source_of([point])
         covered, equal = simulated(source, rule, count, point.margin, 0.0, trials)
         _, wrong = simulated(source, rule, count, point.margin, worse, trials)
-        rows.append([f"{point.mean('remaining'):.1%}", name, str(count), f"{covered[0]:.1%}",
+        rows.append([f"{point.mean('remaining'):.1%}", str(len(point.seeds)), name, str(count), f"{covered[0]:.1%}",
                      f"{equal[0]:.1%}", f"{wrong[0]:.1%}"])  # fmt: skip
-    columns = ["remaining", "interval", "seeds", "coverage", "equal: called matching"]
-    lines = [f"## {markdown_text(f'{title}: {method.name}')}, {len(points[0].seeds)} seeds known", ""]
+    columns = ["remaining", "seeds known", "interval", "seeds", "coverage", "equal: called matching"]
+    lines = [f"## {markdown_text(f'{title}: {method.name}')}", ""]
     lines += plan.markdown([*columns, f"{worse:g} worse: called matching"], rows)
     tickets = [point for point in method.tickets() if len(point.seeds) > 1]
+    known = len(set.intersection(*(set(point.seeds) for point in tickets)))
+    if known < 2:
+        return [*lines, "", "The tickets have fewer than two seeds in common: no search can be simulated.", ""]
     source, marked = source_of(tickets), [tickets.index(point) for point in points]
     for count in (1, *seeds):
         some, first = searches(source, marked, count, points[0].margin, worse, trials)
+        given = f"from {known} seeds known, {count} seed{'s' * (count > 1)}"
         lines += [""] * (count == 1) + [
-            f"- All {len(tickets)} tickets {worse:g} worse, {count} seed{'s' * (count > 1)}: some round is called "
+            f"- All {len(tickets)} tickets {worse:g} worse, {given}: some round is called "
             f"matching in {some:.1%} of the searches, the sequence's first in {first:.1%}."
         ]
     return [*lines, ""]

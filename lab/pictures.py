@@ -72,6 +72,7 @@ def draw(path: Path | io.BytesIO, title: str, methods: list[Method]) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     sparsest = min(100 * point.mean("remaining") for method in methods for point in method.points.values())
     wer, cer = axes = figure.subplots(1, 2)
+    hollow = any(point.seeds != method.dense().seeds for method in methods for point in method.points.values())
     for ax, key in zip(axes, ("test_wer", "test_cer")):
         ends = []
         for color, method in zip((f"C{i % 10}" for i in range(len(methods))), methods):
@@ -80,6 +81,10 @@ def draw(path: Path | io.BytesIO, title: str, methods: list[Method]) -> None:
             ax.axhline(rates[0], color=color, linewidth=1, linestyle="--")
             ax.plot(
                 remaining, rates, "o-", color=color, markersize=4, label=plain(f"{method.name}, {seeds_told(points)}")
+            )
+            other = [i for i, p in enumerate(points) if p.seeds != points[0].seeds]
+            ax.plot(
+                [remaining[i] for i in other], [rates[i] for i in other], "o", color=color, markersize=4, mfc="white"
             )
             ends += rates
             if ax is cer:
@@ -104,7 +109,8 @@ def draw(path: Path | io.BytesIO, title: str, methods: list[Method]) -> None:
         ax.grid(alpha=0.3)
         ax.legend(loc="upper left", fontsize=8)
     wer.set_ylabel("test WER")
-    wer.set_title("dashed: dense; bands: 95 % interval of the verdict, about dense", fontsize=8)
+    bands = "dashed: dense; bands: 95 % interval of the verdict, about dense; hollow: other seeds, and their dense"
+    wer.set_title(bands if hollow else bands.rpartition(";")[0], fontsize=8)
     cer.set_ylabel("test CER")
     cer.set_title("dashed: dense; small dots: seeds", fontsize=8)
     figure.suptitle(plain(title))

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import glob
 import hashlib
+import math
 import re
 import statistics
 from collections.abc import Iterator
@@ -138,7 +139,9 @@ def curves(methods: list[Method]) -> list[str]:
         share, found = f"{point.mean('remaining'):.1%}", point.of_new_texts()
         cells = [markdown_text(method.name)] * (len(searches) > 1)
         cells += [f"**{share}**" if is_mark(method, point) else share, f"{point.mean('kept'):,.0f}"]
-        cells += [str(len(point.seeds)), f"{point.mean('valid_wer'):.3f}", spread(point.values("test_wer"))]
+        fewer = f" (dense of these: {point.mean_other('test_wer'):.3f})"
+        cells += [str(len(point.seeds)), f"{point.mean('valid_wer'):.3f}"]
+        cells += [spread(point.values("test_wer")) + fewer * (point.seeds != method.dense().seeds)]
         cells += [f"{point.mean('test_cer'):.3f}"] + [f"{found[1]:.3f}" if found else ""] * new
         cells += [judged_over(point) if point.round else ""]
         rows.append(cells + [f"{point.mean('test_wer', t):.3f}" if t in point.tests() else "" for t in tests])
@@ -176,6 +179,11 @@ def other_seeds(methods: list[Method]) -> list[str]:
     return lines
 
 
+def rounded_up(p: float) -> float:
+    """To three digits: 0.0251 is not to be read as 0.025."""
+    return math.ceil(1000 * p - 1e-9) / 1000
+
+
 def tables(methods: list[Method]) -> list[str]:
     """Curves, summary, the paper's points, every round on every test set, and comparisons of methods."""
     columns = ["method", "dense, test WER", "marks, Holm's p", "sparsest winning or matching ticket at the marks"]
@@ -183,7 +191,7 @@ def tables(methods: list[Method]) -> list[str]:
     rows = []
     for m in methods:
         sparsest, stopped = m.walk()
-        marks = [f"{point.mean('remaining'):.1%} ({p:.3f})" for point, p in zip(m.marked(), m.holm())]
+        marks = [f"{point.mean('remaining'):.1%} ({rounded_up(p):.3f})" for point, p in zip(m.marked(), m.holm())]
         rows.append(
             [
                 markdown_text(m.name),
@@ -350,17 +358,20 @@ def rounds_pair(text: str) -> tuple[int, int]:
 
 def comparison(a: str, b: str, rounds: list[tuple[int, int]] | None) -> tuple[list[str], list[Claim]]:
     """A table of A less B, and its rows as claims. Raises LotteryError for sets that cannot be compared."""
-    paths = paths_of(a), paths_of(b)
-    points = paired(*([read(path) for path in part] for part in paths), rounds)
+    sets = [[read(path) for path in paths_of(part)] for part in (a, b)]
+    points = paired(*sets, rounds)
+    one_noise = len({tuple(run.config.get(key) for key in NOISE) for part in sets for run in part}) == 1
     columns = ["rounds, A and B", "remaining, A and B", "test set", "seeds", "test WER, A", "test WER, B", "A less B"]
     rows, found = [], []
     for p in points:
-        other = p.others[0]
-        shares = f"{p.mean('remaining'):.1%}", f"{other['remaining']:.1%}"
-        for test in [test for test in p.tests() if not test or test in other.get("other_tests", {})]:
+        shares = f"{p.mean('remaining'):.1%}", f"{p.mean_other('remaining'):.1%}"
+        every = [row.get("other_tests", {}) for row in p.rows + p.others]
+        for test in [test for test in p.tests() if not test or all(test in tests for tests in every)]:
+            if test.endswith(" dB") and not one_noise:
+                continue
             values = spread(p.values("test_wer", test)), spread([of_test(o, test)["test_wer"] for o in p.others])
             seeds = ", ".join(map(str, sorted(p.seeds)))
-            rows.append([f"{p.round}, {other['round']}", ", ".join(shares), markdown_text(test or "test"), seeds,
+            rows.append([f"{p.round}, {p.others[0]['round']}", ", ".join(shares), markdown_text(test or "test"), seeds,
                          *values, spread(p.differences("test_wer", test), "+"), judged(p, test)])  # fmt: skip
             label = " less ".join(dict.fromkeys(shares)) + (f", {test}" if test else "")
             found.append(Claim("", label, p, test))
@@ -375,6 +386,7 @@ def comparison(a: str, b: str, rounds: list[tuple[int, int]] | None) -> tuple[li
     return [*lines, *plan.markdown([*columns, "verdict, 95 % interval"], rows), "", COMPARED, ""], found
 
 
+NOISE = ("noise_sha256", "noise_draws")  # what decides the noise of a test
 COMPARED = (
     "The verdict is A's against B's, as a ticket's against dense: *winning*, A is better; *matching*, at most the "
     "margin worse; *worse*; *undecided*, with its power. B may recognise nothing: what beats it wins. Pairs are named "

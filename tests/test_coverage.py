@@ -104,10 +104,15 @@ def test_the_command_prints_a_table_a_method(tmp_path, capsys):
     assert coverage.main([*argv, "--trials", "50", "--seeds", "4"]) == 0
     said = capsys.readouterr().out
     rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| 41.0%")]
-    assert [row[1:3] for row in rows] == [[name, "4"] for name in coverage.RULES]
-    assert all(0 <= float(cell.strip(" |%")) <= 100 for row in rows for cell in row[3:])
-    assert said.count("- All 4 tickets 0.02 worse, ") == 2 and "1 seed: some round is called matching in " in said
+    assert [row[1:4] for row in rows] == [["3", name, "4"] for name in coverage.RULES]
+    assert all(0 <= float(cell.strip(" |%")) <= 100 for row in rows for cell in row[4:])
+    assert said.count("- All 4 tickets 0.02 worse, from 3 seeds known, ") == 2
+    assert "1 seed: some round is called matching in " in said
     assert coverage.main([*argv, "--trials", "50", "--seeds", "4"]) == 0 and capsys.readouterr().out == said
+    short = [str(write_run(tmp_path / f"short{s}", [dense] * 5, seed=s, sparsity=0.5904)) for s in (0, 1)]
+    apart = write_run(tmp_path / "apart", [dense] * 2 + [[1, 2, 3, 4]], seed=2, sparsity=0.36)
+    assert coverage.main([*short, str(apart), "--trials", "50", "--seeds", "4"]) == 0
+    assert "- All 4 tickets 0.02 worse, from 2 seeds known, " in capsys.readouterr().out
     assert coverage.main(argv[:1]) == 2
     assert "no method with two seeds at a mark" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lottery
 import models
@@ -16,6 +17,23 @@ from lab import export
 
 built = pytest.mark.skipif(not lottery.ops.compiled, reason="the extension is not built")
 TOKENS = ["<blank>", " ", *"abcdefghij"]
+
+
+def test_a_norm_of_another_kind_is_refused():
+    depthwise = nn.Conv1d(8, 8, 3, padding=1, groups=8)
+    for parts in ((depthwise, nn.GroupNorm(2, 8)), (nn.Linear(8, 8), nn.BatchNorm1d(8))):
+        with pytest.raises(lottery.LotteryError, match="fused_parts: depthwise must be"):
+            fused.fused(2, *parts)
+
+
+def test_a_traced_graph_leaves_no_stand_in_behind():
+    attention, shape = fused.RotaryAttention(2), (1, 7, 24)
+    with FakeTensorMode(), pytest.raises(Exception, match=r"aten._local_scalar_dense|[Dd]ata"):
+        attention(torch.empty(shape), torch.ones(1, 7, dtype=torch.bool))
+    assert attention(torch.randn(shape), torch.ones(1, 7, dtype=torch.bool)).shape == (1, 7, 8)
+    for frames in range(1, 20):
+        fused.turns(frames, 2)
+    assert len(fused.KEPT) <= 8
 
 
 @pytest.fixture(params=[1, 2])

@@ -79,6 +79,23 @@ def test_three_rounds_by_hand():
     assert len({r["rewind_sha256"] for _, _, r in seen}) == 1
 
 
+def test_masks_lie_as_the_weights_do():
+    """So that hold() takes weight, gradient and mask in one pass in every round, channels_last too."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 2)).to(memory_format=torch.channels_last)
+    for block in ((1, 1), (2, 1)):
+        ticket = lottery.Ticket(model, pruning=lottery.Pruning(block))
+        ticket.prune(ticket.kept_units // 2)
+        for name, weight in ticket.weights.items():
+            assert ticket.masks[name].stride() == weight.stride(), name
+
+
+def test_no_weights_at_all():
+    assert lottery.prune({}, {}, 0) == {} and lottery.ops.block_norms([], 1, 1) == []
+    assert lottery.ops.hold_ticket_([], [], []) is None
+    with pytest.raises(lottery.LotteryError):
+        lottery.prune({}, {}, 1)
+
+
 def test_a_rewind_that_rewinds_nothing_is_refused(monkeypatch):
     ticket = lottery.Ticket(Toy())
     train_toy(ticket)

@@ -300,7 +300,7 @@ def test_a_match_is_refuted_above_the_margin_alone(tmp_path):
 
 def test_holm_counts_the_marks_that_have_no_round(tmp_path):
     ((method,),) = merged(write_run(tmp_path / "a", [ROUND_0] + [[1, 1, 1, 1]] * 4, sparsity=0.59)).values()
-    assert method.holm() == [pytest.approx(4 / 10_001)]  # of 10,000 draws none is above the margin; 41 % is one of four
+    assert method.holm() == [pytest.approx(4 / 10_000)]  # of 10,000 draws none is above the margin; 41 % is one of four
     nothing = [10, 10, 10, 10]
     ((method,),) = merged(write_run(tmp_path / "b", [nothing] + [ROUND_0] * 4, sparsity=0.59)).values()
     assert method.holm() == [1.0]
@@ -406,6 +406,27 @@ def test_compare_prints_a_table_of_two_sets(tmp_path, capsys):
     assert [row.split(" | ")[:2] for row in rows] == [["| 4, 0", "41.0%, 100.0%"], ["| 0, 0", "100.0%, 100.0%"]]
 
 
+def test_compare_has_all_rounds_whatever_comes_first_and_no_test_in_other_noise(tmp_path, capsys):
+    """Seed 5 has a round less than seed 0, and the noise of B's test is of other recordings."""
+    test = {"test_wer": 0.4, "test_cer": 0.2, "test_errors": ROUND_0, "test_words": WORDS}
+    noisy = {"other_tests": {"test at 5 dB": test | {"verdict": "matching", "interval": [0, 0]}}}
+    dense = {"other_tests": {"test at 5 dB": test}}
+    for name, scope, noise in (("a", "lamp", "1"), ("b", "global", "2"), ("c", "global", "1")):
+        for seed, rounds in ((0, 3), (5, 2)):
+            how = dict(sparsity=0.36, seed=seed, scope=scope, row=noisy, of_round_0=dense, noise_sha256=noise)
+            write_run(tmp_path / f"{name}{seed}", [ROUND_0] * rounds, **how)
+
+    def rows(a, b):
+        sets = [",".join(str(tmp_path / name) for name in part) for part in (a, b)]
+        assert report.main(["--compare", *sets]) == 0
+        lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+        return [(line[0], line[2], line[3]) for line in lines[2:]]
+
+    found = [("| 1, 1", "test", "0, 5"), ("| 2, 2", "test", "0")]
+    assert rows(("a5", "a0"), ("b0", "b5")) == rows(("a0", "a5"), ("b5", "b0")) == found
+    assert ("| 1, 1", "test at 5 dB", "0, 5") in rows(("a0", "a5"), ("c0", "c5"))
+
+
 @pytest.mark.parametrize(
     "argv, said",
     [
@@ -418,12 +439,17 @@ def test_compare_prints_a_table_of_two_sets(tmp_path, capsys):
         (["{a}", "--compare", "{a}", "{b}"], "name runs to merge, or --compare A B"),
         (["{a}", "--rounds", "1"], "name runs to merge, or --compare A B"),
         ([], "name runs to merge, or --compare A B"),
+        (["--compare", "{a},{other}", "{a},{d}"], "seed alone, not in scope: global in {a}, lamp in {other}"),
+        (["--compare", "{a},{faster}", "{a},{d}", "--rounds", "1"], "rounds 1:1 of seeds 0 and 1 keep other shares"),
     ],
 )  # fmt: skip
 def test_sets_that_cannot_be_compared_are_one_line(argv, said, tmp_path, capsys):
     names = {name: tmp_path / name for name in ("a", "b", "c", "d", "missing")}
     for name in "abcd":
         write_run(names[name], [ROUND_0, ROUND_0], seed=int(name == "d"))
+    names |= {"other": tmp_path / "other", "faster": tmp_path / "faster"}
+    write_run(names["other"], [ROUND_0, ROUND_0], seed=1, scope="lamp")
+    write_run(names["faster"], [ROUND_0, ROUND_0], seed=1, sparsity=0.1)  # its first round is its last
     argv = [word.format(**names) for word in argv]
     try:
         assert report.main(argv) == 2

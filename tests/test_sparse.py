@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lottery
 import models
@@ -602,6 +603,34 @@ def test_devices_are_not_mixed(name, implementation):
     if implementation == "compiled" and lottery.ops.compiled and name != "sparse_transducer":
         out = op(*(elsewhere(value) for value in arguments.values()))  # all of it there is a shape to be known
         assert (out[0] if isinstance(out, tuple) else out).device.type == "meta"
+
+
+@built
+def test_a_transposed_state_of_a_traced_lstm_has_the_strides_of_a_real_one():
+    matrix, _ = random_matrix(32, 8, "8x1")
+    h0, c0 = torch.zeros(8, 2).t(), torch.zeros(8, 2).t()
+    run = lambda *given: torch.ops.audio_lottery.sparse_lstm(*given, None, False, [])  # noqa: E731
+    given = torch.randn(2, 3, 32), *matrix, h0, c0
+    with FakeTensorMode() as mode:
+        traced = run(*(value if value is None else mode.from_tensor(value) for value in given))
+    assert [out.stride() for out in traced] == [out.stride() for out in run(*given)]
+
+
+@pytest.mark.parametrize("layer", ["product", "dense"])
+def test_a_nested_tensor_keeps_its_layout(layer):
+    dense = nn.Linear(4, 8)
+    matrix = sparse.to_matrix(dense.weight.detach(), torch.ones(8, 4, dtype=torch.bool), "unstructured", "float32")
+    product = layers.Product(matrix, dense.bias, dense.weight.shape, dense)
+    if layer == "dense":
+        product = layers.DenseProduct(dense.weight.detach(), dense.bias.detach(), 5, dense)
+    parts = [torch.randn(2, 4), torch.randn(3, 4)]
+    for layout in (torch.jagged, torch.strided):
+        nested = torch.nested.nested_tensor(parts, layout=layout)
+        with torch.no_grad():
+            found, wanted = product(nested), dense(nested)
+            assert found.layout == wanted.layout == layout
+            for ours, theirs in zip((found + wanted).unbind(), wanted.unbind()):
+                torch.testing.assert_close(ours, 2 * theirs)
 
 
 @built

@@ -226,6 +226,14 @@ def test_a_run_that_ends_tells_its_report(forged):
     assert [row["round"] for row in ledger.read_ledger(forged.run / "ledger.jsonl")] == [0, 1, 2]
 
 
+def test_a_test_text_without_words_is_no_forgery():
+    """A corpus' test keeps a text of which normalisation leaves nothing: any word that is heard there is an error."""
+    row = {"test_errors": [1, 1], "test_words": [0, 3], "test_wer": 2 / 3, "test_cer": 0.2}
+    verify.check_test(row, row, "round 1: ")
+    with pytest.raises(lottery.LotteryError, match="round 1: other test utterances than round 0's"):
+        verify.check_test(row, row | {"test_words": [1, 2]}, "round 1: ")
+
+
 def test_the_words_of_settings_are_those_of_the_code():
     assert ledger.BACKBONES == tuple(models.BACKBONES) and set(ledger.SIZES) == set(models.CnnLstm.SIZES)
 
