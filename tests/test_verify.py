@@ -10,6 +10,7 @@ import pytest
 import soak
 import torch
 
+import lottery
 import models
 import train
 from audio_lottery import __main__ as command
