@@ -199,24 +199,21 @@ def transcribe(model: nn.Module, utterances: tuple[Tensor, Tensor]) -> list[list
         return model.transcribe(*utterances)
 
 
-def with_parts(model: nn.Module, wrap: Callable[[Callable, tuple], Callable], utterances: tuple) -> nn.Module:
-    """A copy whose heavy parts go through wrap(part, an example of its arguments)."""
-    other = copy.copy(model)
+def with_our_loop(other: nn.Module, model: nn.Module) -> nn.Module:
+    """A peer of a transducer decodes by our compiled loop, as ours does: what is compared is what the loop is given."""
     if isinstance(model, models.Transducer):
-        token = torch.zeros(len(utterances[0]), 1, dtype=torch.int64)
-        first = model.predict(token)[1]
-        step = wrap(
-            lambda token, h, c: (lambda out, state: (out, *state))(*model.predict(token, (h, c))), (token, *first)
-        )
-
-        def predict(tokens: Tensor, state=None) -> tuple:
-            out, *state = step(tokens, *(state or (torch.zeros_like(first[0]), torch.zeros_like(first[1]))))
-            return out, tuple(state)
-
-        other.encode, other.predict = wrap(model.encode, utterances), predict
-    else:
-        other.forward = wrap(model.forward, utterances)
+        other._modules = dict(other._modules)  # a shallow copy shares them
+        with torch.no_grad():
+            other.use_greedy(layers.Greedy(**model.greedy_parts()))
     return other
+
+
+def with_parts(model: nn.Module, wrap: Callable[[Callable, tuple], Callable], utterances: tuple) -> nn.Module:
+    """A copy whose encoder, or all of it where it has no loop, goes through wrap(part, an example of its arguments)."""
+    other = copy.copy(model)
+    part = "encode" if isinstance(model, models.Transducer) else "forward"
+    setattr(other, part, wrap(getattr(model, part), utterances))
+    return with_our_loop(other, model)
 
 
 def compiled(part: Callable, example: tuple) -> Callable:
@@ -283,13 +280,15 @@ def in_onnxruntime(part: Callable, example: tuple, int8_of: nn.Module | None = N
     with plain, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(Whole().eval(), example, file, input_names=names, opset_version=17, dynamo=False)
-    session = session_of(int8_graph(file.getvalue()) if int8_of is not None else file.getvalue())
+    graph = int8_graph(file.getvalue()) if int8_of is not None else file.getvalue()
+    session = session_of(graph)
     takes = {value.name for value in session.get_inputs()}  # lengths that nothing depends on are no input
 
     def run(*arguments: Tensor) -> tuple:
         given = {name: value.numpy() for name, value in zip(names, arguments) if name in takes}
         return tuple(torch.from_numpy(np.asarray(value)) for value in session.run(None, given))
 
+    run.bytes = len(graph)
     return run
 
 
@@ -328,7 +327,7 @@ def peers_of(model: nn.Module, utterances: tuple[Tensor, Tensor], run: Callable)
     makers = {
         "torch.compile": lambda: with_parts(model, compiled, utterances),
         "ours, nothing left out": lambda: compression.compress(model, all_kept, run)[0],
-        "torch.ao dynamic int8": lambda: quantized(model),
+        "torch.ao dynamic int8": lambda: with_our_loop(quantized(model), model),
         "onnxruntime float32": lambda: with_parts(model, in_onnxruntime, utterances),
         "onnxruntime int8": lambda: with_parts(model, functools.partial(in_onnxruntime, int8_of=model), utterances),
     }
@@ -343,7 +342,8 @@ def peers_of(model: nn.Module, utterances: tuple[Tensor, Tensor], run: Callable)
         else:
             if said != wanted and "int8" not in name:
                 print(f"  {name}: says something else than dense torch")
-            disk = saved_bytes(made) if "int8" in name else size
+            graph = getattr(made.forward, "bytes", 0) or getattr(getattr(made, "encode", None), "bytes", 0)
+            disk = graph or (saved_bytes(made) if "int8" in name else size)
             ways[name] = Way(made, disk, compression.resident_bytes(made) if "ours" in name else disk)
     return ways
 

@@ -76,7 +76,7 @@ def ways_of(model: nn.Module, ticket: files.TicketFile, run: Callable) -> Iterat
     kept, total = (sum(int(f(mask)) for mask in ticket.masks.values()) for f in (lambda m: m.sum(), torch.numel))
     if kept == total:
         yield "dense, torch float32", infer.Way(model, size, size), []
-        small = infer.quantized(model)
+        small = infer.with_our_loop(infer.quantized(model), model)
         size = infer.saved_bytes(small)
         yield "dense, torch.ao int8", infer.Way(small, size, size), []
         try:
@@ -84,7 +84,7 @@ def ways_of(model: nn.Module, ticket: files.TicketFile, run: Callable) -> Iterat
         except (ImportError, data.DataError) as error:
             print(f"  onnxruntime: not here ({error})")
         else:
-            yield "dense, onnxruntime int8", infer.Way(small, size, size), []
+            yield "dense, onnxruntime int8", infer.Way(infer.with_our_loop(small, model), size, size), []
         return
     name = f"{kept / total:.1%}, {ticket.info.get('block') or 'single weights'}"
     yield name + MASKED, infer.Way(model, size, size), []
