@@ -287,6 +287,11 @@ def test_a_run_with_noise(folder, tmp_path, capsys, monkeypatch):
     assert config["noise_draws"] == "by utterance"
     assert config["snr"] == [5, 20] and config["test_snr"] == [10, -5] and len(config["noise_sha256"]) == 64
 
+    clean = [*flags[: flags.index("--noise")], "--out", str(tmp_path / "clean")]
+    assert train.main(clean) == 0
+    quiet = ledger.read_ledger(tmp_path / "clean" / "ledger.jsonl")
+    assert quiet[0]["rewind_sha256"] == rows[0]["rewind_sha256"] and quiet[0]["last_sha256"] != rows[0]["last_sha256"]
+
     steps = itertools.count(1)
 
     def stop_once(self, *state):
