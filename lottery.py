@@ -251,7 +251,7 @@ def choose_ops() -> Ops:
     compiled, facts = torch.ops.audio_lottery, _lottery.build_facts()
     devices = {"cpu", "cuda"} if facts["cuda"] else {"cpu"}
 
-    def on_its_devices(op, reference):  # leaves what is on a GPU to the reference in a build without CUDA, and []
+    def on_its_devices(op, reference):  # the reference has those on a GPU in a build without CUDA, and []
         return lambda ws, *rest: (op if ws and {w.device.type for w in ws} <= devices else reference)(ws, *rest)
 
     return Ops(

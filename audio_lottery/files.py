@@ -300,7 +300,7 @@ def restore_ticket(ticket: Ticket, file: TicketFile, round: int = 1) -> None:
     if round == 0 and ticket.rewind_step:
         raise LotteryError(f"round 0 starts before step {ticket.rewind_step}, which is all that the file has of it")
     own, weights = state_of(ticket.model), ticket.weights
-    ticket.masks = {name: file.masks[name].to(weight.device) for name, weight in weights.items()}
+    ticket.masks = {n: torch.empty_like(w, dtype=torch.bool).copy_(file.masks[n]) for n, w in weights.items()}
     ticket.rewind_state = {n: value.to(own[n].device) if n in own else value for n, value in file.rewind.items()}
     ticket.round = round
     ticket.rewind()

@@ -78,21 +78,22 @@ def fused(heads: int, depthwise: nn.Conv1d, norm: nn.BatchNorm1d) -> "tuple[Rota
     return RotaryAttention(heads), GatedConvolution(depthwise, norm)
 
 
-KEPT: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # the last few turns
+KEPT: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # some turns
 
 
 def turns(frames: int, half: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine of rotary positions, (frames, half) each."""
-    if type(frames) is int and (frames, half) in KEPT:
-        return KEPT[frames, half]
+    found = KEPT.get((frames, half)) if type(frames) is int else None
+    if found is not None:
+        return found
     with torch.inference_mode(False):  # else they could be used in that mode alone, ever after
         numbers = {"dtype": torch.float32, "device": "cpu"}  # they are kept: whatever device is the default now
         rates = 10_000.0 ** (-torch.arange(half, **numbers) / half)
         angle = torch.outer(torch.arange(frames, **numbers), rates)
         found = angle.cos(), angle.sin()
     if type(frames) is int and type(angle) is Tensor:  # not what stands in for one while a graph is traced
-        if len(KEPT) == 8:
-            KEPT.pop(next(iter(KEPT)), None)
+        if len(KEPT) >= 8:
+            KEPT.clear()  # at once, whatever other threads do
         KEPT[frames, half] = found
     return found
 

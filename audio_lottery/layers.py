@@ -96,7 +96,7 @@ class Layer(Fixed):
         check_floating(input)
         if input.layout is torch.jagged:
             of = torch.nested.nested_tensor_from_jagged
-            return of(self.forward(input.values()), input.offsets(), input.lengths())
+            return of(self.forward(input.values()), input.offsets(), input.lengths(), input._ragged_idx)
         if input.is_nested:  # rows of several lengths, as nn.TransformerEncoder packs them
             parts = input.unbind()
             rows = self.forward(torch.cat(parts)).split([len(part) for part in parts])

@@ -30,7 +30,7 @@ from transcribe import load
 def onnxruntime_int8(model: nn.Module, tokens: list[str]) -> tuple[nn.Module, int]:
     """The model with its heavy parts in onnxruntime, from graphs as --export writes them, quantized; and their bytes.
 
-    It takes one utterance at a time.
+    It takes one utterance at a time. A transducer's encoder is in onnxruntime; its loop is ours, in float32.
     """
     runs, size = {}, 0
     with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +39,8 @@ def onnxruntime_int8(model: nn.Module, tokens: list[str]) -> tuple[nn.Module, in
         for part, graph in export.paths_of(model, path).items():
             small = infer.int8_graph(graph.read_bytes())
             size += len(small)
-            runs[part] = functools.partial(run_session, infer.session_of(small))
+            if part in ("", "encoder"):
+                runs[part] = functools.partial(run_session, infer.session_of(small))
     other = copy.copy(model)
     if not isinstance(model, models.Transducer):
 
@@ -50,16 +51,9 @@ def onnxruntime_int8(model: nn.Module, tokens: list[str]) -> tuple[nn.Module, in
         other.forward = forward
         return other, size
 
-    def predict(tokens: torch.Tensor, state=None) -> tuple:
-        zeros = torch.zeros(1, 1, model.predictor.hidden_size)
-        out, *state = runs["predictor"](tokens, *(state or (zeros, zeros)))
-        return out[:, None], tuple(state)
-
-    nothing = torch.zeros(1, model.output.in_features)
     other.encode = lambda features, lengths: (runs["encoder"](features)[0], lengths)
     other.every_second = lambda encoded, _: (encoded, torch.tensor([encoded.shape[1]]))  # done by the graph
-    other.predict, other.join = predict, lambda summed: runs["joiner"](summed, nothing)[0]
-    return other, size
+    return infer.with_our_loop(other, model), size
 
 
 def run_session(session, *arguments: torch.Tensor) -> list[torch.Tensor]:
@@ -73,21 +67,25 @@ MASKED = ", masked in torch"  # a ticket as dense as it was trained: what its co
 def ways_of(model: nn.Module, ticket: files.TicketFile, run: Callable) -> Iterator[tuple[str, infer.Way, list]]:
     """What is measured of a ticket, in torch first: its name, and what each layer took where it is compressed."""
     size = infer.saved_bytes(model)
+
+    def looped(way: nn.Module) -> nn.Module:  # a transducer decodes by our compiled loop in every way
+        return infer.with_our_loop(copy.copy(way), model) if isinstance(model, models.Transducer) else way
+
     kept, total = (sum(int(f(mask)) for mask in ticket.masks.values()) for f in (lambda m: m.sum(), torch.numel))
     if kept == total:
-        yield "dense, torch float32", infer.Way(model, size, size), []
-        small = infer.with_our_loop(infer.quantized(model), model)
+        yield "dense, torch float32", infer.Way(looped(model), size, size), []
+        small = infer.quantized(model)
         size = infer.saved_bytes(small)
-        yield "dense, torch.ao int8", infer.Way(small, size, size), []
+        yield "dense, torch.ao int8", infer.Way(looped(small), size, size), []
         try:
             small, size = onnxruntime_int8(model, ticket.info["tokens"])
         except (ImportError, data.DataError) as error:
             print(f"  onnxruntime: not here ({error})")
         else:
-            yield "dense, onnxruntime int8", infer.Way(infer.with_our_loop(small, model), size, size), []
+            yield "dense, onnxruntime int8", infer.Way(small, size, size), []
         return
     name = f"{kept / total:.1%}, {ticket.info.get('block') or 'single weights'}"
-    yield name + MASKED, infer.Way(model, size, size), []
+    yield name + MASKED, infer.Way(looped(model), size, size), []
     disk = infer.ticket_bytes(model, ticket.masks)
     for dtype in sparse.DTYPES:
         user, rows = compression.compress(model, ticket.masks, run, dtype=dtype)

@@ -148,7 +148,7 @@ class Point:
         if "test_seen" not in self.heard.get(test, {}):
             return None
         errors, _, words = self.counts(test, "new texts")
-        if len(errors) > 1 and len(words) < 2:
+        if (len(errors) > 1 and len(words) < 2) or not words.any():
             return None
         return self.verdict(test, "new texts"), float(errors.sum() / (len(errors) * words.sum())), len(words)
 
@@ -185,6 +185,10 @@ class Method:
 
     def dense(self) -> Point:
         return next(iter(self.points.values()))
+
+    def lacks_seeds(self, point: Point) -> bool:
+        """Has the point other seeds than the dense networks?"""
+        return set(point.seeds) != set(self.dense().seeds)
 
     def tickets(self) -> list[Point]:
         return list(self.points.values())[1:]
@@ -376,7 +380,7 @@ def by_seed(runs: list[Run], name: str) -> dict[int, Run]:
             here, there = (one.get(key, PLAIN.get(key)) for one in (own, every[0]))
             if here != there:
                 both = f"{there} in {runs[0].path}, {here} in {run.path}"
-                raise lottery.LotteryError(f"{name}: runs of a method differ in their seed alone, not in {key}: {both}")
+                raise lottery.LotteryError(f"{name}: runs of a method may differ in seed alone, not in {key}: {both}")
         found[run.config["seed"]] = run
     return found
 
@@ -395,26 +399,31 @@ def paired(a: list[Run], b: list[Run], rounds: list[tuple[int, int]] | None = No
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         raise lottery.LotteryError(f"A has seeds {sorted(ours)} and B {sorted(theirs)}: none in common")
-    if rounds is None:
+    named = rounds is not None
+    if not named:
         rounds = sorted({
             (row["round"], near["round"]) for seed in seeds for row in ours[seed].rows if row["round"]
             for near in [min(theirs[seed].rows, key=lambda other: abs(other["remaining"] - row["remaining"]))]
             if near["round"] and alike(near, row)
         })  # fmt: skip
-    found = []
+    found: list[Point] = []
     for left, right in rounds:
-        point = Point(ours[seeds[0]].config["margin"], rival=True)
+        points: list[Point] = []  # one, unless sparsities differ among the seeds
         for seed in seeds:
             row, other = (next((r for r in run.rows if r["round"] == number), None)
                           for run, number in ((ours[seed], left), (theirs[seed], right)))  # fmt: skip
-            if row and other:
-                point.add(seed, row, other, ours[seed].rows[0])
-                if not alike(row, point.rows[0]) or not alike(other, point.others[0]):
-                    both = f"rounds {left}:{right} of seeds {point.seeds[0]} and {seed}"
-                    raise lottery.LotteryError(f"{both} keep other shares")
-        found += [point] if point.seeds else []
+            if not (row and other) or not (named or alike(row, other)):
+                continue
+            point = next((p for p in points if alike(row, p.rows[0]) and alike(other, p.others[0])), None)
+            if point is None:
+                points.append(point := Point(ours[seed].config["margin"], rival=True))
+            point.add(seed, row, other, ours[seed].rows[0])
+        if named and len(points) > 1:
+            kept = ", ".join(f"{p.mean('remaining'):.1%} and {p.mean_other('remaining'):.1%}" for p in points)
+            raise lottery.LotteryError(f"rounds {left}:{right} keep other shares in other seeds: {kept}")
+        found += points
     if not found:
-        named = ", ".join(f"{left}:{right}" for left, right in rounds)
-        why = f"rounds {named}" if rounds else "round of as many weights in common: name rounds (--rounds R:Q)"
+        told = ", ".join(f"{left}:{right}" for left, right in rounds)
+        why = f"rounds {told}" if rounds else "round of as many weights in common: name rounds (--rounds R:Q)"
         raise lottery.LotteryError(f"A and B have no {why}")
     return found

@@ -72,7 +72,7 @@ def draw(path: Path | io.BytesIO, title: str, methods: list[Method]) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     sparsest = min(100 * point.mean("remaining") for method in methods for point in method.points.values())
     wer, cer = axes = figure.subplots(1, 2)
-    hollow = any(point.seeds != method.dense().seeds for method in methods for point in method.points.values())
+    hollow = any(method.lacks_seeds(point) for method in methods for point in method.points.values())
     for ax, key in zip(axes, ("test_wer", "test_cer")):
         ends = []
         for color, method in zip((f"C{i % 10}" for i in range(len(methods))), methods):
@@ -82,10 +82,8 @@ def draw(path: Path | io.BytesIO, title: str, methods: list[Method]) -> None:
             ax.plot(
                 remaining, rates, "o-", color=color, markersize=4, label=plain(f"{method.name}, {seeds_told(points)}")
             )
-            other = [i for i, p in enumerate(points) if p.seeds != points[0].seeds]
-            ax.plot(
-                [remaining[i] for i in other], [rates[i] for i in other], "o", color=color, markersize=4, mfc="white"
-            )
+            few = [(x, y) for x, y, p in zip(remaining, rates, points) if method.lacks_seeds(p)]
+            ax.plot(*(zip(*few) if few else ([], [])), "o", color=color, markersize=4, mfc="white")
             ends += rates
             if ax is cer:
                 dots = [(x, value) for x, p in zip(remaining, points) for value in p.values(key) if len(p.seeds) > 1]
@@ -109,10 +107,11 @@ def draw(path: Path | io.BytesIO, title: str, methods: list[Method]) -> None:
         ax.grid(alpha=0.3)
         ax.legend(loc="upper left", fontsize=8)
     wer.set_ylabel("test WER")
-    bands = "dashed: dense; bands: 95 % interval of the verdict, about dense; hollow: other seeds, and their dense"
-    wer.set_title(bands if hollow else bands.rpartition(";")[0], fontsize=8)
+    fewer = "; hollow: fewer seeds" * hollow
+    about = " of those seeds" * hollow
+    wer.set_title(f"dashed: dense; bands: 95 % interval of the verdict, about dense{about}{fewer}", fontsize=8)
     cer.set_ylabel("test CER")
-    cer.set_title("dashed: dense; small dots: seeds", fontsize=8)
+    cer.set_title(f"dashed: dense; small dots: seeds{fewer}", fontsize=8)
     figure.suptitle(plain(title))
     save(path, figure)
 

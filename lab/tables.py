@@ -141,7 +141,7 @@ def curves(methods: list[Method]) -> list[str]:
         cells += [f"**{share}**" if is_mark(method, point) else share, f"{point.mean('kept'):,.0f}"]
         fewer = f" (dense of these: {point.mean_other('test_wer'):.3f})"
         cells += [str(len(point.seeds)), f"{point.mean('valid_wer'):.3f}"]
-        cells += [spread(point.values("test_wer")) + fewer * (point.seeds != method.dense().seeds)]
+        cells += [spread(point.values("test_wer")) + fewer * method.lacks_seeds(point)]
         cells += [f"{point.mean('test_cer'):.3f}"] + [f"{found[1]:.3f}" if found else ""] * new
         cells += [judged_over(point) if point.round else ""]
         rows.append(cells + [f"{point.mean('test_wer', t):.3f}" if t in point.tests() else "" for t in tests])
@@ -259,12 +259,12 @@ def claims(methods: list[Method]) -> list[Claim]:
         _, stopped = method.walk()
         for point in method.marked() if not method.get("control") else ():
             share = f"{point.mean('remaining'):.1%}"
-            behind = stopped is not None and point.mean("remaining") < stopped.mean("remaining")
+            after = stopped is not None and point.mean("remaining") < stopped.mean("remaining")
             what = f"{method.name} with {share} of the weights matches dense"
             label = f"{method.name}, {share}"
-            if behind:
-                what += f" (behind {stopped.mean('remaining'):.1%}, where the sequence stopped)"
-                label += ", behind the stop"
+            if after:
+                what += f" (after {stopped.mean('remaining'):.1%}, where the sequence stopped)"
+                label += ", after the stop"
             found += [Claim(what, f"{label}{f', {test}' if test else ''}", point, test) for test in point.tests()]
     for a, b in rivals(methods):
         points = compared(a, b)
@@ -360,14 +360,14 @@ def comparison(a: str, b: str, rounds: list[tuple[int, int]] | None) -> tuple[li
     """A table of A less B, and its rows as claims. Raises LotteryError for sets that cannot be compared."""
     sets = [[read(path) for path in paths_of(part)] for part in (a, b)]
     points = paired(*sets, rounds)
-    one_noise = len({tuple(run.config.get(key) for key in NOISE) for part in sets for run in part}) == 1
+    left_out = other_noise([run.config for part in sets for run in part])
     columns = ["rounds, A and B", "remaining, A and B", "test set", "seeds", "test WER, A", "test WER, B", "A less B"]
     rows, found = [], []
     for p in points:
         shares = f"{p.mean('remaining'):.1%}", f"{p.mean_other('remaining'):.1%}"
         every = [row.get("other_tests", {}) for row in p.rows + p.others]
         for test in [test for test in p.tests() if not test or all(test in tests for tests in every)]:
-            if test.endswith(" dB") and not one_noise:
+            if test.endswith(" dB") and left_out:
                 continue
             values = spread(p.values("test_wer", test)), spread([of_test(o, test)["test_wer"] for o in p.others])
             seeds = ", ".join(map(str, sorted(p.seeds)))
@@ -383,10 +383,24 @@ def comparison(a: str, b: str, rounds: list[tuple[int, int]] | None) -> tuple[li
         f"- utterances: {len(points[0].counts()[2])}",
         "",
     ]
+    lines += [left_out, ""] * bool(left_out)
     return [*lines, *plan.markdown([*columns, "verdict, 95 % interval"], rows), "", COMPARED, ""], found
 
 
-NOISE = ("noise_sha256", "noise_draws")  # what decides the noise of a test
+def other_noise(configs: list[dict]) -> str:
+    """Why tests in noise are left out; "" if nothing says that their noise is another.
+
+    Of runs that were trained in noise noise_sha256 is of that too: it is compared among those, and among the others.
+    """
+    for trained in (False, True):
+        hashes = {c.get("noise_sha256") for c in configs if c.get("noise_sha256") and bool(c.get("snr")) == trained}
+        if len(hashes) > 1:
+            return "Tests in noise are left out: the recordings of the noise are others (noise_sha256)."
+    if len({c.get("noise_draws") for c in configs if c.get("noise_sha256")}) > 1:
+        return "Tests in noise are left out: the noise was drawn in another way (noise_draws)."
+    return ""
+
+
 COMPARED = (
     "The verdict is A's against B's, as a ticket's against dense: *winning*, A is better; *matching*, at most the "
     "margin worse; *worse*; *undecided*, with its power. B may recognise nothing: what beats it wins. Pairs are named "

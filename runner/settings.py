@@ -168,7 +168,8 @@ def say_cut(utterances: dict[str, list[data.Utterance]], look: int = 100) -> Non
                 over.append(sound.about(u.audio)[0] - u.duration)
         cut = sorted(seconds for seconds in over if sound.ROUNDING < seconds < 1e6)  # 1e6: a header that does not know
         if cut:
-            said = f"{len(cut)} of {len(looked)} are longer than their duration, by {cut[len(cut) // 2]:.1f} s (median)"
+            by = f"by {cut[len(cut) // 2]:.1f} s (median)"
+            said = f"{len(cut)} of {len(looked)} looked at are longer than their duration, {by}"
             print(f"data: of {part} {said}: only their beginnings are heard")
 
 

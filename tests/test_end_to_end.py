@@ -138,7 +138,7 @@ def test_a_run_tests_its_best_epoch_prunes_its_last_and_chooses_nothing_by_the_t
         raise train.Stopped(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate_on_tests", stop)  # behind round 0's last epoch, with nothing pruned
+        patch.setattr(train, "evaluate_on_tests", stop)  # after round 0's last epoch, with nothing pruned
         rows_of("stopped", corpus, code=143)
     hashes = ("mask_sha256", "rewind_sha256", "start_sha256", "last_sha256", "trained_sha256")
     for again in (rows_of("stopped", corpus), rows_of("elsewhere", other), rows_of("none", corpus, "--no-test")):

@@ -190,7 +190,7 @@ def test_the_sequence_is_of_named_rounds_and_stops(tmp_path):
     sparsest, stopped = method.walk()
     assert (sparsest.round, stopped.round) == (4, 8)
     assert sentences("T", [method])[2] == (
-        f"- T: {GLOBAL} with 10.7% of the weights matches dense (behind 16.8%, where the sequence stopped): **holds**, "
+        f"- T: {GLOBAL} with 10.7% of the weights matches dense (after 16.8%, where the sequence stopped): **holds**, "
         "[-0.100, -0.100], 1 seed (0), 4 test utterances."
     )
     config, rows = ledger.read_run(run)
@@ -439,8 +439,8 @@ def test_compare_has_all_rounds_whatever_comes_first_and_no_test_in_other_noise(
         (["{a}", "--compare", "{a}", "{b}"], "name runs to merge, or --compare A B"),
         (["{a}", "--rounds", "1"], "name runs to merge, or --compare A B"),
         ([], "name runs to merge, or --compare A B"),
-        (["--compare", "{a},{other}", "{a},{d}"], "seed alone, not in scope: global in {a}, lamp in {other}"),
-        (["--compare", "{a},{faster}", "{a},{d}", "--rounds", "1"], "rounds 1:1 of seeds 0 and 1 keep other shares"),
+        (["--compare", "{a},{other}", "{a},{d}"], "in seed alone, not in scope: global in {a}, lamp in {other}"),
+        (["--compare", "{a},{faster}", "{a},{d}", "--rounds", "1"], "other seeds: 80.0% and 80.0%, 90.0% and 80.0%"),
     ],
 )  # fmt: skip
 def test_sets_that_cannot_be_compared_are_one_line(argv, said, tmp_path, capsys):

@@ -119,7 +119,7 @@ def test_durations_that_cut_recordings_are_told(capsys, tmp_path):
     folder = tiny_corpus(tmp_path, **rows)  # of 0.723 s each
     assert train.main(["--data", str(folder), "--out", str(tmp_path / "run")]) == 2
     said = [line for line in capsys.readouterr().out.splitlines() if "beginnings" in line]
-    longer = "1 of 1 are longer than their duration, by 0.2 s (median)"
+    longer = "1 of 1 looked at are longer than their duration, by 0.2 s (median)"
     assert said == [f"data: of valid {longer}: only their beginnings are heard"]
 
 
