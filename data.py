@@ -418,8 +418,8 @@ def in_parallel(
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # which come to the whole group, and are the parent's
+        signal.signal(number, signal.SIG_IGN)
 
 
 def frames_needed(targets: list[int]) -> int:

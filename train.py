@@ -316,7 +316,7 @@ def evaluate_on_tests(setting: Setting, corpus: Corpus, dense: dict | None) -> t
         found = scoring.rates([e.text for e in examples], hypotheses)
         row = rows[name] = {f"test_{key}": found[key] for key in ("wer", "cer", "errors", "words")}
         for i, (heard, said, counts) in enumerate(zip(corpus.heard[name], hypotheses, found["counts"])):
-            audio = heard.audio.name if heard.offset is None else f"{heard.audio.name} from {heard.offset:.10g} s"
+            audio = printable(heard.audio.name) + (f" from {heard.offset:.10g} s" if heard.offset is not None else "")
             about = {"test": name, "id": i, "audio": audio, "reference": heard.text, "hypothesis": said}
             texts.append(about | counts)
         if dense is not None:
@@ -491,12 +491,12 @@ def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signa
     run_sha256 = ledger.hash_json(config)
     checkpoint = checkpoint_there(out, rows, setting.rounds, run_sha256, bool(setting.dense))
     say_rows(rows)
-    facts = setting.facts()
+    facts, tokens = setting.facts(), {"tokens": ledger.hash_json(setting.tokens)}
+    earlier = checkpoint.other_facts(facts | tokens) if checkpoint else {}
     processes.gather(None)  # all have read the checkpoint before the first process writes another
     signals.deferred = True
-    checkpointer = Checkpointer(
-        out, run_sha256, args.save_every, signals, checkpoint, keeps_rewind_state=not args.source
-    )
+    checkpointer = Checkpointer(out, run_sha256, args.save_every, signals, checkpoint, not args.source)
+    checkpointer.facts, checkpointer.earlier = facts | tokens, earlier
     board = scalars_to(out / "tensorboard") if args.tensorboard and first else None
     if setting.dense and not rows:
         ledger.append_row(out / "ledger.jsonl" if first else None, rows, setting.dense, config)
@@ -506,6 +506,7 @@ def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signa
     for found in rounds.train_tickets() if args.source else rounds.search():
         info = setting.info(found.row)
         row = facts | found.row | {"info_sha256": ledger.hash_json(info)}
+        row |= {"earlier": earlier[row["round"]]} if row["round"] in earlier else {}
         new = row["round"] not in [earlier["round"] for earlier in rows]
         if first:
             masks, rewinds = args.control != "dense-small", args.control not in rivals.UNREWOUND

@@ -80,6 +80,7 @@ ROW_MAY = {
     "kept_blocks": COUNT, "total_blocks": COUNT, "sizes": keyed(checked.anything, 20),
     "steps": COUNT, "steps_in_all": COUNT, "epochs": integer(1, EPOCHS), "epochs_before": integer(1, EPOCHS),
     "parameters": COUNT, "texts_sha256": SHA256, "verdict_rule": integer(1, 1000), **TEST,
+    "earlier": keyed(checked.anything, 20),
     "other_tests": keyed(record({key: TEST[key] for key in TESTED}, TEST)),
 }  # fmt: skip
 _ROW = record(ROW_NEEDED, ROW_MAY)

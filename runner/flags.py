@@ -538,8 +538,16 @@ def configuration(args: argparse.Namespace) -> dict:
     # Not compared when a run is met again (data_sha256 is): but results are equal bit for bit only on one machine.
     machine = {flag.name: getattr(args, flag.name) for flag in TABLE if flag.identity == "machine"}
     machine |= {key: str(value.resolve()) for key, value in machine.items() if isinstance(value, Path)}
+    for key in [key for key, value in machine.items() if isinstance(value, str) and not utf8(value)]:
+        why = "the name is no UTF-8, which a run's settings are kept in: rename it, or give a link to it"
+        raise lottery.LotteryError(f"{NAMED[key].option} {machine[key]}: {why}")
     machine |= {"threads": torch.get_num_threads()} | ({"data": "demo"} if args.data == HERE / "demo" else {})
     return json.loads(json.dumps(config | {"machine": machine}))
+
+
+def utf8(name: str) -> bool:
+    """Can the name be written in UTF-8? Not one with a byte of another encoding."""
+    return not any("\udc80" <= character <= "\udcff" for character in name)
 
 
 def shortest(config: dict) -> list[str]:

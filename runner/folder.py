@@ -38,8 +38,9 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """SIGINT and SIGTERM: noted while `deferred`, so that a step is finished and saved; else they end the program.
+    """SIGINT, SIGTERM, SIGHUP: noted while `deferred`, so that a step is finished and saved; else they end the program.
 
+    A SIGHUP that is ignored, as under nohup, stays so.
     One that comes within a second of the last is the same: `timeout` sends SIGTERM twice, as torchrun may.
     """
 
@@ -50,7 +51,9 @@ class Signals:
         self.last = -math.inf
 
     def __enter__(self) -> "Signals":
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        taken = [signal.SIGINT, signal.SIGTERM]
+        taken += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)
+        self.before = {number: signal.signal(number, self.receive) for number in taken}
         return self
 
     def __exit__(self, *_) -> None:
@@ -98,7 +101,8 @@ ABOUT = checked.record(
         "run": checked.text(most=64), "round": integer(0, 1000), "steps": integer(), "threshold": number(0),
         "has_rewind_state": checked.switch, "start": SHA256, "parent": checked.text(most=64), "schedule": integer(),
         "group": checked.OBJECT, "progress": PROGRESS,
-    }
+    },
+    {"facts": checked.OBJECT},
 )  # fmt: skip
 
 
@@ -124,6 +128,8 @@ class Checkpointer:
         self.keeps_rewind_state = keeps_rewind_state
         self.saved = time.monotonic()
         self.parent = ""  # the hash of the masks of the round before
+        self.facts: dict = {}  # of this process: what decides bits and is no setting
+        self.earlier: dict[int, dict] = {}  # those that were others when a round was begun, by round
 
     def after_step(self, ticket: lottery.Ticket, optimizer, schedule, at: Progress) -> None:
         """Save if it is time, or if a signal came to any of the processes; after a signal, raise Stopped."""
@@ -161,6 +167,7 @@ class Checkpointer:
             "schedule": schedule.last_epoch,
             "group": {key: value for key, value in group.items() if key != "params"},
             "progress": {f.name: getattr(at, f.name) for f in dataclasses.fields(at) if f.name != "best"},
+            "facts": self.facts | {"earlier": self.earlier.get(ticket.round, {})},
         }
         if has_rewind_state and not self.rewind_saved:
             files.write_sealed(self.out / "rewind.safetensors", "rewind state", ticket.rewind_state, self.run)
@@ -190,6 +197,21 @@ class Checkpoint:
         for kind, about in belong:
             if about.get("run") != run_sha256:
                 raise lottery.LotteryError(f"--out {out}: the {kind} there is of another run")
+
+    def other_facts(self, now: dict) -> dict[int, dict]:
+        """What of these facts was another one when the checkpoint's round was begun, by round; says so, if any was.
+
+        Raises LotteryError for other tokens, which the network's outputs stand for.
+        """
+        before = self.about.get("facts", {})
+        if before.get("tokens", now["tokens"]) != now["tokens"]:
+            raise lottery.LotteryError(f"--out {self.out}: the checkpoint is of other tokens (another sentencepiece?)")
+        found = {key: value for key, value in before.items() if key in now and value != now[key]}
+        found |= before.get("earlier", {})
+        if found:
+            others = ", ".join(sorted(found))
+            print(f"the round's first part was trained with other {others}: bits may differ, and its row says so")
+        return {self.about["round"]: found} if found else {}
 
     def part(self, name: str) -> dict[str, torch.Tensor]:
         return {key[len(name) + 1 :]: value for key, value in self.tensors.items() if key.startswith(f"{name}/")}
@@ -235,6 +257,7 @@ class Checkpoint:
             done = len(at.losses) == len(at.valid_wers) == counted and at.epoch <= epochs
             if not done or at.best.keys() != (lottery.state_of(model).keys() if counted else {}.keys()):
                 raise ValueError(f"epoch {at.epoch} of {epochs}, with the valid WER of {len(at.valid_wers)}")
+            self.tensors, self.rewind_state = {}, None  # what is still needed of them has them
             return at
 
     def _restore(self, model: torch.nn.Module, optimizer, schedule, device: str) -> Progress:
@@ -314,8 +337,9 @@ def check_out(out: Path) -> None:
     made = []
     try:
         for folder in reversed([path for path in (out, *out.parents) if not path.exists()]):
-            folder.mkdir()
-            made.append(folder)
+            with contextlib.suppress(FileExistsError):  # another run has made it by now
+                folder.mkdir()
+                made.append(folder)
         if not os.access(out, os.W_OK | os.X_OK):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:

@@ -111,5 +111,7 @@ def compare(there: Recorded, values: dict) -> str:
     for what, value in values.items():
         stated = after["mask_sha256"] if what == "next_mask_sha256" else there.row.get(what)
         if value != stated:
-            raise Differs(f"round {there.number} trained again differs from the ledger in {what}")
+            others = ", ".join(sorted(there.row.get("earlier", {})))
+            why = others and f" (its first part was trained with other {others})"
+            raise Differs(f"round {there.number} trained again differs from the ledger in {what}{why}")
     return f"ok      round {there.number} trained again: {', '.join(values)} are the ledger's, bit for bit"

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import platform
 import re
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from runner import flags, processes
 from runner.cache import Cache, what_is_broken
 
 HERE = Path(__file__).resolve().parents[1]
-IN_MEMORY = 8e9  # bytes of recordings whose features are kept in memory, at most
+IN_MEMORY = 16e9  # bytes of features that are kept in memory, at most
 
 
 def code_sha256() -> str:
@@ -119,6 +120,8 @@ def prepare(args: argparse.Namespace) -> Setting:
         what = {"control": args.control, "weights": args.ticket_weights, "backbone": args.backbone, "size": args.size}
         what |= {"exclude": args.keep_dense}
         controls.check_source(args.source, args.rounds, model, tokens, **what)
+    if cache == "memory":
+        check_memory(utterances, models.CnnLstm.BINS[model.features], args)
     hashes = hashes_of(utterances, cache, args)
     say_copies(utterances, hashes)
     say_cut(utterances)
@@ -231,19 +234,39 @@ def leave_out_broken(utterances: dict[str, list[data.Utterance]], workers: int) 
 def hashes_of(
     utterances: dict[str, list[data.Utterance]], cache: str | Cache, args: argparse.Namespace
 ) -> dict[Path, str]:
-    """SHA-256 of every recording's bytes, of AN4 its samples. Raises DataError if --cache memory is too small."""
+    """SHA-256 of every recording's bytes, of AN4 its samples."""
     if args.corpus == "an4":
         return corpora.hash_samples([utterance for part in utterances.values() for utterance in part], args.workers)
     recordings = data.audio_files(utterances)
     if isinstance(cache, Cache):
         return processes.first_then_others(lambda: cache.hash_files(recordings))
-    size = sum(path.stat().st_size for path in set(recordings))
-    if cache == "memory" and size > IN_MEMORY:
-        raise data.DataError(
-            f"--cache memory: {size / 1e9:.0f} GB of recordings are too many for it: name a folder for their features "
-            "(0.12 GB an hour of speech, log-mel; twice as much for --backbone cnn-lstm at paper size), or none"
-        )
     return data.hash_files(recordings)
+
+
+def check_memory(utterances: dict[str, list[data.Utterance]], bins: int, args: argparse.Namespace) -> None:
+    """Raise DataError if the features of all utterances, by their seconds, are more than memory is for.
+
+    Of training speech with noise it is the waveforms that are kept; at other speeds its features are kept once more.
+    """
+    each = 4 * 100 * bins  # bytes of a second
+    size = 0.0
+    for part, those in utterances.items():
+        waveforms = part == "train" and args.noise and args.snr
+        times = sum(1 / speed for speed in {1.0, *args.recipe.speeds}) if part == "train" else 1
+        size += sum(map(seconds_of, those)) * (64_000 if waveforms else each) * times
+    size *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine
+    if size > IN_MEMORY:
+        rule = f"too many for it ({IN_MEMORY / 1e9:.1f} at most): name a folder for them, or none"
+        raise data.DataError(f"--cache memory: {size / 1e9:.1f} GB of features are {rule}")
+
+
+def seconds_of(utterance: data.Utterance) -> float:
+    """By its manifest, or by its recording's header; 0 where that cannot be read, which is told when it is decoded."""
+    if utterance.duration is not None:
+        return utterance.duration
+    with contextlib.suppress(data.DataError):
+        return max(0.0, min(sound.about(utterance.audio)[0], 1e6) - (utterance.offset or 0.0))
+    return 0.0
 
 
 def start_from(path: Path, model: torch.nn.Module, tokens: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -71,18 +72,22 @@ def test_short_soak(what, number):
     assert done.stdout.startswith(f"{what}: ")
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_save_and_say_how_to_go_on(number, code, corpus, finished, tmp_path):
+@pytest.mark.parametrize(
+    "number, code, workers", [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 1), (signal.SIGHUP, 129, 0)]
+)
+def test_signals_save_and_say_how_to_go_on(number, code, workers, corpus, finished, tmp_path):
+    """To the whole group, as timeout, torchrun and Slurm send them: workers leave them to the run."""
     out = tmp_path / "run"
     process = subprocess.Popen(
-        command(corpus, out, "--save-every", "0"), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        command(corpus, out, "--save-every", "0", "--workers", workers),
+        cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     while not (out / "checkpoint.safetensors").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.returncode == code, said
     assert said.count("\n") == 1 and f"stopped by {number.name}; go on with: python train.py --data" in said
     again = subprocess.run(command(corpus, out), cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and "going on in round" in again.stdout, again.stderr
@@ -428,6 +433,37 @@ def test_a_signal_that_is_sent_twice_is_one(corpus, tmp_path, monkeypatch, capsy
 
 def run_sha256(run):
     return ledger.hash_json(ledger.settings_of(ledger.read_config(run)))
+
+
+def test_a_round_that_other_code_goes_on_with_says_so(corpus, tmp_path, monkeypatch, capsys):
+    argv, steps = [*command(corpus, tmp_path / "run")[2:], "--backbone", "cnn-lstm"], itertools.count(1)
+    after_step = train.Checkpointer.after_step
+
+    def stop_once(self, ticket, *rest):
+        if ticket.round == 1 and next(steps) == 2:
+            self.signals.number = signal.SIGTERM
+        after_step(self, ticket, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Checkpointer, "after_step", stop_once)
+        assert train.main(argv) == 143
+    before = settings.CODE_SHA256
+    monkeypatch.setattr(settings, "CODE_SHA256", "0" * 64)
+    assert undisturbed(argv) == 0
+    said = "the round's first part was trained with other code_sha256: bits may differ, and its row says so"
+    assert said in capsys.readouterr().out
+    rows = ledger.read_ledger(tmp_path / "run" / "ledger.jsonl")
+    assert [row.get("earlier") for row in rows] == [None, {"code_sha256": before}, None]
+    assert verify.failures(tmp_path / "run", networks) == []
+
+
+def test_facts_of_before_are_kept_and_other_tokens_refused(tmp_path):
+    checkpoint = folder.Checkpoint.__new__(folder.Checkpoint)
+    facts = {"tokens": "a", "threads": 2, "earlier": {"device": "cuda"}}
+    checkpoint.out, checkpoint.about = tmp_path, {"round": 3, "facts": facts}
+    assert checkpoint.other_facts({"tokens": "a", "threads": 1}) == {3: {"threads": 2, "device": "cuda"}}
+    with pytest.raises(lottery.LotteryError, match="the checkpoint is of other tokens"):
+        checkpoint.other_facts({"tokens": "b", "threads": 2})
 
 
 def test_signals_before_a_run_can_be_saved(monkeypatch):

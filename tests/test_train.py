@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import random
 import shutil
 import sys
@@ -121,6 +122,14 @@ def test_durations_that_cut_recordings_are_told(capsys, tmp_path):
     said = [line for line in capsys.readouterr().out.splitlines() if "beginnings" in line]
     longer = "1 of 1 looked at are longer than their duration, by 0.2 s (median)"
     assert said == [f"data: of valid {longer}: only their beginnings are heard"]
+
+
+def test_a_folder_whose_name_is_no_utf8_is_refused_before_training(capsys, tmp_path):
+    folder = tmp_path / os.fsdecode(b"corp\xe9")
+    folder.mkdir()
+    said = refused(capsys, "--data", tiny_corpus(folder), "--out", tmp_path / "run")
+    assert f"--data {tmp_path}/corp\\xe9: the name is no UTF-8, which a run's settings are kept in" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_disk(capsys, tmp_path, monkeypatch):
@@ -514,5 +523,6 @@ def test_tensorboard_is_asked_for_and_not_there(capsys, monkeypatch, tmp_path):
 
 def test_a_corpus_too_large_for_memory_asks_for_a_folder(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(settings, "IN_MEMORY", 100)
-    assert "--cache memory: 0 GB of recordings are too many" in refused(capsys, "--data", tiny_corpus(tmp_path))
+    said = refused(capsys, "--data", tiny_corpus(tmp_path))
+    assert "--cache memory: 0.0 GB of features are too many for it (0.0 at most): name a folder for them" in said
     assert not (tmp_path / "run").exists()

@@ -224,6 +224,9 @@ def test_rows_bear_rule_power_and_speakers(monkeypatch):
     args.margin = 1.0
     assert train.evaluate_on_tests(setting, corpus, dense)[0]["verdict"] == "matching"
     assert "test_speakers" not in row and row["verdict_rule"] == 2
+    foreign = [data.Utterance(Path("\udce9.wav"), text) for text in texts]
+    corpus.heard = dict.fromkeys(names, foreign)
+    assert train.evaluate_on_tests(setting, corpus, None)[1][0]["audio"] == "\\xe9.wav"  # a byte that is no UTF-8
     nameless = [data.Utterance(Path("a"), text) for text in texts]
     corpus.heard = dict.fromkeys(names, nameless)
     assert "test_speakers" not in train.evaluate_on_tests(setting, corpus, None)[0]
