@@ -13,6 +13,7 @@ import collections
 import contextlib
 import functools
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -196,7 +197,7 @@ def sources(audio: list[str]) -> Iterator[data.Utterance]:
         path = Path(name)
         if name == "-":
             yield from of_manifest(sys.stdin.buffer, "stdin", Path())
-        elif path.is_dir():
+        elif os.path.isdir(path):  # False, too, for what may not be looked at
             found = sound.recordings(path)
             if not found:
                 raise data.DataError(f"{name}: no recording in it (by their endings: {' '.join(sorted(sound.AUDIO))})")
@@ -364,15 +365,17 @@ def batches_of(pieces: list[Piece], most: int) -> Iterator[list[Piece]]:
 
 def hear(recogniser: Recogniser, batch: list[Piece]) -> None:
     """Recognise pieces, one at least."""
+    found, wrong = [[]], ""
     try:
         with told_of(batch[0].hearing.source):
             found = recogniser.recognise([piece.features for piece in batch])
     except data.DataError as error:
-        if len(batch) > 1:  # each by itself takes less
-            for piece in batch:
-                hear(recogniser, [piece])
-            return
-        batch[0].hearing.error, found = str(error), [[]]
+        wrong = str(error)  # and no more: what the error holds on to is the memory that ran out
+    if wrong and len(batch) > 1:  # each by itself takes less
+        for piece in batch:
+            hear(recogniser, [piece])
+        return
+    batch[0].hearing.error = wrong or batch[0].hearing.error
     for piece, emissions in zip(batch, found):
         piece.hearing.add(piece, words_of(emissions, recogniser.tokens, recogniser.frame, piece.start))
 
@@ -421,15 +424,6 @@ def chunks_of(blocks: Iterable[Tensor], samples: int) -> Iterator[tuple[Tensor, 
     yield before, True
 
 
-def chunks_of_stdin(samples: int) -> Iterator[tuple[Tensor, bool]]:
-    last = False
-    while not last:
-        content = sys.stdin.buffer.read(2 * samples)
-        last = len(content) < 2 * samples
-        pcm = np.frombuffer(content[: len(content) // 2 * 2], "<i2").astype(np.float32)
-        yield torch.from_numpy(pcm / 32768), last
-
-
 def follow(
     model: models.Transducer, chunks: Iterable[tuple[Tensor, bool]], moments: Tensor | None, path: Path | str = ""
 ) -> Iterator[tuple[list[Emission], int, float]]:
@@ -472,7 +466,8 @@ def streamed(
             print(f"{printable(name_of(recording))}\t", end="", flush=True)
         try:
             stdin = recording.audio == Path("-")
-            chunks = chunks_of_stdin(size) if stdin else chunks_of(blocks_of(recording, PIECE), size)
+            spoken = streaming.pcm_chunks(sys.stdin.buffer, size) if stdin else None
+            chunks = spoken or chunks_of(blocks_of(recording, PIECE), size)
             with told_of(recording):
                 for new, samples, took in follow(recogniser.model, chunks, recogniser.moments, recording.audio):
                     seconds += samples / data.SAMPLE_RATE
@@ -542,7 +537,7 @@ def run(args: argparse.Namespace) -> int:
         export.target(args.export)  # before the ticket is read
     recogniser = ready(args)
     if args.export:
-        paths = export.export(recogniser.model, recogniser.ticket.info["tokens"], args.export)
+        paths = export.export(recogniser.model, recogniser.tokens, args.export, recogniser.one_mean)
         print("\n".join(f"{printable(path)}: {path.stat().st_size:,} bytes" for path in paths))
         return 0
     if args.stream and "-" in args.audio:

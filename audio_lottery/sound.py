@@ -325,8 +325,7 @@ def foreign(name: str) -> bool:
 
 def recordings(folder: Path) -> list[Path]:
     """The recordings in a folder and in those below it, by their names' endings; foreign ones left out."""
-    found = [
-        path for path in folder.rglob("*")
-        if path.suffix.lower() in AUDIO and not any(map(foreign, path.relative_to(folder).parts)) and path.is_file()
-    ]  # fmt: skip
+    named = (path for path in folder.rglob("*") if path.suffix.lower() in AUDIO)
+    own = (path for path in named if not any(map(foreign, path.relative_to(folder).parts)))
+    found = filter(os.path.isfile, own)  # False, too, for what may not be looked at
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())

@@ -44,10 +44,10 @@ def seconds_ahead(recordings: Iterable[data.Utterance], enough: float = 60 * MIN
     for recording in recordings:
         if recording.duration is not None:
             seconds += recording.duration
-        elif recording.audio.is_file():
+        elif os.path.isfile(recording.audio):
             with contextlib.suppress(data.DataError):
                 seconds += max(0.0, sound.about(recording.audio)[0] - (recording.offset or 0.0))
-        elif recording.audio == Path("-") or recording.audio.exists():
+        elif recording.audio == Path("-") or os.path.exists(recording.audio):
             return math.inf
         if seconds >= enough:
             break

@@ -51,14 +51,18 @@ def pieces_of(blocks: Iterable[Tensor], piece: int, overlap: int) -> Iterator[tu
     yield start, torch.cat(kept)
 
 
-def seam(words: list[Word], low: float, high: float) -> float:
-    """Where to join pieces that overlap from low to high: the middle of the widest pause in the overlap's middle half.
+def seam(there: list[Word], more: list[Word], start: float, before: float) -> float:
+    """Where to join pieces that overlap from start to before: the middle of the widest pause in the overlap's middle
+    half.
 
-    words: of both pieces. Without a pause, the overlap's middle.
+    there, more: the words of both. Without a pause, the edge of one of `there` that is nearest to the overlap's middle:
+    so the other piece must hear a word later or earlier by half its length to have it on the other side.
     """
-    low, high = low + (high - low) / 4, high - (high - low) / 4
-    widest, at, spoken = 0.0, (low + high) / 2, low
-    for start, end in [*sorted((word.start, word.end) for word in words), (high, high)]:
+    low, high = start + (before - start) / 4, before - (before - start) / 4
+    edges = [edge for word in there for edge in (word.start, word.end) if start < edge < before]
+    at = min(edges, key=lambda edge: abs(2 * edge - low - high), default=(low + high) / 2)
+    widest, spoken = 0.0, low
+    for start, end in [*sorted((word.start, word.end) for word in there + more), (high, high)]:
         if min(start, high) - spoken > widest:
             widest, at = min(start, high) - spoken, (min(start, high) + spoken) / 2
         spoken = max(spoken, end)
@@ -74,7 +78,7 @@ def join(words: list[Word], before: float, start: float, more: list[Word]) -> No
     while first and words[first - 1].end > start:
         first -= 1
     there = words[first:]  # those before stand, whatever comes
-    at = seam(there + more, start, before)
+    at = seam(there, more, start, before)
     there = [word for word in there if word.start + word.end < 2 * at]
     more = [word for word in more if word.start + word.end >= 2 * at]
     if there and more and there[-1].word == more[0].word and more[0].start < there[-1].end:

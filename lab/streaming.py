@@ -1,11 +1,49 @@
 """A stream arrives in pieces, and cannot know the mean of what is to come: its features, and a Transducer on them."""
 
+import signal
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data import log_mel
 from models import Emission, Transducer
+
+
+def pcm_chunks(file: BinaryIO, samples: int) -> Iterator[tuple[Tensor, bool]]:
+    """A stream of 16-bit PCM -> chunks (samples,) of it, and whether it is the last one, which may be shorter.
+
+    The first Ctrl-C ends it as its end does, so that all that was said is written; the next one acts as ever.
+    """
+    ended = last = waiting = False
+
+    def stop(*_) -> None:
+        nonlocal last
+        last = True
+        signal.signal(signal.SIGINT, before)
+        if waiting:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        while not ended:
+            content = b""
+            try:
+                while len(content) < 2 * samples and not last:
+                    waiting = True
+                    more = file.read1(2 * samples - len(content))
+                    waiting = False
+                    content, last = content + more, last or not more
+            except KeyboardInterrupt:
+                waiting = False
+            ended = last
+            pcm = np.frombuffer(content[: len(content) // 2 * 2], "<i2").astype(np.float32)
+            yield torch.from_numpy(pcm / 32768), ended
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Running:

@@ -52,13 +52,20 @@ def test_joining_by_hand():
     # The overlap is 16 to 20, its middle half 17 to 19. A pause from 17.6 to 18.4: the middle is 18.
     left = [Word("a", 15, 16.2, 1), Word("b", 17.2, 17.6, 1), Word("c", 18.4, 18.6, 1), Word("x", 19.5, 20, 1)]
     right = [Word("y", 16, 16.2, 1), Word("b", 17.2, 17.5, 1), Word("c", 18.4, 18.6, 1), Word("d", 19.4, 21, 1)]
-    assert pieces.seam(left + right, 16, 20) == pytest.approx(18)
+    assert pieces.seam(left, right, 16, 20) == pytest.approx(18)
     assert joined((0, 20, left), (16, 36, right)) == ["a", "b", "c", "d"]
-    # One word all over the middle half: no pause, the middle, and the word only once.
+    # One word all over the middle half: no pause, its end, and the word only once, whichever piece hears it earlier.
     left, right = [Word("long", 16.5, 19.2, 1)], [Word("long", 16.8, 19.5, 1), Word("e", 20, 21, 1)]
-    assert pieces.seam(left + right, 16, 20) == 18
+    assert pieces.seam(left, right, 16, 20) == 19.2
     assert joined((0, 20, left), (16, 36, right)) == ["long", "e"]
+    early = [Word("long", 16.45, 19.45, 1), Word("e", 20, 21, 1)]
+    assert joined((0, 20, [Word("long", 16.55, 19.55, 1)]), (16, 36, early)) == ["long", "e"]
     assert joined((0, 20, [])) == [] and joined((0, 20, left), (16, 36, [])) == ["long"]
+    # Words without a pause, which the second piece times a frame of 80 ms earlier, or later.
+    for shift in (-0.08, 0.08):
+        left = [Word(f"w{k}", 16.04 + 0.4 * k, 16.44 + 0.4 * k, 1) for k in range(10)]
+        right = [word._replace(start=word.start + shift, end=word.end + shift) for word in left]
+        assert joined((0, 20, left), (16, 36, right)) == [word.word for word in left]
 
 
 def test_what_ended_before_an_overlap_is_not_looked_at_again():

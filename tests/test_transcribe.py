@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -617,6 +618,26 @@ def test_streams_have_the_text_of_the_whole(tickets, speech, capsys, tmp_path):
     assert (code, lines) == (2, []) and f"{tmp_path / 'loud.wav'}: its samples are too large" in err
     code, lines, err = said(capsys, tickets["rnnt"], *speech, "--dense", "--stream", "--json")
     assert code == 0 and [json.loads(a)["words"] for a in lines] == [json.loads(b)["words"] for b in as_json]
+
+
+@pytest.mark.parametrize("when", ["waiting", "computing"])
+def test_ctrl_c_ends_a_stream_of_stdin_with_what_was_said(when):
+    class Microphone:
+        given = 0
+
+        def read1(self, size):
+            if when == "waiting" and self.given == 250:
+                os.kill(os.getpid(), signal.SIGINT)
+            self.given += min(size, 50)
+            return b"\1\0" * (min(size, 50) // 2)
+
+    before, found = signal.getsignal(signal.SIGINT), []
+    for chunk, last in streaming.pcm_chunks(Microphone(), 50):
+        found.append((len(chunk), last))
+        if when == "computing" and len(found) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+    assert found == [(50, False), (50, False), (25 if when == "waiting" else 0, True)]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_raw_audio_on_stdin(tickets, speech, capsys, monkeypatch, tmp_path):
