@@ -281,15 +281,15 @@ def copy_state(model: nn.Module) -> State:
     return {name: tensor.detach().clone() for name, tensor in state_of(model).items()}
 
 
-def load_state(model: nn.Module, state: State) -> None:
-    """Put parameters and buffers back, in place. What the model's state_dict leaves out may be missing.
+def load_state(model: nn.Module, state: State, whole: bool = False) -> None:
+    """Put parameters and buffers back, in place. Unless `whole`, what the model's state_dict leaves out may be missing.
 
     Raises LotteryError, naming the tensor, for a state of another model.
     """
     own = state_of(model)
-    missing = own.keys() - state.keys() and model.state_dict().keys() - state.keys()
+    missing = own.keys() - state.keys() and (own if whole else model.state_dict()).keys() - state.keys()
     for name in sorted((state.keys() - own.keys()) | missing):
-        raise LotteryError(f"{name} is not in the {'state' if name in missing else 'model'}: it is of another model")
+        raise LotteryError(f"{name} is not in the {'state' if name in missing else 'model'}: made later, or another's")
     with torch.no_grad():
         for name, value in state.items():
             tensor, fits = own[name], value.shape == own[name].shape
@@ -503,14 +503,14 @@ class Ticket:
         self.check_identities()
         self.masks = prune(self.weights, self.masks, keep, self.pruning)
         kept = (w.detach()[self.masks[name]].abs() for name, w in self.weights.items())
-        self.threshold = min(float(w.min()) for w in kept if w.numel())
+        self.threshold = min((float(w.min()) for w in kept if w.numel()), default=0.0)
 
     def rewind(self) -> None:
         """Restore all parameters and buffers to the kept state and apply the masks (step 4)."""
         if self.rewind_state is None:
             raise LotteryError(f"rewind_step {self.rewind_step} was never reached: round 0 took {self.steps} steps")
         self.check_scope()
-        load_state(self.model, self.rewind_state)
+        load_state(self.model, self.rewind_state, whole=True)
         self.go_on()
         for name, weight in self.weights.items():  # I3
             if not torch.equal(weight.detach(), self.rewind_state[name].masked_fill(~self.masks[name], 0)):

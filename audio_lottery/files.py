@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from audio_lottery import checked
-from lottery import LotteryError, Masks, State, Ticket, prunable, sha256, state_of
+from lottery import LotteryError, Masks, State, Ticket, copy_state, prunable, sha256, state_of
 
 FORMAT = "audio-lottery 1"
 SEAL = b'"about":"sha256:'
@@ -204,6 +204,8 @@ def load_masks(path: Path) -> Masks:
 def _unpacked(path: Path, tensors: dict[str, Tensor], shapes: dict[str, list[int]]) -> Masks:
     if tensors.keys() != shapes.keys():
         raise LotteryError(f"{path}: masks and shapes do not fit: they are of other weights")
+    if (size := 2 * sum(map(math.prod, shapes.values()))) > LARGEST:  # a bit of the file is two bytes
+        raise LotteryError(f"{path}: its masks would take {size:,} bytes of memory ({LARGEST:,} at most)")
     try:
         return {name: unpack_bits(tensors[name], shape) for name, shape in shapes.items()}
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -301,7 +303,8 @@ def restore_ticket(ticket: Ticket, file: TicketFile, round: int = 1) -> None:
         raise LotteryError(f"round 0 starts before step {ticket.rewind_step}, which is all that the file has of it")
     own, weights = state_of(ticket.model), ticket.weights
     ticket.masks = {n: torch.empty_like(w, dtype=torch.bool).copy_(file.masks[n]) for n, w in weights.items()}
-    ticket.rewind_state = {n: value.to(own[n].device) if n in own else value for n, value in file.rewind.items()}
+    state = {n: value.to(own[n].device) if n in own else value for n, value in file.rewind.items()}
+    ticket.rewind_state = copy_state(ticket.model) | state  # buffers that a state_dict leaves out may be missing there
     ticket.round = round
     ticket.rewind()
 

@@ -98,6 +98,8 @@ def check_row(row: object, where: str) -> None:
         return
     if row["round"] and not ("verdict" in row and "interval" in row):
         raise LotteryError(f"{where}: has no verdict and interval")
+    if "" in row.get("other_tests", {}):  # as the row's own test goes by below, and in what reads it
+        raise LotteryError(f"{where}: a test set without a name")
     for name, test in {"": row, **row.get("other_tests", {})}.items():
         if len(test["test_errors"]) != len(test["test_words"]) or not sum(test["test_words"]):
             raise LotteryError(

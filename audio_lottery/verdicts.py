@@ -98,8 +98,9 @@ def draws_of(errors, words, resamples: int) -> np.ndarray:
     rate and is left out."""
     words = np.asarray(words)
     rng, shares, rates = np.random.default_rng(0), np.full(len(words), 1 / len(words)), []
-    for start in range(0, resamples, 1000):  # the draws of one multinomial, a part in memory at a time
-        counts = rng.multinomial(len(words), shares, size=min(1000, resamples - start))
+    part = max(1, min(1000, 10**7 // len(words)))  # of the draws of one multinomial, in memory at a time
+    for start in range(0, resamples, part):
+        counts = rng.multinomial(len(words), shares, size=min(part, resamples - start))
         counts = counts[counts @ words > 0]  # utterances without words may be all that is drawn
         rates.append((counts @ np.asarray(errors)) / (counts @ words))
     return np.concatenate(rates)

@@ -15,9 +15,10 @@ from audio_lottery import checked, ledger, texts
 from audio_lottery.checked import SHA256
 from audio_lottery.files import check_finite, check_fit, load_masks, load_ticket, read_sealed
 from audio_lottery.verdicts import VERDICT_RULE, of_this_rule, verdict_of, word_of
-from lottery import LotteryError, Masks, Pruning, State, sha256
+from lottery import LotteryError, Masks, Pruning, State, prunable, sha256
 
 REPORTS = ("report.md", "report.png")
+STEPS = 10**9  # of comparing texts, at most: minutes
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of a state, what is no parameter
 EVERY_ROW = ("seed", "config_sha256", "data_sha256", "code_sha256", "versions", "device", "threads", "rewind_sha256")
 EVERY_ROW += ("start_sha256", "threshold", "best_epoch", "info_sha256", "waited", "resumed")
@@ -133,6 +134,7 @@ def check_rows(run: Run) -> None:
         check_origin(run, row, where)
         others, dense_others = row.get("other_tests", {}), dense.get("other_tests", {})
         expect(list(others) == list(dense_others), where + "other test sets than round 0's")
+        check_noise(others, run.settings.get("test_snr") or (), where)
         both = zip([row, *others.values()], [dense, *dense_others.values()]) if ledger.is_tested(row) else ()
         for test, dense_test in both:
             check_test(test, dense_test, where)
@@ -189,6 +191,14 @@ def check_origin(run: Run, row: dict, where: str) -> None:
         expect(row["start_sha256"] == row["rewind_sha256"], where + "it does not start at theta_0")
     grown = [n for n, count in row["kept_per_layer"].items() if count > before["kept_per_layer"][n]]
     expect(not grown, where + f"more weights than the round before in {', '.join(grown)}")
+
+
+def check_noise(others: dict, ratios: list[float], where: str) -> None:
+    """Each clean test, the first too, has one more at each signal-to-noise ratio of the configuration, and no other."""
+    noisy = [name.rpartition(" at ")[2] for name in others if name.endswith(" dB")]
+    clean = 1 + len(others) - len(noisy)
+    expected = [f"{ratio:g} dB" for ratio in ratios] * clean
+    expect(sorted(noisy) == sorted(expected), where + "its tests in noise are not the configuration's --test-snr")
 
 
 def check_test(test: dict, dense_test: dict, where: str) -> None:
@@ -414,6 +424,8 @@ def check_network(run: Run) -> str | None:
         return "the networks' code (lab/networks.py), to compare tensors with sizes and tokens"
     model = run.networks.described(file.info, file.trained)
     check_fit(run.path / "ticket.safetensors", file, model)
+    whole = prunable(model, settings.get("keep_dense", ()))
+    expect(file.masks.keys() == whole.keys(), "its masks are not of all that is pruned by the configuration")
     run.networks.check_run(file.info, settings, row)
     return None
 
@@ -422,7 +434,14 @@ def check_texts(run: Run) -> str | None:
     """The texts of the tests give the ledger's counts. Ledgers of before, and a round 0 of another run, have none."""
     by_round: dict[int, list[dict]] = {}
     path, without = run.path / texts.TEXTS, []
-    for line in texts.read_texts(path):
+    lines = texts.read_texts(path)
+    expect(texts.steps_of(lines) <= STEPS, "test.jsonl: texts too long to be compared")
+    said: dict[tuple, str] = {}
+    for line in lines:
+        expect(
+            said.setdefault((line["test"], line["id"]), line["reference"]) == line["reference"],
+            f"test.jsonl: {line['test']}, utterance {line['id']} has another reference in round {line['round']}",
+        )
         by_round.setdefault(line.pop("round"), []).append(line)
     own = [row for row in run.rows if row["round"] or "dense" not in run.settings]
     stated = {row["round"]: row for row in own if "texts_sha256" in row}
@@ -445,7 +464,8 @@ def check_texts_of(row: dict, lines: list[dict]) -> None:
     for line in lines:
         tests.setdefault(line["test"], []).append(line)
     stated = [row, *row.get("other_tests", {}).values()]
-    expect(len(tests) == len(stated), where + "test.jsonl has other test sets than the ledger")
+    same = len(tests) == len(stated) and list(tests)[1:] == list(row.get("other_tests", {}))
+    expect(same, where + "test.jsonl has other test sets than the ledger")
     for (name, rows), counts in zip(tests.items(), stated):
         errors = [sum(line[kind] for kind in texts.KINDS) for line in rows]
         expect(errors == counts["test_errors"], where + f"{name}: test.jsonl has other errors than the ledger")

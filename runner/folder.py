@@ -374,6 +374,9 @@ def rows_there(out: Path, config: dict, flags: tuple[str, ...]) -> list[dict]:
         raise lottery.LotteryError(f"--out {out}: is a file, not a folder")
     if not out.exists() or {path.name for path in out.iterdir()} <= {"lock", "config.json.tmp"}:
         return []
+    for name in ("ledger.jsonl", "masks", "test.jsonl"):
+        if (out / name).is_symlink():
+            raise lottery.LotteryError(f"--out {out}: {name} is a link, which a run does not write through")
     try:
         old = ledger.read_config(out)
     except lottery.LotteryError as error:

@@ -77,6 +77,11 @@ def prepare(there: Recorded) -> tuple[settings.Setting, lottery.Ticket]:
         state, _ = files.read_sealed(there.run / "rewind.safetensors", "rewind state")
         ticket.rewind_state = {name: value.to(args.device) for name, value in state.items()}
         masks = files.load_masks(there.run / "masks" / f"{there.number:02d}.safetensors")
+        if lottery.sha256(masks) != there.row["mask_sha256"]:
+            raise lottery.LotteryError(f"{there.run}: the masks of round {there.number} are not the ledger's")
+        for name, weight in ticket.weights.items():
+            if name not in masks or masks[name].shape != weight.shape:
+                raise lottery.LotteryError(f"{there.run}: round {there.number} has no mask of {name} {[*weight.shape]}")
         ticket.masks = {name: mask.to(args.device) for name, mask in masks.items()}
         ticket.rewind()
     return setting, ticket
@@ -91,6 +96,7 @@ def found(there: Recorded, ticket: lottery.Ticket, at: Progress) -> dict:
         "trained_sha256": lottery.sha256(at.best),
         "valid_wer": ledger.best_epoch(at.valid_wers)[0],
     }
+    values |= {key: getattr(at, key) for key in ("valid_wers", "losses") if key in there.row}
     if there.args.source and not there.number:  # whoever trained it may have kept a later step
         del values["rewind_sha256"]
     if after := next_row(there):

@@ -16,7 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
+import torchaudio
 
 import data
 import lottery
@@ -91,6 +93,8 @@ class Setting:
                 "torch": torch.__version__,
                 "numpy": np.__version__,
                 "python": platform.python_version(),
+                "torchaudio": torchaudio.__version__,
+                "libsndfile": soundfile.__libsndfile_version__,
                 "operators": lottery.ops.path_on(self.args.device)[:100],  # the transducer's loss rounds as they do
             },
             "device": self.args.device,

@@ -87,6 +87,17 @@ def a_value_of_another_kind(f: Forged) -> None:
 
 
 @run_lie
+def a_verdict_behind_a_test_without_a_name(f: Forged) -> None:
+    """The honest verdict stands under "", which is how a row's own test is called where tests are gone through."""
+    keys = ("test_wer", "test_cer", "test_errors", "test_words", "verdict", "interval", "power")
+    for row in f.rows:
+        row["other_tests"] = {"": {key: row[key] for key in keys if key in row}}
+        row |= {"verdict": "winning", "interval": [-0.2, -0.1]} if row["round"] else {}
+    (f.run / "test.jsonl").unlink(missing_ok=True)
+    f.save()
+
+
+@run_lie
 def a_setting_of_another_kind(f: Forged) -> None:
     hashes = [key for key in f.config if key == "dense" or key.endswith("_sha256")]
     key = f.rng.choice(

@@ -79,6 +79,31 @@ def test_three_rounds_by_hand():
     assert len({r["rewind_sha256"] for _, _, r in seen}) == 1
 
 
+def test_a_hidden_buffer_that_was_made_later_is_not_forgotten():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, x):
+            if not hasattr(self, "seen"):
+                self.register_buffer("seen", torch.zeros(()), persistent=False)
+            self.seen += 1
+            return self.linear(x)
+
+    def train(ticket):
+        ticket.model(torch.randn(3, 4)).sum().backward()
+        ticket.hold()
+
+    model = Counts()
+    rounds = lottery.find_ticket(model, train, lambda m: {}, sparsity=0.5, prune_rate=0.5)
+    next(rounds)
+    with pytest.raises(lottery.LotteryError, match="seen is not in the state: made later, or another's"):
+        next(rounds)
+    rounds = lottery.find_ticket(model, train, lambda m: {}, sparsity=0.5, prune_rate=0.5)  # it is there now
+    assert len(list(rounds)) == 2 and model.seen == 1 + 1
+
+
 def test_masks_lie_as_the_weights_do():
     """So that hold() takes weight, gradient and mask in one pass in every round, channels_last too."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 2)).to(memory_format=torch.channels_last)
@@ -100,7 +125,7 @@ def test_a_rewind_that_rewinds_nothing_is_refused(monkeypatch):
     ticket = lottery.Ticket(Toy())
     train_toy(ticket)
     ticket.prune(6)
-    monkeypatch.setattr(lottery, "load_state", lambda *_: None)
+    monkeypatch.setattr(lottery, "load_state", lambda *_, **_named: None)
     with pytest.raises(lottery.LotteryError, match=r"a.weight: the rewound weights are not theta_k \* mask"):
         ticket.rewind()
 
@@ -871,8 +896,8 @@ def test_a_state_dict_that_leaves_out_frozen_parts():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda s: s | {"c.weight": torch.ones(1)}, "c.weight is not in the model: it is of another model"),
-        (lambda s: {"a.weight": s["a.weight"]}, "a.bias is not in the state: it is of another model"),
+        (lambda s: s | {"c.weight": torch.ones(1)}, "c.weight is not in the model: made later, or another's"),
+        (lambda s: {"a.weight": s["a.weight"]}, "a.bias is not in the state: made later, or another's"),
         (
             lambda s: s | {"a.bias": torch.ones(3)},
             r"a.bias is torch.float32 \[3\] in the state, torch.float32 \[2\] in",

@@ -319,6 +319,24 @@ def test_verify_finds_forged_rows(number, changes, message, copy_of_run):
     assert wrong and any(message in text for text in wrong), wrong
 
 
+def test_a_run_does_not_write_through_links(copy_of_run, corpus, tmp_path, capsys):
+    target = tmp_path / "mine"
+    target.write_text("a token without a newline")
+    (copy_of_run / "ledger.jsonl").unlink()
+    (copy_of_run / "ledger.jsonl").symlink_to(target)
+    assert train.main(command(corpus, copy_of_run)[2:]) == 2
+    assert "ledger.jsonl is a link, which a run does not write through" in capsys.readouterr().err
+    assert target.read_text() == "a token without a newline"
+
+
+def test_retraining_from_other_masks_is_one_line(copy_of_run, capsys):
+    masks = files.load_masks(copy_of_run / "masks" / "02.safetensors")
+    for wrong in ({name: ~mask for name, mask in masks.items()}, {}):
+        files.save_masks(copy_of_run / "masks" / "02.safetensors", wrong)
+        assert train.main(["--retrain", str(copy_of_run), "2"]) == 2
+        assert "the masks of round 2 are not the ledger's" in capsys.readouterr().err
+
+
 def test_retraining_finds_a_consistent_forgery(copy_of_run):
     """Other errors with the rates and verdicts that follow from them: only training again can tell."""
     rows = ledger.read_ledger(copy_of_run / "ledger.jsonl")

@@ -227,6 +227,27 @@ def test_a_run_that_ends_tells_its_report(forged):
     assert [row["round"] for row in ledger.read_ledger(forged.run / "ledger.jsonl")] == [0, 1, 2]
 
 
+def test_texts_of_before_and_of_a_stranger(forged, monkeypatch):
+    lines = [json.loads(line) for line in (forged.run / "test.jsonl").read_text().splitlines()]
+    last = max(line["round"] for line in lines)
+    for line in lines:
+        if line["round"] == last and line["id"] == 0:
+            line["reference"] = " ".join("x" * len(word) for word in line["reference"].split())
+    (forged.run / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert any("utterance 0 has another reference in round" in wrong for wrong in verify.failures(forged.run, networks))
+    monkeypatch.setattr(verify, "STEPS", 3)
+    assert any("texts too long to be compared" in wrong for wrong in verify.failures(forged.run, networks))
+
+
+def test_tests_in_noise_are_the_configuration_s():
+    noisy = {"test at 10 dB": {}, "test at 5 dB": {}}
+    verify.check_noise(noisy, [10.0, 5.0], "round 1: ")
+    verify.check_noise({"other": {}, **noisy, "other at 10 dB": {}, "other at 5 dB": {}}, [10.0, 5.0], "round 1: ")
+    for others, ratios in ((noisy, [10.0]), ({"test at 10 dB": {}}, [10.0, 5.0]), ({}, [5.0]), (noisy, ())):
+        with pytest.raises(lottery.LotteryError, match="round 1: its tests in noise are not the configuration's"):
+            verify.check_noise(others, ratios, "round 1: ")
+
+
 def test_a_test_text_without_words_is_no_forgery():
     """A corpus' test keeps a text of which normalisation leaves nothing: any word that is heard there is an error."""
     row = {"test_errors": [1, 1], "test_words": [0, 3], "test_wer": 2 / 3, "test_cer": 0.2}
