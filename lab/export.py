@@ -141,13 +141,12 @@ def paths_of(model: nn.Module, path: Path) -> dict[str, Path]:
 def export(model: nn.Module, tokens: list[str], path: Path, one_mean: bool = False) -> list[Path]:
     """Write the model's graphs and tokens.txt, each whole or not at all. Returns their paths.
 
-    path: .onnx is put behind it where it is missing.  one_mean: of the features, as in data.normalize; the graphs'
-    metadata say so.  Raises DataError without the packages onnx and onnxscript, for a
-    tokens.txt of other tokens, and for graphs of the other kind by this name; OSError if a file cannot be written.
+    path: .onnx is put after it where it is missing.  one_mean: of the features, as in data.normalize; metadata say so.
+    Raises DataError without the packages onnx and onnxscript, for a tokens.txt of other tokens, and for graphs of the
+    other kind by this name; OSError if a file cannot be written.
     """
     path = target(path)
-    listed = path.with_name(TOKENS)
-    check_tokens(listed, token_lines(tokens))
+    check_tokens(listed := path.with_name(TOKENS), token_lines(tokens))
     try:
         with quiet():
             import onnx  # noqa: F401
@@ -163,8 +162,8 @@ def export(model: nn.Module, tokens: list[str], path: Path, one_mean: bool = Fal
         if isinstance(module, nn.LSTM):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, Lstm(module))
-    about = {"tokens": json.dumps(tokens, ensure_ascii=False), "features": model.features, "stride": str(model.stride)}
-    about["normalization"] = "one mean" if one_mean else "a mean a bin"
+    about = {"tokens": json.dumps(tokens, ensure_ascii=False), "features": model.features, "stride": str(model.stride),
+             "normalization": "one mean" if one_mean else "a mean a bin"}  # fmt: skip
     features = torch.randn(1, 203, models.CnnLstm.BINS[model.features])
     if isinstance(model, models.Transducer):
         about["max_symbols"] = str(model.MAX_SYMBOLS)
