@@ -337,9 +337,12 @@ def check_out(out: Path) -> None:
     made = []
     try:
         for folder in reversed([path for path in (out, *out.parents) if not path.exists()]):
-            with contextlib.suppress(FileExistsError):  # another run has made it by now
+            try:
                 folder.mkdir()
                 made.append(folder)
+            except FileExistsError:
+                if not folder.is_dir():  # else another run has made it by now
+                    raise
         if not os.access(out, os.W_OK | os.X_OK):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
