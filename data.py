@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from audio_lottery import checked, draws
-from audio_lottery.console import printable
+from audio_lottery.console import leave_signals_to_the_parent, printable
 from audio_lottery.sound import SAMPLE_RATE, Broken, DataError, load_audio, memory_for, segment_name
 from lottery import LotteryError
 
@@ -401,7 +400,7 @@ def in_parallel(
     Items that are DataErrors are raised together, as Broken, once all are through; with first_error the first, at once.
     """
     loader = torch.utils.data.DataLoader(
-        dataset, batch_size=None, num_workers=workers, worker_init_fn=_leave_signals_to_the_parent,
+        dataset, batch_size=None, num_workers=workers, worker_init_fn=leave_signals_to_the_parent,
         multiprocessing_context="fork" if workers else None, collate_fn=lambda item: item,
         generator=torch.Generator(),  # else it draws from the global one
     )  # fmt: skip
@@ -415,11 +414,6 @@ def in_parallel(
             yield item
     if errors:
         raise Broken(errors)
-
-
-def _leave_signals_to_the_parent(_worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # which come to the whole group, and are the parent's
-        signal.signal(number, signal.SIG_IGN)
 
 
 def frames_needed(targets: list[int]) -> int:

@@ -42,6 +42,7 @@ from runner.folder import (
     Progress,
     Signals,
     Stopped,
+    check_links,
     check_out,
     checkpoint_there,
     end,
@@ -459,6 +460,7 @@ def run(args: argparse.Namespace, signals: Signals) -> None:
             say_rows(rows)
         else:
             if not processes.index():
+                check_links(args.out)
                 if not (args.out / "config.json").exists():
                     files.write_atomically(args.out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
                 (args.out / "ledger.jsonl").touch()
@@ -492,7 +494,7 @@ def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signa
     checkpoint = checkpoint_there(out, rows, setting.rounds, run_sha256, bool(setting.dense))
     say_rows(rows)
     facts, tokens = setting.facts(), {"tokens": ledger.hash_json(setting.tokens)}
-    earlier = checkpoint.other_facts(facts | tokens) if checkpoint else {}
+    earlier = checkpoint.other_facts(facts | tokens, rows) if checkpoint else {}
     processes.gather(None)  # all have read the checkpoint before the first process writes another
     signals.deferred = True
     checkpointer = Checkpointer(out, run_sha256, args.save_every, signals, checkpoint, not args.source)

@@ -10,7 +10,9 @@ import functools
 import json
 import os
 import re
+import signal
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -171,6 +173,21 @@ def receive_signals_apart() -> None:
     """
     if not faulthandler.is_enabled():
         faulthandler.enable(file=2)
+
+
+def leave_signals_to_the_parent(_worker: int) -> None:
+    """In a worker process: what comes to the whole group is the parent's to answer. A SIGTERM that comes later than the
+    first is the parent's own."""
+    came: list[float] = []
+
+    def end(*_) -> None:
+        came.append(time.monotonic())
+        if came[-1] - came[0] > 0.2:  # seconds; `timeout` sends it twice at once
+            os._exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def command(program: str, goes_on: bool = False):

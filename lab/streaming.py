@@ -27,7 +27,9 @@ def pcm_chunks(file: BinaryIO, samples: int) -> Iterator[tuple[Tensor, bool]]:
         if waiting:
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, stop)
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # as of what a shell runs in the background
+        signal.signal(signal.SIGINT, stop)
     try:
         while not ended:
             content = b""

@@ -539,7 +539,7 @@ def configuration(args: argparse.Namespace) -> dict:
     machine = {flag.name: getattr(args, flag.name) for flag in TABLE if flag.identity == "machine"}
     machine |= {key: str(value.resolve()) for key, value in machine.items() if isinstance(value, Path)}
     for key in [key for key, value in machine.items() if isinstance(value, str) and not utf8(value)]:
-        why = "the name is no UTF-8, which a run's settings are kept in: rename it, or give a link to it"
+        why = "the name is no UTF-8, which a run's settings are kept in: rename it, or the folder above it"
         raise lottery.LotteryError(f"{NAMED[key].option} {machine[key]}: {why}")
     machine |= {"threads": torch.get_num_threads()} | ({"data": "demo"} if args.data == HERE / "demo" else {})
     return json.loads(json.dumps(config | {"machine": machine}))

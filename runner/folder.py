@@ -198,16 +198,22 @@ class Checkpoint:
             if about.get("run") != run_sha256:
                 raise lottery.LotteryError(f"--out {out}: the {kind} there is of another run")
 
-    def other_facts(self, now: dict) -> dict[int, dict]:
-        """What of these facts was another one when the checkpoint's round was begun, by round; says so, if any was.
+    def other_facts(self, now: dict, rows: list[dict]) -> dict[int, dict]:
+        """The values of these facts that were others in the checkpoint's round, by round; says so, if any was.
 
         Raises LotteryError for other tokens, which the network's outputs stand for.
         """
         before = self.about.get("facts", {})
+        earlier = before.get("earlier") if isinstance(before.get("earlier"), dict) else {}
         if before.get("tokens", now["tokens"]) != now["tokens"]:
             raise lottery.LotteryError(f"--out {self.out}: the checkpoint is of other tokens (another sentencepiece?)")
-        found = {key: value for key, value in before.items() if key in now and value != now[key]}
-        found |= before.get("earlier", {})
+        found = {}
+        for key in sorted(now.keys() & (before.keys() | earlier.keys()) - {"tokens"}):
+            values = [*(earlier.get(key) or []), *([before[key]] if key in before else [])]
+            others = [value for i, value in enumerate(values) if value != now[key] and value not in values[:i]]
+            found |= {key: others} if others else {}
+        if self.about["round"] in [row["round"] for row in rows]:  # its row is written, and goes by its own
+            found = {}
         if found:
             others = ", ".join(sorted(found))
             print(f"the round's first part was trained with other {others}: bits may differ, and its row says so")
@@ -330,6 +336,13 @@ def locked(out: Path):
         yield
 
 
+def check_links(out: Path) -> None:
+    """Raise LotteryError where a run would write through a link, which a stranger may have put there."""
+    for name in ("ledger.jsonl", "masks", "test.jsonl"):
+        if (out / name).is_symlink():
+            raise lottery.LotteryError(f"--out {out}: {name} is a link, which a run does not write through")
+
+
 def check_out(out: Path) -> None:
     """Raise LotteryError, naming it, unless the run folder can be written to, or made. Leaves nothing behind."""
     if out.exists() and not out.is_dir():
@@ -377,9 +390,6 @@ def rows_there(out: Path, config: dict, flags: tuple[str, ...]) -> list[dict]:
         raise lottery.LotteryError(f"--out {out}: is a file, not a folder")
     if not out.exists() or {path.name for path in out.iterdir()} <= {"lock", "config.json.tmp"}:
         return []
-    for name in ("ledger.jsonl", "masks", "test.jsonl"):
-        if (out / name).is_symlink():
-            raise lottery.LotteryError(f"--out {out}: {name} is a link, which a run does not write through")
     try:
         old = ledger.read_config(out)
     except lottery.LotteryError as error:

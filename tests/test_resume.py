@@ -471,17 +471,20 @@ def test_a_round_that_other_code_goes_on_with_says_so(corpus, tmp_path, monkeypa
     said = "the round's first part was trained with other code_sha256: bits may differ, and its row says so"
     assert said in capsys.readouterr().out
     rows = ledger.read_ledger(tmp_path / "run" / "ledger.jsonl")
-    assert [row.get("earlier") for row in rows] == [None, {"code_sha256": before}, None]
+    assert [row.get("earlier") for row in rows] == [None, {"code_sha256": [before]}, None]
     assert verify.failures(tmp_path / "run", networks) == []
 
 
 def test_facts_of_before_are_kept_and_other_tokens_refused(tmp_path):
     checkpoint = folder.Checkpoint.__new__(folder.Checkpoint)
-    facts = {"tokens": "a", "threads": 2, "earlier": {"device": "cuda"}}
+    facts = {"tokens": "a", "threads": 2, "device": "cpu", "earlier": {"device": ["cuda"], "threads": [1, 4]}}
     checkpoint.out, checkpoint.about = tmp_path, {"round": 3, "facts": facts}
-    assert checkpoint.other_facts({"tokens": "a", "threads": 1}) == {3: {"threads": 2, "device": "cuda"}}
+    now = {"tokens": "a", "threads": 1, "device": "cpu"}
+    assert checkpoint.other_facts(now, [{"round": 3}]) == {}
+    found = checkpoint.other_facts(now, [])
+    assert found == {3: {"threads": [4, 2], "device": ["cuda"]}}
     with pytest.raises(lottery.LotteryError, match="the checkpoint is of other tokens"):
-        checkpoint.other_facts({"tokens": "b", "threads": 2})
+        checkpoint.other_facts({"tokens": "b", "threads": 2}, [])
 
 
 def test_signals_before_a_run_can_be_saved(monkeypatch):
