@@ -78,7 +78,7 @@ def fused(heads: int, depthwise: nn.Conv1d, norm: nn.BatchNorm1d) -> "tuple[Rota
     return RotaryAttention(heads), GatedConvolution(depthwise, norm)
 
 
-KEPT: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # some turns
+KEPT: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # of a few lengths
 
 
 def turns(frames: int, half: int) -> tuple[Tensor, Tensor]:

@@ -207,13 +207,13 @@ class Checkpoint:
         earlier = before.get("earlier") if isinstance(before.get("earlier"), dict) else {}
         if before.get("tokens", now["tokens"]) != now["tokens"]:
             raise lottery.LotteryError(f"--out {self.out}: the checkpoint is of other tokens (another sentencepiece?)")
+        if self.about["round"] in [row["round"] for row in rows]:  # its row is written, and goes by its own
+            return {}
         found = {}
         for key in sorted(now.keys() & (before.keys() | earlier.keys()) - {"tokens"}):
             values = [*(earlier.get(key) or []), *([before[key]] if key in before else [])]
             others = [value for i, value in enumerate(values) if value != now[key] and value not in values[:i]]
             found |= {key: others} if others else {}
-        if self.about["round"] in [row["round"] for row in rows]:  # its row is written, and goes by its own
-            found = {}
         if found:
             others = ", ".join(sorted(found))
             print(f"the round's first part was trained with other {others}: bits may differ, and its row says so")
