@@ -331,6 +331,14 @@ def give_names(methods: list[Method]) -> None:
             return
 
 
+def short_names(methods: list[Method]) -> tuple[str, dict[str, str]]:
+    """The words of all methods' names, and what is left of each name: "tickets" where nothing is. For pictures."""
+    words = {method.name: method.name.split(", ") for method in methods}
+    common = [word for word in words[methods[0].name] if all(word in others for others in words.values())]
+    left = {name: ", ".join(word for word in own if word not in common) for name, own in words.items()}
+    return ", ".join(common), {name: short or "tickets" for name, short in left.items()}
+
+
 # ---------------------------------------------------------------------------- a method against another
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from audio_lottery import files, verdicts
 from audio_lottery.console import printable
-from lab.compare import Method, Point
+from lab.compare import Method, Point, short_names
 
 COLORS = {"winning": "C2", "matching": "C0", "undecided": "0.55", "worse": "C3", "no verdict": "0.85"}
 
@@ -39,8 +39,8 @@ def save(target: Path | io.BytesIO, figure) -> None:
 # What others report on a corpus's official test without a language model, in their repositories: WER and CER.
 PUBLISHED = {
     "an4": {
-        "ESPnet2's transformer": {"test_wer": 0.076, "test_cer": 0.036},
-        "deepspeech.pytorch V3": {"test_wer": 0.0957, "test_cer": 0.0552},
+        "ESPnet2": {"test_wer": 0.076, "test_cer": 0.036},
+        "deepspeech.pytorch": {"test_wer": 0.0957, "test_cer": 0.0552},
     }
 }
 
@@ -73,17 +73,18 @@ def draw(path: Path | io.BytesIO, title: str, methods: list[Method]) -> None:
     sparsest = min(100 * point.mean("remaining") for method in methods for point in method.points.values())
     wer, cer = axes = figure.subplots(1, 2)
     hollow = any(method.lacks_seeds(point) for method in methods for point in method.points.values())
+    marks, (_, short) = [point for method in methods for point in method.marked()], short_names(methods)
     for ax, key in zip(axes, ("test_wer", "test_cer")):
         ends = []
         for color, method in zip((f"C{i % 10}" for i in range(len(methods))), methods):
             points = list(method.points.values())
             remaining, rates = [100 * p.mean("remaining") for p in points], [p.mean(key) for p in points]
             ax.axhline(rates[0], color=color, linewidth=1, linestyle="--")
-            ax.plot(
-                remaining, rates, "o-", color=color, markersize=4, label=plain(f"{method.name}, {seeds_told(points)}")
-            )
-            few = [(x, y) for x, y, p in zip(remaining, rates, points) if method.lacks_seeds(p)]
-            ax.plot(*(zip(*few) if few else ([], [])), "o", color=color, markersize=4, mfc="white")
+            label = plain(f"{short[method.name]}, {seeds_told(points)}")
+            ax.plot(remaining, rates, "-", color=color, label=label)
+            for x, y, point in zip(remaining, rates, points):
+                fill = "white" if method.lacks_seeds(point) else color
+                ax.plot(x, y, "o", color=color, mfc=fill, markersize=6 if any(point is mark for mark in marks) else 3)
             ends += rates
             if ax is cer:
                 dots = [(x, value) for x, p in zip(remaining, points) for value in p.values(key) if len(p.seeds) > 1]
@@ -95,7 +96,7 @@ def draw(path: Path | io.BytesIO, title: str, methods: list[Method]) -> None:
                 ends += [*low, *high]
         for name, rates in PUBLISHED.get(methods[0].get("corpus"), {}).items():
             ax.axhline(rates[key], color="black", linewidth=1, linestyle=":")
-            ax.text(0.99, rates[key], name, transform=ax.get_yaxis_transform(), fontsize=7, ha="right", va="bottom")
+            ax.text(1.01, rates[key], name, transform=ax.get_yaxis_transform(), fontsize=7, va="center")
             ends.append(rates[key])
         room = 0.05 * (max(ends) - min(ends)) + 0.005
         ax.set_ylim(min(ends) - room, max(ends) + room)
@@ -107,11 +108,10 @@ def draw(path: Path | io.BytesIO, title: str, methods: list[Method]) -> None:
         ax.grid(alpha=0.3)
         ax.legend(loc="upper left", fontsize=8)
     wer.set_ylabel("test WER")
-    fewer = "; hollow: fewer seeds" * hollow
-    about = " of those seeds" * hollow
-    wer.set_title(f"dashed: dense; bands: 95 % interval of the verdict, about dense{about}{fewer}", fontsize=8)
     cer.set_ylabel("test CER")
-    cer.set_title(f"dashed: dense; small dots: seeds{fewer}", fontsize=8)
+    words = "dashed: dense; bands: 95 % interval, about dense" + " of those seeds" * hollow + "; small dots: seeds"
+    words += "; large: marks" * bool(marks) + "; hollow: fewer seeds" * hollow
+    figure.supxlabel(words, fontsize=8)
     figure.suptitle(plain(title))
     save(path, figure)
 
@@ -135,28 +135,38 @@ def draw_valid(path: Path | io.BytesIO, ledger: list[dict]) -> None:
 # ---------------------------------------------------------------------------- claims
 
 
-def draw_forest(path: Path, claims: list[tuple[str, verdicts.Verdict, float]]) -> None:
+def draw_forest(path: Path, claims: list[tuple[str, verdicts.Verdict, float]], title: str = "") -> None:
     """Each claim's interval against 0 and its margin, a row a claim, coloured by its word.
 
-    claims: what it is about, its verdict and its margin.
+    claims: what it is about, its verdict and its margin. An interval many times as wide as most is cut, with an arrow.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(10, 1.4 + 0.26 * len(claims)), layout="constrained")
+    figure = Figure(figsize=(9, 1.6 + 0.24 * len(claims)), layout="constrained")
     ax = figure.subplots()
+    widths = [told.high - told.low for _, told, _ in claims]
+    most = 5 * sorted(widths)[len(widths) // 2]
+    whole = [told for (_, told, _), width in zip(claims, widths) if width <= most]
+    ends = [0, *(margin for *_, margin in claims), *(told.low for told in whole), *(told.high for told in whole)]
+    room = 0.04 * (max(ends) - min(ends))
+    left, right = min(ends) - room, max(ends) + room
+    ax.set_xlim(left, right)
     for y, (_, (word, low, high), margin) in enumerate(claims):
         ax.plot([low, high], [y, y], color=COLORS[word], linewidth=2.5, solid_capstyle="butt")
         ax.plot((low + high) / 2, y, "o", color=COLORS[word], markersize=4)
+        for end, arrow in [(left, "<")] * (low < left) + [(right, ">")] * (high > right):
+            ax.plot(end, y, arrow, color=COLORS[word], markersize=8, clip_on=False)
         ax.plot([margin, margin], [y - 0.5, y + 0.5], color="black", linewidth=1, linestyle=":")
     ax.axvline(0, color="black", linewidth=1)
-    ax.set_yticks(range(len(claims)), [plain(what) for what, *_ in claims], fontsize=7)
+    ax.set_yticks(range(len(claims)), [plain(what) for what, *_ in claims], fontsize=8)
     ax.set_ylim(len(claims) - 0.5, -0.5)
     ax.grid(axis="x", alpha=0.3)
-    figure.supxlabel("difference in test WER, 95 % interval; dotted: the margin", fontsize=10)  # of names and axes
+    ax.set_xlabel("difference in test WER, 95 % interval; dotted: the margin", fontsize=9)
+    ax.set_title(plain(title), fontsize=10)
     words = [word for word in COLORS if any(told.word == word for _, told, _ in claims)]
     lines = [Line2D([], [], color=COLORS[word], linewidth=2.5) for word in words]
-    figure.legend(lines, words, fontsize=8, loc="outside upper center", ncols=len(words))
+    figure.legend(lines, words, fontsize=8, loc="outside lower center", ncols=len(words))
     save(path, figure)
 
 
@@ -193,6 +203,7 @@ def draw_layers(path: Path, title: str, methods: list[Method]) -> None:
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
+    _, short = short_names(methods)
     methods = [method for method in methods if not method.get("control")] or methods
     shares = [np.array(list(method.layer_shares().values())) for method in methods]
     names, least = list(methods[0].layer_shares()), min(array[array > 0].min() for array in shares)
@@ -204,7 +215,7 @@ def draw_layers(path: Path, title: str, methods: list[Method]) -> None:
         remaining = [f"{100 * point.mean('remaining'):.3g}" for point in method.points.values()]
         ax.set_xticks(range(len(remaining)), remaining, fontsize=7)
         ax.set_yticks(range(len(names)), list(map(plain, names)), fontsize=7)
-        ax.set(xlabel="remaining prunable weights, %", title=plain(method.name))
+        ax.set(xlabel="remaining prunable weights, %", title=plain(short[method.name]))
     figure.colorbar(image, ax=list(axes), label="share kept (white: none)")
     figure.suptitle(plain(title))
     save(path, figure)

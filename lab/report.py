@@ -22,7 +22,7 @@ from audio_lottery.console import Parser, command, fail, markdown_text, printabl
 from audio_lottery.ledger import read_run
 from audio_lottery.texts import TEXTS, read_texts
 from lab import compare, page, pictures, plan, recognised, tables
-from lab.compare import Method, Point, Run, merge
+from lab.compare import Method, Point, Run, merge, short_names
 
 PROGRAM = "python -m lab.report"
 COLUMNS = ["round", "remaining", "of all", "valid WER", "test WER", "test CER", "seconds", "against dense"]
@@ -105,13 +105,18 @@ def look_of(run: Path, config: dict, ledger: list[dict]) -> recognised.Look | No
     return method and recognised.look(method, there)
 
 
+def full_title(title: str, methods: list[Method]) -> str:
+    """Of a picture: what its methods have in common with it."""
+    return f"{title}: {short_names(methods)[0]}".removesuffix(": ")
+
+
 def draw_report(target: Path | io.BytesIO, config: dict, ledger: list[dict]) -> None:
     """The picture of one run."""
     if config.get("test") is False:
         pictures.draw_valid(target, ledger)
     else:
         ((title, methods),) = merge([Run(config, ledger)]).items()
-        pictures.draw(target, f"{title}, seed {config['seed']}", methods)
+        pictures.draw(target, f"{full_title(title, methods)}, seed {config['seed']}", methods)
 
 
 def markdown_report(config: dict, ledger: list[dict], look: recognised.Look | None) -> str:
@@ -170,12 +175,14 @@ def write_page(run: Path, out: Path | None) -> None:
 
 
 def write_pictures(out: Path, groups: dict[str, list[Method]]) -> None:
+    full = {title: full_title(title, methods) for title, methods in groups.items()}
     for title, methods in groups.items():
-        pictures.draw(out / f"{tables.file_name(title)}.png", title, methods)
+        pictures.draw(out / f"{tables.file_name(title)}.png", full[title], methods)
         pictures.draw_layers(out / f"{tables.file_name(title)}-layers.png", title, methods)
-    rows = tables.forest_of({title: tables.claims(methods) for title, methods in groups.items()})
+    alone = len(groups) == 1  # then the picture has its title, and the rows need not
+    rows = tables.forest_of({"" if alone else full[t]: tables.claims(methods) for t, methods in groups.items()})
     if rows:
-        pictures.draw_forest(out / "forest.png", rows)
+        pictures.draw_forest(out / "forest.png", rows, *full.values() if alone else ())
 
 
 def merged(paths: list[Path]) -> dict[str, list[Method]]:

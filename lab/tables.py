@@ -15,7 +15,7 @@ import lottery
 from audio_lottery import checked, verdicts
 from audio_lottery.console import markdown_text
 from lab import coverage, plan
-from lab.compare import Method, Point, Run, compared, load, merge, of_test, paired, rivals
+from lab.compare import Method, Point, Run, compared, load, merge, of_test, paired, rivals, short_names
 
 WORDS_EXPLAINED = (
     "*winning*: the interval lies below 0; *matching*: its upper end is at most {margin}; *worse*: it lies above 0; "
@@ -254,14 +254,14 @@ def interval(point: Point, test: str = "", true: tuple[str, ...] = MATCHES) -> s
 
 def claims(methods: list[Method]) -> list[Claim]:
     """What these runs can speak to, at the marks: tickets against dense, and rivals."""
-    found = []
+    found, (_, short) = [], short_names(methods)
     for method in methods:
         _, stopped = method.walk()
         for point in method.marked() if not method.get("control") else ():
             share = f"{point.mean('remaining'):.1%}"
             after = stopped is not None and point.mean("remaining") < stopped.mean("remaining")
             what = f"{method.name} with {share} of the weights matches dense"
-            label = f"{method.name}, {share}"
+            label = f"{short[method.name]}, {share}"
             if after:
                 what += f" (after {stopped.mean('remaining'):.1%}, where the sequence stopped)"
                 label += ", after the stop"
@@ -272,7 +272,7 @@ def claims(methods: list[Method]) -> list[Claim]:
         for point in [p for p in points if id(p.rows[0]) in rows] or points[-1:]:
             share = f"{point.mean('remaining'):.1%}"
             what = f"{a.name} is better than {b.name} at {share}"
-            found.append(Claim(what, f"{a.name} less {b.name}, {share}", point, true=("winning",)))
+            found.append(Claim(what, f"{short[a.name]} less {short[b.name]}, {share}", point, true=("winning",)))
     return found
 
 
@@ -409,8 +409,11 @@ COMPARED = (
 
 
 def forest_of(groups: dict[str, list[Claim]]) -> list[tuple[str, verdicts.Verdict, float]]:
-    """Rows of the picture, by group."""
-    return [
-        (f"{title}: {claim.label}" if title else claim.label, claim.point.verdict(claim.test), claim.point.margin)
-        for title, found in groups.items() for claim in found
-    ]  # fmt: skip
+    """Rows of the picture, by group: the first test's, then the other tests'."""
+    rows = []
+    for title, found in groups.items():
+        tests = list(dict.fromkeys(["", *(claim.test for claim in found)]))
+        for claim in sorted(found, key=lambda claim: tests.index(claim.test)):
+            label = f"{title}: {claim.label}" if title else claim.label
+            rows.append((label, claim.point.verdict(claim.test), claim.point.margin))
+    return rows

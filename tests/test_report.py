@@ -518,6 +518,41 @@ def test_the_forest_has_a_row_a_claim_in_the_verdict_s_color(tmp_path, monkeypat
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["winning", "undecided"]
 
 
+def test_an_interval_many_times_as_wide_as_most_is_cut_with_arrows(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    ends = [(-0.02, 0.01), (-0.02, 0.0), (0.01, 0.04), (-0.3, 0.03), (-0.4, 0.4)]
+    rows = [(str(end), verdicts.Verdict("undecided", *end), 0.01) for end in ends]
+    pictures.draw_forest(tmp_path / "forest.png", rows, "what all have in common")
+    (ax,) = figures["forest.png"].axes
+    left, right = ax.get_xlim()
+    assert -0.03 < left < -0.02 and 0.04 < right < 0.05 and ax.get_title() == "what all have in common"
+    arrows = [(line.get_marker(), *line.get_xydata()[0]) for line in ax.lines if line.get_marker() in "<>"]
+    assert arrows == [("<", left, 3), ("<", left, 4), (">", right, 4)]
+
+
+def test_pictures_say_once_what_all_methods_have_in_common(tmp_path, monkeypatch):
+    """And the claims of the test come before those of the tests in noise."""
+    at_5_db = {"test_wer": 0.4, "test_cer": 0.2, "test_errors": ROUND_0, "test_words": WORDS}
+    noise = {"other_tests": {"test at 5 dB": at_5_db | {"verdict": "matching", "interval": [0.0, 0.0]}}}
+    methods = merged(*(
+        write_run(tmp_path / str(i), [ROUND_0] * 5, sparsity=0.6, scope="lamp", row=noise, of_round_0=noise, **control)
+        for i, control in enumerate(({}, {"control": "random-mask"}))
+    ))  # fmt: skip
+    figures = drawn(monkeypatch)
+    report.write_pictures(tmp_path, methods)
+    title = "cnn-lstm on demo, demo size"
+    curves, forest = figures["cnn-lstm-on-demo-demo-size.png"], figures["forest.png"]
+    assert curves.get_suptitle() == forest.axes[0].get_title() == f"{title}: scope lamp"
+    labels = [text.get_text() for text in curves.axes[0].get_legend().get_texts()]
+    assert labels == ["tickets, 1 seed", "random-mask, 1 seed"]
+    rows = [label.get_text() for label in forest.axes[0].get_yticklabels()]
+    assert rows == ["tickets, 41.0%", "tickets less random-mask, 41.0%", "tickets, 41.0%, test at 5 dB"]
+    sizes = {line.get_markersize(): len(line.get_xdata()) for line in curves.axes[0].lines if line.get_marker() == "o"}
+    assert sizes == {3: 1, 6: 1}  # a line a point: the marks are large
+    (alone,) = methods.values()
+    assert compare.short_names(alone[1:]) == ("random-mask, scope lamp", {alone[1].name: "tickets"})
+
+
 def test_layers_without_a_weight_are_marked_and_white(tmp_path):
     empty = dict.fromkeys(WEIGHTS, 100) | {"convs.1.weight": 0}
     half = {name: n // 2 for name, n in WEIGHTS.items()}
