@@ -174,24 +174,32 @@ def draw_forest(path: Path, claims: list[tuple[str, verdicts.Verdict, float]], t
 
 
 def draw_in_use(path: Path, ways: list[tuple[str, float, float, float, float]]) -> None:
-    """Time and WER side by side, a bar each way. ways: name, ms a second of audio, WER and the ends of its interval."""
+    """Time and WER side by side, a bar each way. ways: name, ms a second of audio, WER and the ends of its interval.
+
+    A run that all names begin with ("RUN: dense, ...") is told once, above.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 1.2 + 0.34 * len(ways)), layout="constrained")
+    figure = Figure(figsize=(10, 1.4 + 0.34 * len(ways)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     names, times, wers, lows, highs = zip(*ways)
+    runs = {name.partition(": ")[0] for name in names}
+    told = [plain(name.partition(": ")[2] if len(runs) == 1 else name) for name in names]
     colors = ["0.55" if ": dense, " in name else "C0" for name in names]
     around = [wer - low for wer, low in zip(wers, lows)], [high - wer for wer, high in zip(wers, highs)]
-    left.bar_label(left.barh(names, times, color=colors), fmt="%.2f", padding=3, fontsize=8)
-    bars = right.barh(names, wers, color=colors, xerr=around, error_kw={"linewidth": 1, "ecolor": "0.3"})
+    places = range(len(ways))
+    left.bar_label(left.barh(places, times, color=colors), fmt="%.2f", padding=3, fontsize=8)
+    bars = right.barh(places, wers, color=colors, xerr=around, error_kw={"linewidth": 1, "ecolor": "0.3"})
     right.bar_label(bars, labels=[f"{wer:.3f}" for wer in wers], padding=3, fontsize=8)
-    left.set_yticks(range(len(ways)), [plain(name) for name in names], fontsize=8)
-    left.set(xlabel="ms a second of audio, one core", ylim=(len(ways) - 0.5, -0.5))
+    left.set_yticks(places, told, fontsize=8)
+    left.set(xlabel="ms a second of audio, one core, features not counted", ylim=(len(ways) - 0.5, -0.5))
     right.set(xlabel="test WER, 95 % over other utterances")
     for ax in (left, right):
         ax.margins(x=0.15)
         ax.grid(axis="x", alpha=0.3)
         ax.set_axisbelow(True)
+    if len(runs) == 1:
+        figure.suptitle(f"{plain(*runs)}, one seed", fontsize=10)
     save(path, figure)
 
 

@@ -553,6 +553,20 @@ def test_pictures_say_once_what_all_methods_have_in_common(tmp_path, monkeypatch
     assert compare.short_names(alone[1:]) == ("random-mask, scope lamp", {alone[1].name: "tickets"})
 
 
+@pytest.mark.parametrize("other, names", [("a", ["dense, int8", "10.7%"]), ("b", ["a: dense, int8", "b: 10.7%"])])
+def test_ways_in_use_tell_their_run_once(other, names, tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    ways = [("a: dense, int8", 2.0, 0.2, 0.1, 0.3), (f"{other}: 10.7%", 1.0, 0.25, 0.2, 0.35)]
+    pictures.draw_in_use(tmp_path / "use.png", ways)
+    figure = figures["use.png"]
+    time, wer = figure.axes
+    assert [label.get_text() for label in time.get_yticklabels()] == names
+    assert figure.get_suptitle() == ("a, one seed" if other == "a" else "")
+    assert [bar.get_width() for bar in time.patches] == [2.0, 1.0]
+    assert [bar.get_width() for bar in wer.patches] == [0.2, 0.25]
+    assert len({bar.get_facecolor() for bar in time.patches}) == 2  # dense in grey
+
+
 def test_layers_without_a_weight_are_marked_and_white(tmp_path):
     empty = dict.fromkeys(WEIGHTS, 100) | {"convs.1.weight": 0}
     half = {name: n // 2 for name, n in WEIGHTS.items()}
