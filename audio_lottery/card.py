@@ -52,7 +52,7 @@ def network(info: dict, file: files.TicketFile) -> list[str]:
     if isinstance(info.get("tokens"), list):
         found.append(f"tokens: {len(info['tokens'])}, the blank among them; features: {info.get('features', UNKNOWN)}")
     if file.rewind is None:
-        found.append("rewind state: left out, so that it can be used, and not be trained again")
+        found.append("rewind state: left out, so that it can be used, and not be rewound")
     return found
 
 
