@@ -36,14 +36,21 @@ def cuda_home() -> str | None:
     return None
 
 
-def openmp(compiler: str) -> list[str]:
-    """The flag for OpenMP, or none where the compiler refuses it, as Apple's clang does."""
+def compiles(compiler: str, flags: list[str], source: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/trial.cpp", "w") as file:
-            file.write("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
-        trial = [*compiler.split(), "-fopenmp", "trial.cpp", "-o", "trial"]
-        if subprocess.run(trial, cwd=folder, capture_output=True).returncode == 0:
-            return ["-fopenmp"]
+            file.write(source)
+        trial = [*compiler.split(), *flags, "trial.cpp", "-o", "trial"]
+        try:
+            return subprocess.run(trial, cwd=folder, capture_output=True).returncode == 0
+        except OSError:
+            return False
+
+
+def openmp(compiler: str) -> list[str]:
+    """The flag for OpenMP, or none where the compiler refuses it, as Apple's clang does."""
+    if compiles(compiler, ["-fopenmp"], "#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n"):
+        return ["-fopenmp"]
     print(f"{compiler} refuses -fopenmp: csrc/ is built for one thread")
     return []
 
@@ -52,6 +59,9 @@ def extensions() -> list:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not compiler or not os.path.isfile(sysconfig.get_path("include") + "/Python.h"):
         print("no C++ compiler or no Python.h: csrc/ is not built, lottery.py will run in pure PyTorch")
+        return []
+    if not compiles(compiler, [], "#include <vector>\nint main() { return std::vector<int>(1)[0]; }\n"):  # macOS' stub
+        print(f"{compiler} does not compile: csrc/ is not built, lottery.py will run in pure PyTorch")
         return []
     os.environ.setdefault("CXX", compiler)  # what was asked about OpenMP is what builds
     home = cuda_home()

@@ -17,6 +17,11 @@ PRODUCTS = {
     "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
 }  # fmt: skip
 
+# What these make of a weight is it again, whole, in part or beside others.
+COPIES = {
+    "cat", "concat", "concatenate", "stack", "hstack", "vstack", "contiguous", "clone", "to", "float", "half",
+    "bfloat16", "double",
+}  # fmt: skip
 ROWS_OF = {"embedding", "index_select", "gather"}  # what these take of a weight, as a tied one, is an input
 
 
@@ -54,7 +59,7 @@ def weight_uses(model: nn.Module, call: Callable[[], object]) -> dict[str, int |
                 raise LotteryError(f"{name} {what}: its uses cannot be counted")
             result = func(*args, **(kwargs or {}))
             if name and called not in ROWS_OF and isinstance(result, Tensor) and result.is_floating_point():
-                if result.numel() == weights[name].numel():
+                if called in COPIES or result.numel() == weights[name].numel():
                     made[id(result)] = name, result
             return result
 

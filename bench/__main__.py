@@ -1,6 +1,7 @@
 """Side-by-side measurements: `python -m bench ops` validates first and then times. Tables go to results/bench/*.txt.
 
-All figures of a row come from one process, in turns, as medians; what counts is the ratio.
+All figures of a row come from one process, as medians; what counts is the ratio. Ways take turns, but for numpy's and
+torch.nn.utils.prune's pruning, which are so much slower that they come behind.
 """
 
 import argparse

@@ -129,7 +129,7 @@ def stream(lstm: nn.Module, x: Tensor) -> Callable[[], Tensor]:
 def stream_cells(lstm: nn.LSTM, x: Tensor) -> Callable[[], Tensor]:
     cells = []
     for weights in lstm.all_weights:
-        cells.append(nn.LSTMCell(lstm.input_size, lstm.hidden_size))
+        cells.append(nn.LSTMCell(lstm.input_size, lstm.hidden_size).requires_grad_(False))
         for to, given in zip(cells[-1].parameters(), weights):
             to.data = given.data
     states = [(torch.zeros(1, lstm.hidden_size), torch.zeros(1, lstm.hidden_size))] * len(cells)
@@ -230,9 +230,24 @@ def with_our_loop(other: nn.Module, model: nn.Module) -> nn.Module:
     return other
 
 
+# The utterances that are measured have no padding: no peer selects rows or masks for it.
+WITHOUT_PADDING = {
+    "on_rows": lambda layer, x, rows: layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]),
+    "without_padding": lambda features, lengths: features,
+    "valid_rows": lambda lengths, frames: None,
+    "unpadded": lambda x, rows: True,
+}
+
+
 def compiled(part: Callable, example: tuple) -> Callable:
     """Frozen, so that weights are prepacked; compiled at its first call."""
-    return torch.compile(part, options={"freezing": True})
+    made = torch.compile(part, options={"freezing": True})
+
+    def run(*arguments):
+        with mock.patch.multiple(models, **WITHOUT_PADDING):
+            return made(*arguments)
+
+    return run
 
 
 def has_vnni() -> bool:
@@ -273,10 +288,7 @@ def session_of(graph: bytes):
 
 
 def in_onnxruntime(part: Callable, example: tuple, int8_of: nn.Module | None = None) -> Callable:
-    """The utterances have no padding, so that its masking may be left out of the graph.
-
-    int8_of: the model that `part` is of, to quantize it.
-    """
+    """int8_of: the model that `part` is of, to quantize it."""
 
     class Whole(nn.Module):
         def __init__(self):
@@ -287,11 +299,7 @@ def in_onnxruntime(part: Callable, example: tuple, int8_of: nn.Module | None = N
             return part(*arguments)
 
     file, names = io.BytesIO(), [f"in{i}" for i in range(len(example))]
-    plain = mock.patch.multiple(
-        models, on_rows=lambda layer, x, rows: layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]),
-        without_padding=lambda features, lengths: features, valid_rows=lambda lengths, frames: None,
-    )  # fmt: skip
-    with plain, warnings.catch_warnings(), torch.no_grad():
+    with mock.patch.multiple(models, **WITHOUT_PADDING), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(Whole().eval(), example, file, input_names=names, opset_version=17, dynamo=False)
     graph = int8_graph(file.getvalue()) if int8_of is not None else file.getvalue()
@@ -360,7 +368,8 @@ def peers_of(model: nn.Module, utterances: tuple[Tensor, Tensor], run: Callable)
         except ImportError as error:
             print(f"  {name}: not here ({error})")
         except Exception as error:
-            print(f"  {name}: cannot run this model ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+            why = (str(error).splitlines() or [""])[0][:100]
+            print(f"  {name}: cannot run this model ({type(error).__name__}: {why})")
         else:
             if said != wanted and "int8" not in name:
                 print(f"  {name}: says something else than dense torch")

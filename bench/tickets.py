@@ -74,6 +74,9 @@ def ways_of(model: nn.Module, ticket: files.TicketFile, run: Callable) -> Iterat
     kept, total = (sum(int(f(mask)) for mask in ticket.masks.values()) for f in (lambda m: m.sum(), torch.numel))
     if kept == total:
         yield "dense, torch float32", infer.Way(looped(model), size, size), []
+        if any(hasattr(module, "fused_parts") for module in model.modules()):  # a ticket's gain by it is not sparsity's
+            fused, _ = compression.compress(model, ticket.masks, chosen={})
+            yield "dense, fused", infer.Way(fused, size, size), []
         small = infer.quantized(model)
         size = infer.saved_bytes(small)
         yield "dense, torch.ao int8", infer.Way(looped(small), size, size), []
@@ -108,17 +111,18 @@ def bench_tickets(args: argparse.Namespace) -> None:
         print(f"\n{printable(path)}: {ticket.info['backbone']}, {len(examples)} utterances", flush=True)
         wanted = None
         for name, way, rows in ways_of(model, ticket, run):
+            label = printable(f"{files.ticket_path(path).parent.name}: {name}")
+            if label in runs:
+                stop(f"two tickets would both be called {label}: copy one to a folder of another name")
             said = train.recognise(way.model, examples, tokens, 1, "cpu")
             wanted = wanted or said
             if rows and name.endswith(", float32"):
                 print("\n".join(f"    {row}" for row in rows))
                 if said != wanted:
                     stop("the float32 texts are not those of the masked model in torch")
-            label = printable(f"{files.ticket_path(path).parent.name}: {name}")
-            if label in runs:
-                stop(f"two tickets would both be called {label}: copy one to a folder of another name")
             first = first or label
             counts[label] = scoring.rates(references, said)
+            print(f"    {name}: WER {counts[label]['wer']:.3f}", flush=True)
             cells[label] = way, sum(map(str.__eq__, said, wanted)), seconds * sound.FRAME_SECONDS
             runs[label] = functools.partial(train.recognise, way.model, examples, tokens, 1, "cpu")
     took = in_turns("cpu", max(3, args.repeats // 4), **runs)

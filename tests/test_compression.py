@@ -376,6 +376,37 @@ def test_a_replacement_that_answers_something_else_stays_dense(always, monkeypat
         close(compressed(x), model(x))
 
 
+@torch.no_grad()
+def test_the_whole_answer_is_checked_where_parts_are_computed_in_one_pass(always, monkeypatch):
+    """One pass rounds otherwise, which is no other answer; a part that computes something else is refused."""
+
+    class Block(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.inner, self.scale, self.passed = nn.Linear(6, 6), scale, False
+
+        def fused_parts(self):
+            return {}
+
+        def forward(self, x):
+            return self.inner(x) * (self.scale if self.passed else 1)
+
+    def use(model, dense):
+        model[0].passed = True
+
+    monkeypatch.setattr(compression, "use_products", use)
+    x, right = torch.randn(2, 6), layers.Product.product
+    model, masks = pruned(nn.Sequential(Block(1 + 1e-5), nn.Linear(6, 5)))
+    monkeypatch.setattr(layers.Product, "product", lambda self, *a: right(self, *a) * (1 + (self.outputs == 5)))
+    compressed, rows = compress(model, masks, lambda m: m(x))
+    assert [row.layout for row in rows] == ["unstructured", "dense"]
+    assert re.search("LotteryError: .* off", rows[1].why)
+    model[0].scale = 1.5
+    with pytest.raises(lottery.LotteryError, match="of Block compute something else than the model does"):
+        compress(model, masks, lambda m: m(x))
+    compress(model, masks, lambda m: m(torch.randn(2, 6)))  # another answer each time says nothing
+
+
 def test_run_is_called_a_handful_of_times_and_its_errors_pass_through(always):
     model, masks = pruned(nn.Sequential(nn.Linear(60, 60), nn.Linear(60, 60), nn.Linear(60, 60)))
     calls = []

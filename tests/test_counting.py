@@ -132,7 +132,7 @@ def test_a_weight_that_multiplies_outside_of_its_layer_is_refused(product):
         counting.weight_uses(model, lambda: functional_attention(model.attention, zeros(2, 1, 8)))
 
 
-@pytest.mark.parametrize("how", ["scaled", "cast", "twice"])
+@pytest.mark.parametrize("how", ["scaled", "cast", "twice", "joined", "a part"])
 def test_what_is_made_of_a_weight_multiplies_outside_of_its_layer_too(how):
     class Gated(nn.Module):
         def __init__(self):
@@ -141,7 +141,8 @@ def test_what_is_made_of_a_weight_multiplies_outside_of_its_layer_too(how):
 
         def forward(self, x):
             made = {"scaled": lambda w: w * self.gate, "cast": lambda w: w.to(torch.float64),
-                    "twice": lambda w: (w * self.gate).tanh()}[how](self.inner.weight)  # fmt: skip
+                    "twice": lambda w: (w * self.gate).tanh(), "joined": lambda w: torch.cat([w, w[:2] + 1]),
+                    "a part": lambda w: w[:2].contiguous()}[how](self.inner.weight)  # fmt: skip
             return x.to(made.dtype) @ made.T
 
     model = Gated()
