@@ -37,14 +37,19 @@ def cuda_home() -> str | None:
 
 
 def compiles(compiler: str, flags: list[str], source: str) -> bool:
+    """With the flags that the environment has for the build, too."""
+    flags = [*os.environ.get("CXXFLAGS", "").split(), *flags, "trial.cpp", *os.environ.get("LDFLAGS", "").split()]
+    trial = [*compiler.split(), *flags, "-o", "trial"]
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/trial.cpp", "w") as file:
             file.write(source)
-        trial = [*compiler.split(), *flags, "trial.cpp", "-o", "trial"]
         try:
-            return subprocess.run(trial, cwd=folder, capture_output=True).returncode == 0
-        except OSError:
+            made = subprocess.run(trial, cwd=folder, capture_output=True, text=True)
+        except OSError as error:
+            print(error)
             return False
+        print(made.stderr, end="")
+        return made.returncode == 0
 
 
 def openmp(compiler: str) -> list[str]:

@@ -536,7 +536,7 @@ def compress(
     no wrapper of torch.compile, DistributedDataParallel or DataParallel.
     run: uses the model as it will be used (`lambda model: model.transcribe(features, input_lengths)`): each layer is
     measured on what reaches it there, with as many threads as torch has now; layers that are not reached stay dense.
-    It is called 7 times at most, so it must not use anything up; more often only where a layer's replacement fails,
+    It is called 8 times at most, so it must not use anything up; more often only where a layer's replacement fails,
     which then stays dense and is named: also where in float32 what `run` returns would be another. If it is faster
     dense as a whole, all stays dense.
     Without it a layer is measured on one utterance of FRAMES frames, and Conv2d stays dense.
@@ -544,11 +544,12 @@ def compress(
     dtype: "float32", "bfloat16", or "int8" with a scale an output; for sparse layers, dense ones stay float32.
     keep_dense: names of layers (with all in them) or of weights that stay dense.
     chosen: what each weight takes, as choice(rows) of another call on such a model says; weights that it does not name
-    stay dense. Nothing is measured, and `run` is called three times at most; not at all where everything stays dense.
+    stay dense. Nothing is measured, and `run` is called four times at most; not at all where everything stays dense.
     A model with the methods `greedy_parts` and `use_greedy` gets a compiled greedy loop too: see layers.Greedy. A block
     in it with `fused_parts` and `use_fused` gets what these name in one pass each: see fused.py.
     Raises LotteryError for another layout or dtype, for masks and names that are not the model's, for `chosen` without
-    `run`, and for greedy_parts that do not fit. What `run` raises on the dense model passes through.
+    `run`, for greedy_parts that do not fit, and where these or fused_parts compute something else than the model. What
+    `run` raises on the dense model passes through.
     """
     if dtype not in DTYPES:
         raise lottery.LotteryError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")

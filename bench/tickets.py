@@ -118,8 +118,8 @@ def bench_tickets(args: argparse.Namespace) -> None:
             wanted = wanted or said
             if rows and name.endswith(", float32"):
                 print("\n".join(f"    {row}" for row in rows))
-                if said != wanted:
-                    stop("the float32 texts are not those of the masked model in torch")
+            if name.endswith((", float32", ", fused")) and said != wanted:
+                stop(f"{name}: the texts are not those of the model in torch")
             first = first or label
             counts[label] = scoring.rates(references, said)
             print(f"    {name}: WER {counts[label]['wer']:.3f}", flush=True)

@@ -146,10 +146,11 @@ def draw_forest(path: Path, claims: list[tuple[str, verdicts.Verdict, float]], t
     figure = Figure(figsize=(9, 1.6 + 0.24 * len(claims)), layout="constrained")
     ax = figure.subplots()
     widths = [told.high - told.low for _, told, _ in claims]
-    most = 5 * sorted(widths)[len(widths) // 2]
+    some = sorted(width for width in widths if width > 0)
+    most = 5 * some[len(some) // 2] if some else 0.0
     whole = [told for (_, told, _), width in zip(claims, widths) if width <= most]
     ends = [0, *(margin for *_, margin in claims), *(told.low for told in whole), *(told.high for told in whole)]
-    room = 0.04 * (max(ends) - min(ends))
+    room = 0.04 * (max(ends) - min(ends)) or 0.01
     left, right = min(ends) - room, max(ends) + room
     ax.set_xlim(left, right)
     for y, (_, (word, low, high), margin) in enumerate(claims):

@@ -178,7 +178,7 @@ def write_pictures(out: Path, groups: dict[str, list[Method]]) -> None:
     full = {title: full_title(title, methods) for title, methods in groups.items()}
     for title, methods in groups.items():
         pictures.draw(out / f"{tables.file_name(title)}.png", full[title], methods)
-        pictures.draw_layers(out / f"{tables.file_name(title)}-layers.png", title, methods)
+        pictures.draw_layers(out / f"{tables.file_name(title)}-layers.png", full[title], methods)
     alone = len(groups) == 1  # then the picture has its title, and the rows need not
     rows = tables.forest_of({"" if alone else full[t]: tables.claims(methods) for t, methods in groups.items()})
     if rows:

@@ -528,6 +528,13 @@ def test_an_interval_many_times_as_wide_as_most_is_cut_with_arrows(tmp_path, mon
     assert -0.03 < left < -0.02 and 0.04 < right < 0.05 and ax.get_title() == "what all have in common"
     arrows = [(line.get_marker(), *line.get_xydata()[0]) for line in ax.lines if line.get_marker() in "<>"]
     assert arrows == [("<", left, 3), ("<", left, 4), (">", right, 4)]
+    nothing = [("same", verdicts.Verdict("matching", 0.0, 0.0), 0.0)] * 3  # of tickets with dense's errors
+    pictures.draw_forest(tmp_path / "forest.png", [*nothing, ("a", verdicts.Verdict("undecided", -0.05, 0.02), 0.0)])
+    left, right = figures["forest.png"].axes[0].get_xlim()
+    assert left < -0.05 and right > 0.02
+    pictures.draw_forest(tmp_path / "forest.png", nothing)
+    left, right = figures["forest.png"].axes[0].get_xlim()
+    assert left < 0 < right
 
 
 def test_pictures_say_once_what_all_methods_have_in_common(tmp_path, monkeypatch):
@@ -542,7 +549,9 @@ def test_pictures_say_once_what_all_methods_have_in_common(tmp_path, monkeypatch
     report.write_pictures(tmp_path, methods)
     title = "cnn-lstm on demo, demo size"
     curves, forest = figures["cnn-lstm-on-demo-demo-size.png"], figures["forest.png"]
-    assert curves.get_suptitle() == forest.axes[0].get_title() == f"{title}: scope lamp"
+    layers = figures["cnn-lstm-on-demo-demo-size-layers.png"]
+    for told in (curves.get_suptitle(), layers.get_suptitle(), forest.axes[0].get_title()):
+        assert told == f"{title}: scope lamp"
     labels = [text.get_text() for text in curves.axes[0].get_legend().get_texts()]
     assert labels == ["tickets, 1 seed", "random-mask, 1 seed"]
     rows = [label.get_text() for label in forest.axes[0].get_yticklabels()]
