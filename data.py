@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -255,6 +256,15 @@ def unseen_characters(utterances: list[Utterance], tokens: list[str]) -> dict[st
         if character not in known:
             counts[character] = counts.get(character, 0) + 1
     return counts
+
+
+def characters_told(counts: dict[str, int], most: int = 50) -> str:
+    """Characters with their counts, by code points where they are not letters, digits or signs by themselves."""
+    told = [
+        f"{c!r} x {n}" if unicodedata.category(c)[0] in "LNPS" or c == " " else f"U+{ord(c):04X} x {n}"
+        for c, n in sorted(counts.items())
+    ]
+    return ", ".join(told[:most]) + (f" and {len(told) - most} more" if len(told) > most else "")
 
 
 # ---------------------------------------------------------------------------- audio and features

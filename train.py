@@ -92,7 +92,7 @@ class Corpus:
         for split in ("valid", *self.tests):
             unseen = data.unseen_characters(setting.utterances[split], self.tokens)
             if unseen:
-                counts = ", ".join(f"{c!r} x {n}" for c, n in sorted(unseen.items()))
+                counts = data.characters_told(unseen)
                 print(f"data: {printable(split)} has characters that train has not, counted as errors: {counts}")
         if noise:
             print(f"noise: {noise}")

@@ -236,6 +236,7 @@ class Recogniser:
         self.frame = self.model.stride * sound.FRAME_SECONDS
         # Tickets of before say nothing of it, and have a mean a bin.
         self.one_mean = self.model.features in data.ONE_MEAN and "normalization" in self.ticket.info
+        self.spaces = not {" ", data.SPACE}.isdisjoint("".join(self.tokens[1:]))
         self.seconds = 0.0  # of the network
         self.reading = 0.0  # seconds to decode audio and make features of it
         self.ahead = math.inf  # seconds of audio to recognise
@@ -284,6 +285,9 @@ class Recogniser:
                 start, samples = next(found, (0, None))
                 if samples is None:
                     return
+                if start and not self.spaces:
+                    decode.tell("the tokens have no space, so words have no ends: what two pieces share comes twice "
+                                "(--overlap 0.1, or a longer --piece)")  # fmt: skip
                 features = self.features(samples, recording.audio)
                 self.reading += time.monotonic() - started
                 yield start, start + len(samples), features

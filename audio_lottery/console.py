@@ -21,7 +21,7 @@ from audio_lottery import __version__
 
 # ---------------------------------------------------------------------------- foreign text
 
-JOINERS = "\u200c\u200d"  # formats, but Persian and Indic words are spelled with them
+JOINERS = "\u200b\u200c\u200d\u180e"  # formats, but Khmer, Persian, Indic and Mongolian are spelled with them
 UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (directions, invisible), surrogate, line and paragraph ends
 
 
@@ -40,6 +40,12 @@ def _shown(character: str) -> str:
     if "\udc80" <= character <= "\udcff":  # how Python holds such a byte (PEP 383)
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode("ascii")
+
+
+def _as_json(found: re.Match) -> str:
+    """\\u and four digits, twice for a character beyond 16 bits."""
+    units = found[0].encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))
 
 
 def markdown_text(text: object) -> str:
@@ -122,7 +128,7 @@ class Stream:
         try:
             self._call(self.behind.write, text)
         except UnicodeEncodeError:  # half a surrogate pair, or a terminal of another encoding
-            self._call(self.behind.write, text.encode("ascii", "backslashreplace").decode("ascii"))
+            self._call(self.behind.write, re.sub(r"[^\0-\x7f]", _as_json, text))  # so that JSON stays JSON
         return len(text)
 
     def flush(self) -> None:

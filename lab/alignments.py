@@ -67,9 +67,14 @@ def shown(word: str | None) -> str:
 
 
 def width(text: str) -> int:
-    """Places that a text takes on a terminal: none for marks on letters, two for wide characters."""
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return len(text) + wide - sum(bool(unicodedata.combining(character)) for character in text)
+    """Places that a text takes on a terminal: none for marks and joiners, two for wide characters."""
+    return sum(0 if is_above(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def is_above(character: str) -> bool:
+    """Does it share the place of the letter before? (Hangul's vowels and finals do, as syllables are put together.)"""
+    jamo = "\u1160" <= character <= "\u11ff" or "\ud7b0" <= character <= "\ud7ff"
+    return jamo or unicodedata.category(character) in ("Mn", "Me", "Cf")
 
 
 def folded(found: list[Column], between: int) -> tuple[list[list[Column]], int]:

@@ -279,30 +279,36 @@ def read_commonvoice(path: Path) -> list[Utterance]:
         if not audio.is_file():
             raise DataError(f"{where}: no such audio file: {audio}")
         speaker = sys.intern(fields.get("client_id", ""))  # 128 characters, the same in many lines
-        text = normalise_commonvoice(fields[text_column])
+        text = normalise_commonvoice(fields[text_column], "en" if old else path.parent.name)
         utterances.append(Utterance(audio, text, speaker, source=source, line=number))
     return utterances
 
 
-APOSTROPHES = dict.fromkeys(map(ord, "\u2018\u2019\u201b\u02bc\u00b4`\uff07"), "'")
+RESPELLED = dict.fromkeys(map(ord, "\u2018\u2019\u201b\u02bb\u02bc\u00b4`\uff07\u05f3"), "'")
+RESPELLED |= {0x200B: " ", **dict.fromkeys((0x55B, 0x55C, 0x55E, *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)))}
+GERSHAYIM = re.compile(r"(?<=[\u05d0-\u05ea])[\"\u201d\u05f4](?=[\u05d0-\u05ea])")
 
 
-def normalise_commonvoice(text: str) -> str:
+def normalise_commonvoice(text: str, language: str = "") -> str:
     """Lower case, NFKC; letters, marks and digits of any language and apostrophes stay, the rest becomes a space.
 
     Typographic apostrophes become "'". A pair of them around words is quotation marks and goes. The joiners U+200C and
-    U+200D, which Persian and Indic spellings need, stay; other invisible characters (soft hyphens, directions) vanish.
+    U+200D, which Persian and Indic spellings need, stay, as do Hebrew's gershayim and Catalan's l·l; marks within an
+    Armenian word, variation selectors and other invisible characters (soft hyphens, directions) vanish. A word has a
+    letter or a digit. language: by its code, as Common Voice's folders have it: I is U+0131 in tr and az.
     """
-    text = unicodedata.normalize("NFKC", text.translate(APOSTROPHES)).lower()
-    text = re.sub(r"(?<!\w)'(.+?)'(?!\w)", r"\1", "".join(map(as_kept, text)))
-    return " ".join(word for word in text.split() if word.strip("'\u200c\u200d"))
+    text = unicodedata.normalize("NFKC", text.translate(RESPELLED)).replace("\u0130", "i")
+    text = GERSHAYIM.sub("\u05f4", (text.replace("I", "\u0131") if language in ("tr", "az") else text).lower())
+    text = re.sub(r"(?<!l)·|·(?!l)", " ", "".join(map(as_kept, text)))
+    text = re.sub(r"(?<!\w)'(.+?)'(?!\w)", r"\1", text)
+    return " ".join(word for word in text.split() if any(unicodedata.category(c)[0] in "LN" for c in word))
 
 
 @functools.cache
 def as_kept(character: str) -> str:
     """The character itself, a space or nothing."""
     category = unicodedata.category(character)
-    if category[0] in "LMN" or character in "'\u200c\u200d":
+    if category[0] in "LMN" or character in "'·\u05f4\u200c\u200d":
         return character
     return "" if category == "Cf" else " "
 

@@ -4,12 +4,15 @@ transcriber() returns a function like model.transcribe: (features, input_lengths
 torchaudio's decoders do it; here words are spelled for the one and token ids shifted for the other.
 """
 
+import collections
 import contextlib
+import functools
 import gzip
 import itertools
 import math
 import os
 import re
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +24,7 @@ from torchaudio.models import RNNTBeamSearch
 
 import data
 import models
+from audio_lottery.console import printable
 from models import BLANK, Emission
 
 BEAM, LM_WEIGHT, WORD_SCORE = 1024, 1.97, 4.36  # the paper's, for the CNN-LSTM and a pruned 3-gram on LibriSpeech
@@ -144,6 +148,12 @@ def arpa_words(path: Path, lm: Path) -> list[str]:
     return [word for word in words if word.lower() not in ("<s>", "</s>", "<unk>")]
 
 
+@functools.cache
+def tell(message: str) -> None:
+    """Once, however often the language model is read."""
+    print(printable(message), file=sys.stderr)
+
+
 def spellings(arpa: Path, lm: Path, words: Iterable[str], tokens: list[str], silence: int) -> list[str]:
     """Lines of a lexicon: a word and the ids of its tokens. A word that the tokens cannot spell is left out."""
     lm_words, spelled = arpa_words(arpa, lm), {}
@@ -151,7 +161,11 @@ def spellings(arpa: Path, lm: Path, words: Iterable[str], tokens: list[str], sil
         with contextlib.suppress(KeyError):
             spelled[word] = " ".join(map(str, data.encode(word, tokens)))
     if spelled.keys().isdisjoint(lm_words):
-        raise data.DataError(f"--lm {lm}: the tokens spell none of its {len(lm_words)} words (in capitals? tr A-Z a-z)")
+        raise data.DataError(f"--lm {lm}: the tokens spell none of its {len(lm_words)} words (in capitals?)")
+    if lost := [word for word in lm_words if word not in spelled]:
+        counts = collections.Counter("".join(lost))
+        told = data.characters_told({c: counts[c] for c in counts.keys() - data.spelled_by(tokens)}, most=10)
+        tell(f"--lm {lm}: {len(lost)} of its {len(lm_words)} words cannot be recognised: no token spells {told}")
     lines = []
     for word, ids in spelled.items():
         lines.append(f"{word} {ids} {silence}\n")

@@ -149,7 +149,7 @@ def tests_of(config: dict) -> dict[str, list[data.Utterance]]:
 
 def player_of(utterance: data.Utterance, heard: Heard) -> Player | str:
     """A recording, if it is the one that was heard and a browser plays it."""
-    name, start, seconds = utterance.audio.name, utterance.offset, utterance.duration
+    name, start, seconds = printable(utterance.audio.name), utterance.offset, utterance.duration  # as in test.jsonl
     there = name if start is None else f"{name} from {start:.10g} s"
     before = name if start is None else f"{name} from {start:g} s"  # as it was once written
     if heard.audio not in (there, before) or utterance.text != heard.reference:

@@ -166,7 +166,7 @@ def say(args: argparse.Namespace, heard: list[data.Utterance], systems: list[Sys
         name = printable(system.name)
         unseen = data.unseen_characters(heard, system.tokens)
         if unseen:
-            counts = ", ".join(f"{c!r} x {n}" for c, n in sorted(unseen.items()))
+            counts = data.characters_told(unseen)
             print(f"{name}: the texts have characters that it cannot spell, counted as errors: {counts}")
         kinds = ", ".join(f"{sum(row[kind] for row in mine)} {kind}" for kind in KINDS)
         cer = rate([row["character_errors"] for row in mine], letters)

@@ -38,6 +38,8 @@ def test_lines_for_a_terminal():
         "             S           D",
     ]
     assert text_lines(["a", "b"], columns("日本 x", ["日本 y"])) == ["  a  日本 x", "  b  日本 y", "          S"]
+    for text, places in (("ที่", 1), ("कु", 1), ("a\u200db", 2), ("\u1100\u1161\u11a8", 2), ("日本", 4)):
+        assert alignments.width(text) == places
     assert "\x1b" not in "".join(text_lines(["a", "b"], columns("\x1b[2J", ["\u202e"])))
 
 

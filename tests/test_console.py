@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import subprocess
 import sys
@@ -127,6 +128,15 @@ def test_what_cannot_be_printed_ends_a_command_in_a_line_or_in_silence(error, co
 
     assert said_by(main, monkeypatch, capsys, Broken(error)) == (code, said)
     assert said_by(lambda argv: print("x") or 0, monkeypatch, capsys, Broken(error)) == (code, said)
+
+
+def test_json_stays_json_in_another_encoding():
+    behind = io.BytesIO()
+    out = console.Stream(io.TextIOWrapper(behind, "latin-1"), None)
+    row = {"text": "日é \U0001f600 \x85"}
+    out.write(json.dumps(row, ensure_ascii=False))
+    out.flush()
+    assert json.loads(behind.getvalue().decode("ascii")) == row
 
 
 def test_memory_that_runs_out_is_one_line(monkeypatch, capsys):

@@ -357,6 +357,13 @@ TEXTS = {
         ("हिन्दी।", "हिन्दी"),
         ("نمی\u200cشد؟\u200f", "نمی\u200cشد"),
         ("co\u00adop \u2013 ' \u2013 ...", "coop"),
+        ("İyi İSTANBUL", "iyi istanbul"),
+        ("col·legi PARAL·LEL · fi·", "col·legi paral·lel fi"),
+        ("ինչո՞ւ", "ինչու"),
+        ('צה״ל צה"ל צה”ל צ\u05f3יפס "כן"', "צה״ל צה״ל צה״ל צ'יפס כן"),  # noqa: RUF001
+        ("o\u02bbzbek o\u2018g", "o'zbek o'g"),
+        ("ខ្មែរ\u200bថ្មី", "ខ្មែរ ថ្មី"),
+        ("❤\ufe0f 葛\U000e0100 \u00a8 \u0301", "葛"),
     ],
 }
 
@@ -366,6 +373,17 @@ def test_normalised_texts(normalise):
     for text, expected in TEXTS[normalise]:
         assert normalise(text) == expected
         assert normalise(expected) == expected
+
+
+def test_a_capital_i_by_language(tmp_path):
+    assert corpora.normalise_commonvoice("Iş\u0131k İyi", "tr") == "\u0131ş\u0131k iyi"
+    assert corpora.normalise_commonvoice("Iş\u0131k İyi") == "iş\u0131k iyi"
+    for language, said in (("tr", "\u0131s\u0131"), ("de", "is\u0131")):
+        clips = tmp_path / language / "clips"
+        clips.mkdir(parents=True)
+        (clips / "a.mp3").touch()
+        (clips.parent / "dev.tsv").write_text("client_id\tpath\tsentence\nx\ta.mp3\tIs\u0131\n")
+        assert [u.text for u in corpora.read_commonvoice(clips.parent / "dev.tsv")] == [said]
 
 
 # ---------------------------------------------------------------------------- what is wrong

@@ -138,6 +138,17 @@ def test_no_word_of_a_long_file_is_lost_or_doubled(piece, overlap, tickets, tmp_
     assert found.seconds == pytest.approx(at)
 
 
+def test_tokens_without_a_space_are_told_of_at_a_seam(tickets, tmp_path, capsys):
+    soundfile.write(tmp_path / "long.wav", np.concatenate([spoken("abcd")] * 20), 16_000)
+    file = files.load_ticket(tickets["conformer"])
+    tokens = [data.BLANK, *"kabcdefghij"]
+    files.save_ticket(tmp_path / "chinese", file.masks, None, file.trained, file.info | {"tokens": tokens})
+    argv = [str(tmp_path / "chinese"), str(tmp_path / "long.wav"), "--dense", "--piece"]
+    assert transcribe.main([*argv, "100"]) == 0 and "no space" not in capsys.readouterr().err
+    assert transcribe.main([*argv, "5"]) == 0
+    assert capsys.readouterr().err.count("what two pieces share comes twice") == 1
+
+
 # ---------------------------------------------------------------------------- the command line
 
 
