@@ -306,8 +306,7 @@ def evaluate_on_tests(setting: Setting, corpus: Corpus, dense: dict | None) -> t
     """What a ledger row says of the first test set, and under "other_tests" of each other one; and what was recognised.
 
     dense: round 0's row. Round 0 itself also says who speaks each utterance and whether its text is one of train's
-    (verdicts.about_utterances).  The texts: a line of test.jsonl an utterance, but for its round. With --no-test,
-    neither.
+    (verdicts.about_utterances).  The texts: a line of test.jsonl an utterance, but for its round.
     """
     args, rows, texts = setting.args, {}, []
     for name, examples in corpus.tests.items():
@@ -332,15 +331,16 @@ def evaluate_on_tests(setting: Setting, corpus: Corpus, dense: dict | None) -> t
     return row | ({"other_tests": {name: rows[name] for name in others}} if others else {}), texts
 
 
-def results(setting: Setting, corpus: Corpus, at: Progress, dense: dict | None) -> tuple[dict, list[dict]]:
-    """What a ledger row says of a training and its test, and the texts of that."""
+def results(setting: Setting, corpus: Corpus, at: Progress, rows: list[dict], number: int) -> tuple[dict, list[dict]]:
+    """What a ledger row says of a training and its test, and the texts of that; not tested again if `rows` has it."""
     started = time.monotonic()
     wer, epoch = ledger.best_epoch(at.valid_wers)
     row = {"epochs_before": at.before} if at.before else {}  # which do not count among valid_wers and losses
     row |= {"valid_wer": wer, "best_epoch": at.before + epoch, "valid_wers": at.valid_wers, "losses": at.losses}
     if setting.args.recipe.epochs != setting.config["epochs"]:
         row["epochs"] = setting.args.recipe.epochs
-    tested, texts = evaluate_on_tests(setting, corpus, dense)
+    there = number in [row["round"] for row in rows]
+    tested, texts = ({}, []) if there else evaluate_on_tests(setting, corpus, rows[0] if number else None)
     row |= tested | ({"texts_sha256": ledger.hash_json(texts)} if texts else {})
     seconds = round(at.seconds + time.monotonic() - started, 1)
     return row | {"seconds": seconds, "waited": round(at.waited, 3), "resumed": at.resumed}, texts
@@ -389,7 +389,7 @@ class Rounds:
     def evaluate(self, _model: torch.nn.Module) -> dict:
         """What lottery.find_ticket asks for, behind train()."""
         number, at = self.trained
-        row, self.texts = results(self.setting, self.corpus, at, self.rows[0] if number else None)
+        row, self.texts = results(self.setting, self.corpus, at, self.rows, number)
         whole = self.setting.epoch_ends(self.corpus.train)[-1]
         steps = whole - (self.setting.args.rewind_step if number else 0)
         return row | {"steps": steps, "steps_in_all": whole + number * steps}
@@ -407,7 +407,7 @@ class Rounds:
                 checkpoint.resume(ticket)
             at = self.train_one(ticket, here, "")
             _, row = lottery.finish(ticket, at.best)
-            tested, self.texts = results(here, self.corpus, at, self.rows[0] if number else None)
+            tested, self.texts = results(here, self.corpus, at, self.rows, number)
             row |= about | tested | {"steps": ticket.steps - ticket.first_step}
             row |= {"steps_in_all": ticket.steps} if setting.args.control in rivals.TRAININGS else {}
             yield lottery.Found(ticket, row)
@@ -474,8 +474,8 @@ def run(args: argparse.Namespace, signals: Signals) -> None:
 
 def say_start(setting: Setting) -> None:
     model = setting.model
-    device = setting.args.device
-    print(f"ops: {lottery.ops.path_on(device)}; device: {device}, {torch.get_num_threads()} threads")
+    device, several = setting.args.device, processes.told(setting.args.recipe)
+    print(f"ops: {lottery.ops.path_on(device)}; device: {device}, {torch.get_num_threads()} threads{several}")
     everything = sum(p.numel() for p in model.parameters())
     total = sum(weight.numel() for weight in lottery.prunable(model, setting.args.keep_dense).values())
     rounds = f"{len(setting.rounds)} rounds, 0 (dense) to {setting.rounds[-1]}"
@@ -515,7 +515,7 @@ def train_all(setting: Setting, corpus: Corpus, rows: list[dict], signals: Signa
             save_round(out, found.ticket, row["round"], info, masks, rewinds)
             if args.source and args.control not in ("random-init", "dense-small"):
                 save_start(out, found.ticket, run_sha256)
-            if new:  # else it was tested before, and the row is of those texts
+            if new:
                 save_texts(out / TEXTS, row["round"], rounds.texts)
         ledger.append_row(out / "ledger.jsonl" if first else None, rows, row, config)
         if new:

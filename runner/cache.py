@@ -182,12 +182,15 @@ class Stored:
         Read, not mapped: a file that is cut while it is in use must not end the process (SIGBUS).
         """
         features = np.empty(self.shape, np.float32)
+        there, content = 0, memoryview(features).cast("B")
         try:
-            there = os.preadv(_opened(self.path).fileno(), [features.data], self.start)
+            while there < features.nbytes:  # a file system may give less than it has
+                read = os.preadv(_opened(self.path).fileno(), [content[there:]], self.start + there)
+                if not read:
+                    raise _damaged(self.path, " (it was cut while it was in use)")
+                there += read
         except OSError as error:
             raise DataError(f"{self.path}: cannot read the cached features ({error.strerror})") from None
-        if there < features.nbytes:
-            raise _damaged(self.path, " (it was cut while it was in use)")
         if hashlib.sha256(features.data).digest() != self.sha256:
             raise _damaged(self.path)
         return torch.from_numpy(features)

@@ -42,6 +42,14 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def told(recipe) -> str:
+    """How many there are, and what one step of all of them holds; "" of one."""
+    times = count() * recipe.accumulate
+    each, unit = (recipe.batch_size, "utterances") if recipe.batch_seconds is None else (recipe.batch_seconds, "s")
+    step = f"{each * times:g} {unit}"
+    return f"; {count()} processes, {step} a step" if count() > 1 else ""
+
+
 def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 

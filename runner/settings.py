@@ -78,8 +78,13 @@ class Setting:
     def epoch_ends(self, train: list[data.Example]) -> list[int]:
         """Steps after which each epoch of a round ends."""
         recipe = self.args.recipe
-        steps = (math.ceil(len(self.epoch(train, e)) / recipe.accumulate) for e in range(recipe.epochs))
-        return list(itertools.accumulate(steps))
+        if recipe.batch_seconds is None:  # each has as many batches
+            steps = self.steps_of(train, 0)
+            return [steps * (e + 1) for e in range(recipe.epochs)]
+        return list(itertools.accumulate(self.steps_of(train, e) for e in range(recipe.epochs)))
+
+    def steps_of(self, train: list[data.Example], epoch: int) -> int:
+        return math.ceil(len(self.epoch(train, epoch)) / self.args.recipe.accumulate)
 
     def facts(self) -> dict:
         """What every row of the ledger says of where it comes from."""

@@ -1,6 +1,7 @@
 """Runs of several processes: the same masks as one process, stopped and taken up again."""
 
 import copy
+import dataclasses
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ import lottery
 import models
 import train
 from audio_lottery import files, ledger, verify
-from runner import processes
+from runner import processes, recipes
 from runner.folder import Progress
 
 ROOT = Path(lottery.__file__).parent
@@ -99,6 +100,14 @@ def test_two_processes_are_stopped_and_go_on(script, corpus, tmp_path):
     alone = start(script, corpus, tmp_path / "whole", 1, "--batch-size", 2)
     _, said = alone.communicate(timeout=100)
     assert alone.returncode == 2 and "holds another run (processes 2 there, 1 now): start as many" in said
+
+
+def test_what_a_step_of_several_processes_holds_is_told(monkeypatch):
+    recipe = recipes.RECIPES["conformer", "paper"]
+    assert processes.told(recipe) == ""
+    monkeypatch.setattr(processes, "count", lambda: 8)
+    assert processes.told(recipe) == "; 8 processes, 2048 utterances a step"
+    assert processes.told(dataclasses.replace(recipe, batch_seconds=60.0)) == "; 8 processes, 7680 s a step"
 
 
 def spans(lengths, seconds, processes) -> list[list[list[int]]]:
