@@ -306,7 +306,7 @@ def evaluate_on_tests(setting: Setting, corpus: Corpus, dense: dict | None) -> t
     """What a ledger row says of the first test set, and under "other_tests" of each other one; and what was recognised.
 
     dense: round 0's row. Round 0 itself also says who speaks each utterance and whether its text is one of train's
-    (verdicts.about_utterances).  The texts: a line of test.jsonl an utterance, but for its round.
+    (verdicts.about_utterances).  The texts: a line of test.jsonl an utterance, but for its round. --no-test: neither.
     """
     args, rows, texts = setting.args, {}, []
     for name, examples in corpus.tests.items():

@@ -423,12 +423,19 @@ def floats_in(value: object) -> list[Tensor]:
     return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
 
 
+def alike(got: list[Tensor], wanted: list[Tensor], share: float) -> bool:
+    """Are they of the same shapes, and the same up to this share of the largest?"""
+    return [t.shape for t in got] == [t.shape for t in wanted] and all(
+        torch.allclose(a, b, rtol=share, atol=share * largest(b), equal_nan=True) for a, b in zip(got, wanted)
+    )
+
+
 def check_answers(got: list[Tensor], wanted: list[Tensor]) -> None:
     """Raise LotteryError unless the model answers as before, up to float32's rounding through several layers."""
     if [t.shape for t in got] != [t.shape for t in wanted]:
         raise lottery.LotteryError(f"what run returns is of shapes {[list(t.shape) for t in got]}")
     for a, b in zip(got, wanted):
-        if not torch.allclose(a, b, rtol=1e-2, atol=1e-2 * largest(b), equal_nan=True):
+        if not alike([a], [b], 1e-2):
             raise lottery.LotteryError(f"what run returns is up to {float((a - b).abs().max()):.3g} off")
 
 
@@ -437,17 +444,11 @@ def answers_of(dense: nn.Module, first: list[Tensor], run: Callable[[nn.Module],
 
     first: what it returned before. Raises LotteryError where one pass computes something else than the model.
     """
-
-    def alike(a: list[Tensor], b: list[Tensor]) -> bool:  # up to what one pass rounds otherwise
-        return [t.shape for t in a] == [t.shape for t in b] and all(
-            torch.allclose(x, y, rtol=1e-3, atol=1e-3 * largest(y), equal_nan=True) for x, y in zip(a, b)
-        )
-
     again = floats_in(run(dense)) if first else []
-    if alike(again, first):
+    if alike(again, first, 1e-3):  # one pass rounds otherwise
         return again
     in_one_pass = [m for m in dense.modules() if hasattr(m, "fused_parts") or hasattr(m, "greedy_parts")]
-    if in_one_pass and alike(floats_in(run(dense)), again):
+    if in_one_pass and alike(floats_in(run(dense)), again, 1e-3):
         names = ", ".join(dict.fromkeys(type(module).__name__ for module in in_one_pass))
         raise lottery.LotteryError(f"fused_parts or greedy_parts of {names} compute something else than the model does")
     return []
