@@ -54,7 +54,8 @@ SETTINGS = record(
         "dense": HASH, "ticket_sha256": HASH, "init_sha256": HASH, "noise_sha256": HASH, "lm_sha256": maybe(HASH),
         "test": checked.switch, "marks": listed(number(0, 1), 1, 1000), "recipe_name": text(most=100),
         "anneal": number(1, 100), "warmup": integer(0, 10**9),
-        "optimizer": one_of("adam", "adamw"), "eps": number(0, 1),
+        "optimizer": one_of("adam", "adamw"), "eps": number(0, 1), "dropout": number(0, 1),
+        "ctc_weight": number(0, 1e6),
         **dict.fromkeys(("noise_draws", "small", "normalization", "late_rewinding", "mask_draws"), text(most=100)),
     },
 )  # fmt: skip

@@ -34,10 +34,12 @@ class Recipe:
     tokens: str = "chars"  # if --tokens does not say
     stretch: float = 1  # how many times as long its schedule takes (lab/rivals.py)
     speeds: tuple[float, ...] = (1.0,)  # one is drawn for each utterance and epoch (Ko et al. 2015)
+    dropout: float | None = None  # the size's, if it is not given
+    ctc_weight: float | None = None  # of the Transducer's CTC loss; its own, if it is not given
 
     def told(self) -> dict:
         """The fields for a configuration; tokens have an entry of their own there, and a stretch is of a round."""
-        later = ("anneal", "warmup", "optimizer", "eps", "tokens", "stretch", "speeds")
+        later = ("anneal", "warmup", "optimizer", "eps", "tokens", "stretch", "speeds", "dropout", "ctc_weight")
         plain = {field.name: field.default for field in dataclasses.fields(self) if field.name in later}
         told = {key: v for key, v in dataclasses.asdict(self).items() if key not in plain or v != plain[key]}
         return {key: value for key, value in told.items() if key not in ("tokens", "stretch")}
@@ -61,12 +63,29 @@ RECIPES = {
     ("rnnt", "paper"): PAPER,
     ("conformer", "paper"): PAPER_CONFORMER,
 }
-# AN4, 38 minutes, at three speeds: tuned on valid alone (docs/notes.md), so far for the CNN-LSTM.
-AN4 = {"speeds": (0.9, 1.0, 1.1), "augment": LIGHT}
-AN4_EPOCHS = {"cnn-lstm": 80, "rnnt": 40, "conformer": 40}
-RECIPES |= {(b, "an4"): dataclasses.replace(RECIPES[b, "demo"], epochs=n, **AN4) for b, n in AN4_EPOCHS.items()}
+# AN4, 38 minutes, at three speeds: tuned on valid alone (docs/notes.md), so far for the CNN-LSTM and the RNN-T.
+AN4 = {
+    "cnn-lstm": {"epochs": 80},
+    "rnnt": {"epochs": 60, "lr": 2.5e-3, "dropout": 0.3, "ctc_weight": 1.0},
+    "conformer": {"epochs": 40},
+}
+RECIPES |= {
+    (backbone, "an4"): dataclasses.replace(
+        RECIPES[backbone, "demo"], speeds=(0.9, 1.0, 1.1), augment=LIGHT, **AN4[backbone]
+    )
+    for backbone in AN4
+}
 RECIPE_NAMES = ("demo", "an4", "paper")
 OF_SIZE = {"demo": "demo", "wide": "demo", "wider": "demo", "paper": "paper"}  # if --recipe does not say
+
+
+def settle(model: torch.nn.Module, recipe: Recipe) -> None:
+    """Give the model the recipe's dropout, in all its layers, and weight of the CTC loss, if it has them."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout) and recipe.dropout is not None:
+            module.p = recipe.dropout
+    if recipe.ctc_weight is not None:
+        model.ctc_weight = recipe.ctc_weight
 
 
 def optimizer_of(model: torch.nn.Module, recipe, ends: list[int]):

@@ -27,7 +27,7 @@ from audio_lottery import files, ledger, sound
 from audio_lottery.console import printable
 from lab import controls, corpora, decode, networks, rivals
 from lab.noise import Noise
-from runner import flags, processes
+from runner import flags, processes, recipes
 from runner.cache import Cache, what_is_broken
 
 HERE = Path(__file__).resolve().parents[1]
@@ -65,6 +65,7 @@ class Setting:
     noise: Noise | None = None
 
     def __post_init__(self):
+        recipes.settle(self.model, self.args.recipe)
         self.loss, self.transcribe = processes.loss_of(self.model), self.transcriber_of(self.model)
 
     def epoch(self, train: list[data.Example], number: int, augment: data.SpecAugment | None = None) -> data.Epoch:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import lottery
+import models
 from lab import controls
 from runner import flags, recipes
 
@@ -177,13 +179,20 @@ def test_a_command_line():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("backbone, epochs", [("cnn-lstm", 80), ("rnnt", 40), ("conformer", 40)])
-def test_recipes_by_name(backbone, epochs, monkeypatch):
+AN4 = {
+    "cnn-lstm": {"epochs": 80},
+    "rnnt": {"epochs": 60, "lr": 0.0025, "dropout": 0.3, "ctc_weight": 1.0},
+    "conformer": {"epochs": 40},
+}
+
+
+@pytest.mark.parametrize("backbone", AN4)
+def test_recipes_by_name(backbone, monkeypatch):
     plain = of("--backbone", backbone)
     assert "recipe_name" not in plain and of("--backbone", backbone, "--recipe", "demo") == plain
     an4 = of("--backbone", backbone, "--recipe", "an4")
     masks = {"freq_masks": 1, "freq_width": 10, "time_masks": 1, "time_width": 10, "time_share": 0.1}
-    own = {"recipe_name": "an4", "epochs": epochs, "speeds": [0.9, 1.0, 1.1], "augment": masks}
+    own = {"recipe_name": "an4", "speeds": [0.9, 1.0, 1.1], "augment": masks, **AN4[backbone]}
     assert identity(an4) == identity(plain) | own
     assert "--recipe=an4" in flags.command_line(an4) and of(*flags.command_line(an4)) == an4
     assert of("--backbone", backbone, "--recipe", "an4", "--epochs", 7)["epochs"] == 7
@@ -193,6 +202,20 @@ def test_recipes_by_name(backbone, epochs, monkeypatch):
     large = of("--backbone", backbone, "--size", "paper")
     assert identity(of("--backbone", backbone, "--size", "paper", "--recipe", "paper")) == identity(large)
     assert identity(of(*flags.command_line(large))) == identity(large)
+
+
+@pytest.mark.parametrize("backbone, layers", [("cnn-lstm", 1), ("rnnt", 1), ("conformer", 5)])
+def test_a_recipe_may_have_dropout_and_a_weight_of_ctc_of_its_own(backbone, layers):
+    model, recipe = models.build(backbone, "demo", 5), recipes.RECIPES[backbone, "demo"]
+
+    def found():
+        return [m.p for m in model.modules() if isinstance(m, nn.Dropout)], getattr(model, "ctc_weight", None)
+
+    of_size = found()
+    recipes.settle(model, recipe)
+    assert found() == of_size and len(of_size[0]) == layers
+    recipes.settle(model, dataclasses.replace(recipe, dropout=0.45, ctc_weight=3.0))
+    assert found() == ([0.45] * layers, 3.0)
 
 
 # ---------------------------------------------------------------------------- --ticket
