@@ -100,7 +100,7 @@ def parser() -> Parser:
     machine.add_argument("--batch", type=int, metavar="N",
                          help="recordings of similar length (or their pieces) that are recognised together, "
                          f"at most (default: {BATCH})")  # fmt: skip
-    machine.add_argument("--values", choices=["float32", "bfloat16", "int8"],
+    machine.add_argument("--values", choices=["float32", "bfloat16", "int8", "w8a8"],
                          help="how the weights of sparse products are kept (default: float32)")  # fmt: skip
     flags.add(machine, flags.NAMED["threads"])
     return p

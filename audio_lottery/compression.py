@@ -15,13 +15,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 import lottery
+from audio_lottery import layers
 from audio_lottery.fused import fused
 from audio_lottery.layers import Conv, DenseProduct, Fixed, Greedy, Layer, Lstm, Product, Recurrent
 from audio_lottery.masked import check_names, masked_copy
-from audio_lottery.sparse import DTYPES, FEW_COLUMNS, LAYOUTS, WAYS, Matrix, to_matrix, whole
+from audio_lottery.sparse import DTYPES, FEW_COLUMNS, LAYOUTS, WAYS, Matrix, multiplies_bytes, to_matrix, whole
 
 FRAMES = 100  # that layers are measured on where `run` is not given
 TURNS = 2  # of the whole model, dense and compressed
@@ -164,8 +165,9 @@ def smaller(weight: Tensor, mask: Tensor, layouts: list[str], dtype: str) -> dic
 
 
 def products(
-    weight: Tensor, bias: Tensor | None, matrices: dict[str, Matrix], columns: int, layer: nn.Linear | None = None
-) -> dict[str, nn.Module]:
+    weight: Tensor, bias: Tensor | None, matrices: dict[str, Matrix], columns: int, in_bytes: bool,
+    layer: nn.Linear | None = None,
+) -> dict[str, nn.Module]:  # fmt: skip
     """x -> x W^T + bias in every way there is. layer: the one it takes the place of, if it is one."""
     dense = layer
     if dense is None:
@@ -174,6 +176,8 @@ def products(
     candidates = {"dense": dense}
     if torch.backends.mkldnn.is_available():
         candidates["dense prepacked"] = DenseProduct(weight, bias, columns, layer)
+    if in_bytes and "unstructured" in matrices:
+        candidates["bytes"] = layers.InBytes(matrices["unstructured"], bias, weight.shape, layer)
     return candidates | {name: Product(matrix, bias, weight.shape, layer) for name, matrix in matrices.items()}
 
 
@@ -192,11 +196,17 @@ class Maker(NamedTuple):
     keep_dense: list[str]
     chosen: dict[str, str] | None = None  # by weights; None: measured
 
+    @property
+    def in_bytes(self) -> bool:
+        """May inputs be rounded to eight bits, and does this processor gain by it?"""
+        return self.dtype == "w8a8" and multiplies_bytes()
+
     def smaller(self, name: str, weight: Tensor, mask: Tensor) -> dict[str, Matrix]:
         """The matrix in each layout that stores less than all of it, of those that are wanted."""
         if self.chosen is None:
             return smaller(weight, mask, self.layouts, self.dtype)
-        layout = "unstructured" if self.chosen.get(name) == "windows" else self.chosen.get(name)
+        layout = self.chosen.get(name)
+        layout = "unstructured" if layout in ("windows", "bytes") else layout
         return smaller(weight, mask, [x for x in LAYOUTS if x == layout], self.dtype)
 
     def fastest(
@@ -223,20 +233,11 @@ def compress_layer(
     matrices = maker.smaller(f"{name}.weight", weight, mask)
     columns = max(layer(*arguments).numel() for _, arguments in calls) // len(weight)
     if isinstance(layer, nn.Linear):
-        candidates = products(weight, bias, matrices, columns, layer)
+        candidates = products(weight, bias, matrices, columns, maker.in_bytes, layer)
     else:
         candidates = {"dense": layer} | {layout: Conv(layer, matrix, bias) for layout, matrix in matrices.items()}
     become, taken = maker.fastest(f"{name}.weight", mask, columns, candidates, calls)
     return become, [taken]
-
-
-def as_batches(lstm: nn.LSTM, x: Tensor | PackedSequence) -> Tensor:
-    """What an LSTM is given, as (B, T, inputs)."""
-    if isinstance(x, PackedSequence):
-        return pad_packed_sequence(x, batch_first=True)[0]
-    if x.dim() == 2:
-        return x[None]
-    return x if lstm.batch_first else x.transpose(0, 1)
 
 
 def compress_lstm(
@@ -244,7 +245,7 @@ def compress_lstm(
 ) -> tuple[nn.Module, list[Taken]]:
     """An nn.LSTM: what it becomes, and a row for each of its weights. Its layers are measured in turn."""
     inputs, recurrent, rows = [], [], []
-    xs = [(often, as_batches(lstm, a[0])) for often, a in calls]  # (B, T, inputs) each
+    xs = [(often, layers.as_batches(lstm, a[0])) for often, a in calls]  # (B, T, inputs) each
     for layer in range(lstm.num_layers):
         outs = []  # of each direction, one (B, T, H) a call
         for suffix in (f"l{layer}", f"l{layer}_reverse")[: 1 + lstm.bidirectional]:
@@ -252,7 +253,8 @@ def compress_lstm(
             bias = getattr(lstm, f"bias_ih_{suffix}") + getattr(lstm, f"bias_hh_{suffix}") if lstm.bias else None
             columns = max(x.shape[0] * x.shape[1] for _, x in xs)
             matrices = maker.smaller(f"{name}.weight_ih_{suffix}", weight, mask)
-            candidates = products(weight, None if bias is None else bias.detach(), matrices, columns)
+            bias = None if bias is None else bias.detach()
+            candidates = products(weight, bias, matrices, columns, maker.in_bytes)
             product, taken = maker.fastest(
                 f"{name}.weight_ih_{suffix}", mask, columns, candidates, [(often, (x,)) for often, x in xs]
             )
@@ -275,7 +277,7 @@ def compress_lstm(
 
 def compress_recurrence(
     name: str, lstm: nn.LSTM, suffix: str, masks: lottery.Masks, projections: list[tuple[int, Tensor]], maker: Maker
-) -> tuple[Recurrent, Taken, list[Tensor]]:
+) -> tuple[Recurrent | layers.RecurrentInBytes, Taken, list[Tensor]]:
     """W_hh of one layer and direction: what it becomes, its row, and its outputs (B, T, H) for each projection.
 
     projections: how often, and (B, T, 4 H).
@@ -287,6 +289,8 @@ def compress_recurrence(
     candidates = {layout: Recurrent(matrix, weight.shape) for layout, matrix in matrices.items()}
     if "unstructured" in matrices and (columns < FEW_COLUMNS or maker.chosen is not None):
         candidates["windows"] = Recurrent(matrices["unstructured"], weight.shape, windowed=True)
+    if "unstructured" in matrices and maker.in_bytes:
+        candidates["bytes"] = layers.RecurrentInBytes(matrices["unstructured"], weight.shape)
     calls = []
     for often, x in projections:
         zeros = x.new_zeros(x.shape[0], lstm.hidden_size)
@@ -542,7 +546,8 @@ def compress(
     dense as a whole, all stays dense.
     Without it a layer is measured on one utterance of FRAMES frames, and Conv2d stays dense.
     layout: one of LAYOUTS to measure against dense; all by default.
-    dtype: "float32", "bfloat16", or "int8" with a scale an output; for sparse layers, dense ones stay float32.
+    dtype: "float32", "bfloat16", or "int8" with a scale an output; for sparse layers, dense ones stay float32. "w8a8":
+    int8, and inputs of linear layers and LSTMs rounded to eight bits too, where this processor gains by it.
     keep_dense: names of layers (with all in them) or of weights that stay dense.
     chosen: what each weight takes, as choice(rows) of another call on such a model says; weights that it does not name
     stay dense. Nothing is measured, and `run` is called four times at most; not at all where everything stays dense.

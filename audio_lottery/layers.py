@@ -13,13 +13,19 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import lottery
 from audio_lottery.sparse import (
+    Bytes,
     Matrix,
     Windows,
+    from_bytes,
     sparse_conv2d,
     sparse_linear,
+    sparse_linear_in_bytes,
     sparse_lstm,
+    sparse_lstm_in_bytes,
     sparse_transducer,
+    to_bytes,
     to_dense,
+    to_matrix,
     to_windows,
     whole,
 )  # fmt: skip
@@ -149,6 +155,51 @@ class Recurrent(Product):
         return sparse_lstm(projections, *self.matrix(), h, c, lengths, reverse, self.windows())
 
 
+class InBytes(Layer):
+    """x -> x W^T + bias by Bytes, of x rounded to eight bits too. shape, layer: as Product's."""
+
+    def __init__(self, matrix: Matrix, bias: Tensor | None, shape: tuple[int, ...], layer: nn.Module | None = None):
+        super().__init__(bias, layer)
+        self.outputs, self.inputs = shape
+        for name, tensor in to_bytes(matrix)._asdict().items():
+            self.register_buffer(name, tensor)
+
+    def bytes(self) -> list[Tensor]:
+        """The tensors of the Bytes."""
+        return [self._buffers[name] for name in Bytes._fields]
+
+    @property
+    def weight(self) -> Tensor:
+        """weight * mask, dense."""
+        integers, scales = from_bytes(self.bytes(), self.outputs, self.inputs)
+        return (integers.float() * scales[:, None]).to(self.dtype)
+
+    def matrix(self) -> Matrix:
+        """The same as a Matrix."""
+        weight = self.weight.float()
+        return to_matrix(weight, weight != 0, "unstructured", "int8")
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        check_width(x, self.inputs)
+        return sparse_linear_in_bytes(x, self.bytes(), bias, self.outputs)
+
+
+class RecurrentInBytes(InBytes):
+    """As Recurrent, by Bytes."""
+
+    def __init__(self, matrix: Matrix, shape: tuple[int, ...]):
+        super().__init__(matrix, None, shape)
+
+    def windows(self) -> list[Tensor]:
+        """For a greedy loop, which takes the Bytes in the place of Windows."""
+        return self.bytes()
+
+    def forward(
+        self, projections: Tensor, h: Tensor, c: Tensor, reverse: bool, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return sparse_lstm_in_bytes(projections, self.bytes(), h, c, lengths, reverse)
+
+
 class DenseProduct(Layer):
     """x -> x W^T + bias with nothing left out, W as oneDNN likes it for so many columns."""
 
@@ -213,7 +264,7 @@ class Lstm(Fixed):
     inputs: for each layer and direction the product with W_ih, both biases in it.  recurrent: as many, of W_hh.
     """
 
-    def __init__(self, lstm: nn.LSTM, inputs: list[nn.Module], recurrent: list[Recurrent]):
+    def __init__(self, lstm: nn.LSTM, inputs: list[nn.Module], recurrent: list[Recurrent | RecurrentInBytes]):
         super().__init__()
         self.keep_attributes(lstm)
         self.directions = 2 if lstm.bidirectional else 1
@@ -287,6 +338,15 @@ class Lstm(Fixed):
         return x, (torch.stack(h_last), torch.stack(c_last))
 
 
+def as_batches(lstm: nn.LSTM, x: Tensor | PackedSequence) -> Tensor:
+    """What an LSTM is given, as (B, T, inputs)."""
+    if isinstance(x, PackedSequence):
+        return pad_packed_sequence(x, batch_first=True)[0]
+    if x.dim() == 2:
+        return x[None]
+    return x if lstm.batch_first else x.transpose(0, 1)
+
+
 def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
     """A linear layer that was cast, on x in float32; what is sparse computes in float32 by itself."""
     if not isinstance(layer, nn.Linear):
@@ -358,5 +418,5 @@ class Greedy(Fixed):
 
 
 def matrix_of(layer: nn.Module) -> Matrix:
-    """The weight of an nn.Linear, or of the Product or DenseProduct that took its place."""
-    return layer.matrix() if isinstance(layer, Product) else whole(layer.weight)
+    """The weight of an nn.Linear, or of the Product, InBytes or DenseProduct that took its place."""
+    return layer.matrix() if isinstance(layer, (Product, InBytes)) else whole(layer.weight)

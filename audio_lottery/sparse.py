@@ -16,9 +16,10 @@ from torch import Tensor
 import lottery
 
 LAYOUTS = {"unstructured": (1, 1), "1x4": (1, 4), "4x1": (4, 1), "8x1": (8, 1), "16x1": (16, 1)}
-WAYS = (*LAYOUTS, "windows", "dense", "dense prepacked")  # that a weight's product may take
+WAYS = (*LAYOUTS, "windows", "bytes", "dense", "dense prepacked")  # that a weight's product may take
 FEW_COLUMNS = 4  # csrc/cpu/sparse.cpp takes fewer one at a time
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+# w8a8: int8, whose products round their inputs to eight bits too where this processor multiplies bytes
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "w8a8": torch.int8}
 
 
 class Matrix(NamedTuple):
@@ -47,7 +48,7 @@ def to_matrix(weight: Tensor, mask: Tensor, layout: str, dtype: str = "float32")
 
     weight = weight.detach().float().masked_fill(~mask, 0)
     scales = None
-    if dtype == "int8":
+    if DTYPES[dtype] is torch.int8:
         scales = F.pad(weight.abs(), (0, 1)).amax(1) / 127
         weight = (weight / torch.where(scales > 0, scales, 1)[:, None]).round().clamp(-127, 127)
     kept = blocks(mask).flatten(2).any(2)
@@ -116,6 +117,90 @@ def to_windows(matrix: Matrix, lanes: int | None = None) -> Windows:
     )
 
 
+class Bytes(NamedTuple):
+    """An int8 Matrix of single weights again, for inputs that are rounded to eight bits too; csrc/cpu/bytes.h.
+
+    As Windows, but that each lane takes up to EACH weights a step, of a window of WIDE inputs.
+    """
+
+    values: Tensor  # (steps, LANES, EACH) int8: 0 where a lane takes less
+    places: Tensor  # the same, uint8: where in the window each input is
+    starts: Tensor  # (steps,) uint16: each step's first input
+    offsets: Tensor  # (groups + 1,) int32: each group's first step
+    rows: Tensor  # (groups, LANES) int32: each lane's output; as many as there are outputs where there is none
+    sums: Tensor  # (groups, LANES) int32: of each lane's values
+    scales: Tensor  # (groups, LANES) float32: what they are multiplied by; 0 where there is none
+
+
+LANES, EACH, WIDE = 16, 4, 64
+
+
+def multiplies_bytes() -> bool:
+    """Has this processor the instructions that make products in bytes fast (AVX-512 VNNI and VBMI)?"""
+    if not lottery.ops.compiled:
+        return False
+    import _lottery
+
+    return _lottery.multiplies_bytes()
+
+
+def to_bytes(matrix: Matrix) -> Bytes:
+    """`matrix`, of layout "unstructured" and int8, with at most 65,536 inputs, as Bytes.
+
+    Rows with many weights come first, or all stay in their order where that takes hardly more steps: then a group's
+    outputs are neighbours, and cost as much as some five steps less.
+    """
+    counts = matrix.offsets.long().diff()
+    ways = in_steps(matrix, counts.argsort(descending=True, stable=True)), in_steps(matrix, torch.arange(len(counts)))
+    return min(ways, key=lambda way: len(way.values) + 5 * len(way.rows) * (way is ways[0]))
+
+
+def in_steps(matrix: Matrix, rows: Tensor) -> Bytes:
+    """rows: the order of the outputs, LANES of them a group."""
+    values, columns = (F.pad(x, (0, 1)) for x in (matrix.values.flatten(), matrix.columns.long()))  # none: the last
+    begins, outputs, none = matrix.offsets.long(), len(matrix.offsets) - 1, len(values) - 1
+    rows = F.pad(rows, (0, -outputs % LANES), value=outputs).view(-1, LANES)  # (groups, LANES)
+    at, end = begins[rows], F.pad(begins, (0, 1), value=int(begins[-1]))[rows + 1]
+    taken, places, starts = [], [], []  # (groups, LANES, EACH) twice and (groups,) a step
+    while bool((at < end).any()):
+        first = torch.where(at < end, columns[at], 1 << 30).amin(1, keepdim=True)
+        some = []
+        for _ in range(EACH):
+            takes = (at < end) & (columns[at] < first + WIDE)
+            some.append(torch.where(takes, at, none))
+            at = at + takes
+        some = torch.stack(some, 2)
+        taken.append(some)
+        places.append(torch.where(some < none, columns[some] - first[:, :, None], 0))
+        starts.append(first[:, 0] % (1 << 30))  # 0 where nothing is left
+    shape = (len(rows), len(taken))
+    taken = torch.stack(taken, 1) if taken else columns.new_zeros(*shape, LANES, EACH)
+    places = torch.stack(places, 1) if places else columns.new_zeros(*shape, LANES, EACH)
+    starts = torch.stack(starts, 1) if starts else columns.new_zeros(shape)
+    used = (taken < none).flatten(2).any(2)  # (groups, steps of the longest)
+    kept = values[taken] * (taken < none)
+    return Bytes(
+        kept[used].contiguous(),
+        places[used].to(torch.uint8),
+        starts[used].to(torch.uint16),
+        F.pad(used.sum(1).cumsum(0), (1, 0)).int(),
+        rows.int(),
+        kept.int().sum((1, 3)).int(),
+        F.pad(matrix.scales, (0, 1))[rows],
+    )
+
+
+def from_bytes(tensors: list[Tensor], outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+    """Bytes (its seven fields) as integers (outputs, inputs), float64, and their scales (outputs,)."""
+    values, places, starts, offsets, rows, _, scales = tensors
+    groups = torch.arange(len(rows), device=rows.device).repeat_interleave(offsets.diff(), output_size=len(values))
+    weight = values.new_zeros(outputs + 1, inputs + WIDE, dtype=torch.float64)
+    at = rows.long()[groups][:, :, None].expand_as(values), starts.long()[:, None, None] + places.long()
+    weight.index_put_(at, values.double(), accumulate=True)
+    by_row = scales.new_zeros(outputs + 1).index_put_((rows.long().flatten(),), scales.flatten())
+    return weight[:outputs, :inputs], by_row[:outputs]
+
+
 def whole(weight: Tensor) -> Matrix:
     """(outputs, inputs) as a Matrix with nothing left out, float32."""
     return to_matrix(weight, torch.ones_like(weight, dtype=torch.bool), "16x1")
@@ -182,6 +267,34 @@ def reference_sparse_conv2d(
     return F.conv2d(x, weight.view(outputs, x.shape[1], *kernel), bias, stride, padding, dilation)
 
 
+def in_eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., inputs) -> integers from -127 to 127 of its shape, float64, and what each row of them is multiplied by,
+    (..., 1). A row with a NaN or an infinity has NaN there, one whose scale is no normal number 0."""
+    scale = x.abs().amax(-1, keepdim=True) / 127 if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+    scale = torch.where(scale.isfinite(), torch.where(scale < torch.finfo(x.dtype).tiny, 0.0, scale), math.nan)
+    return torch.where(scale > 0, (x / scale).round(), 0.0).double(), scale
+
+
+def reference_sparse_linear_in_bytes(x, bytes, bias, outputs: int) -> Tensor:
+    """reference_sparse_linear by the seven tensors of Bytes, of x rounded to eight bits, each row by its own scale."""
+    check_devices("x", x, bytes=bytes, bias=bias)
+    (weight, scales), (rounded, scale) = from_bytes(bytes, outputs, x.shape[-1]), in_eight_bits(x)
+    y = (rounded @ weight.T).float() * scales * scale
+    return y if bias is None else y + bias
+
+
+def reference_sparse_lstm_in_bytes(projections, bytes, h0, c0, lengths, reverse: bool):
+    """reference_sparse_lstm by the seven tensors of Bytes, of states rounded to eight bits, each by its own scale."""
+    check_devices("projections", projections, bytes=bytes, h0=h0, c0=c0, lengths=lengths)
+    weight, scales = from_bytes(bytes, 4 * h0.shape[1], h0.shape[1])
+
+    def product(h: Tensor) -> Tensor:
+        rounded, scale = in_eight_bits(h)
+        return (weight @ rounded).float() * scales * scale
+
+    return over_time(product, projections, h0, c0, lengths, reverse)
+
+
 def reference_sparse_lstm(projections, values, columns, offsets, scales, h0, c0, lengths, reverse: bool, windows):
     """The LSTM's recurrence over projections (B, T, 4 H), which hold W_ih x and both biases.
 
@@ -191,14 +304,19 @@ def reference_sparse_lstm(projections, values, columns, offsets, scales, h0, c0,
     """
     matrix = {"values": values, "columns": columns, "offsets": offsets, "scales": scales}
     check_devices("projections", projections, **matrix, h0=h0, c0=c0, lengths=lengths, windows=windows)
+    weight = to_dense(values, columns, offsets, scales, 4 * h0.shape[1], h0.shape[1])
+    return over_time(lambda h: weight @ h, projections, h0, c0, lengths, reverse)
+
+
+def over_time(product, projections: Tensor, h0: Tensor, c0: Tensor, lengths: Tensor | None, reverse: bool):
+    """What reference_sparse_lstm returns; product(h (H,)) -> (4 H,)."""
     batch, time, hidden = *projections.shape[:2], h0.shape[1]
-    weight = to_dense(values, columns, offsets, scales, 4 * hidden, hidden)
     lengths = torch.full((batch,), time) if lengths is None else lengths
     outputs, h_last, c_last = projections.new_zeros(batch, time, hidden), h0.clone(), c0.clone()
     for b, length in enumerate(lengths.tolist()):
         h, c = h0[b], c0[b]
         for t in reversed(range(length)) if reverse else range(length):
-            i, f, g, o = (projections[b, t] + weight @ h).chunk(4)
+            i, f, g, o = (projections[b, t] + product(h)).chunk(4)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             h = o.sigmoid() * c.tanh()
             outputs[b, t] = h
@@ -214,7 +332,8 @@ def reference_sparse_transducer(
     encoder_out: (T, joiner), what the joiner adds to the predictor.  inputs: (tokens, 4 H), the embeddings through W_ih
     with both biases.  recurrent (W_hh), projection (joiner, H), output (tokens, joiner): the tensors of a Matrix.
     max_symbols: tokens that a frame may emit.
-    state: [predictor_out (joiner,), h (H,), c (H,)] of the frames before, or [].  windows: W_hh's, as in sparse_lstm.
+    state: [predictor_out (joiner,), h (H,), c (H,)] of the frames before, or [].
+    windows: W_hh's, as in sparse_lstm, or its Bytes, which are taken then.
     Returns tokens (n,) int64, their frames (n,) int64 and probabilities (n,), and the state after the last frame.
     """
     matrices = {"recurrent": recurrent, "projection": projection, "output": output}
@@ -225,8 +344,11 @@ def reference_sparse_transducer(
     scales = recurrent[3] if len(recurrent) == 4 else None
 
     def predict(token: int, h: Tensor, c: Tensor) -> list[Tensor]:
-        projections = inputs[token].view(1, 1, -1)
-        out, h, c = reference_sparse_lstm(projections, *recurrent[:3], scales, h[None], c[None], None, False, [])
+        projections, state = inputs[token].view(1, 1, -1), (h[None], c[None], None, False)
+        if len(windows) == len(Bytes._fields):
+            out, h, c = reference_sparse_lstm_in_bytes(projections, windows, *state)
+        else:
+            out, h, c = reference_sparse_lstm(projections, *recurrent[:3], scales, *state, [])
         return [projection @ out[0, 0], h[0], c[0]]
 
     tokens, frames, probabilities = [], [], []
@@ -248,9 +370,24 @@ def reference_sparse_transducer(
 if not lottery.ops.compiled:
     sparse_linear, sparse_conv2d = reference_sparse_linear, reference_sparse_conv2d
     sparse_lstm, sparse_transducer = reference_sparse_lstm, reference_sparse_transducer
+    sparse_linear_in_bytes, sparse_lstm_in_bytes = reference_sparse_linear_in_bytes, reference_sparse_lstm_in_bytes
 else:
     sparse_linear, sparse_conv2d = torch.ops.audio_lottery.sparse_linear, torch.ops.audio_lottery.sparse_conv2d
     sparse_lstm, sparse_transducer = torch.ops.audio_lottery.sparse_lstm, torch.ops.audio_lottery.sparse_transducer
+
+    sparse_linear_in_bytes = torch.ops.audio_lottery.sparse_linear_in_bytes
+    sparse_lstm_in_bytes = torch.ops.audio_lottery.sparse_lstm_in_bytes
+
+    @torch.library.register_fake("audio_lottery::sparse_linear_in_bytes")
+    def fake_linear_in_bytes(x, bytes, bias, outputs):
+        check_devices("x", x, bytes=bytes, bias=bias)
+        return x.new_empty(*x.shape[:-1], outputs)
+
+    @torch.library.register_fake("audio_lottery::sparse_lstm_in_bytes")
+    def fake_lstm_in_bytes(projections, bytes, h0, c0, lengths, reverse):
+        check_devices("projections", projections, bytes=bytes, h0=h0, c0=c0, lengths=lengths)
+        sizes = (*projections.shape[:2], h0.shape[1]), h0.shape, c0.shape
+        return tuple(projections.new_empty(size) for size in sizes)
 
     @torch.library.register_fake("audio_lottery::sparse_linear")
     def fake_linear(x, values, columns, offsets, scales, bias, outputs):

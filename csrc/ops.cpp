@@ -11,6 +11,7 @@
 
 namespace audio_lottery {
 std::string sparse_instructions(const std::string& name);  // cpu/sparse.cpp
+bool multiplies_bytes();
 }
 
 TORCH_LIBRARY(audio_lottery, m) {
@@ -43,9 +44,16 @@ TORCH_LIBRARY(audio_lottery, m) {
   // Greedy decoding of one utterance: encoder_out (frames, joiner) and projection (joiner, hidden) are what is added
   // before tanh, inputs (tokens, 4 * hidden) are the embeddings through W_ih, with both biases; recurrent is W_hh. Returns
   // the tokens, their frames and probabilities, and the state to go on from: [predictor_out, h, c], none at the start.
+  // windows: as in sparse_lstm, or W_hh in bytes, which is taken then.
   m.def(
       "sparse_transducer(Tensor encoder_out, Tensor inputs, Tensor[] recurrent, Tensor[] projection, Tensor[] output, "
       "Tensor? bias, int max_symbols, Tensor[] state, Tensor[] windows) -> (Tensor, Tensor, Tensor, Tensor[])");
+  // sparse_linear and sparse_lstm with inputs that are rounded to eight bits, each column by its own scale; bytes are the
+  // tensors of the matrix in that form (cpu/bytes.h).
+  m.def("sparse_linear_in_bytes(Tensor x, Tensor[] bytes, Tensor? bias, int outputs) -> Tensor");
+  m.def(
+      "sparse_lstm_in_bytes(Tensor projections, Tensor[] bytes, Tensor h0, Tensor c0, Tensor? lengths, bool reverse) "
+      "-> (Tensor, Tensor, Tensor)");
   // A Conformer's GLU of x (batch, 2 * channels, time), depthwise convolution by weight (channels, an odd kernel) and SiLU:
   // (batch, channels, time), zeros behind each end.
   m.def("gated_convolution(Tensor x, Tensor weight, Tensor bias, Tensor? lengths) -> Tensor");
@@ -57,7 +65,7 @@ TORCH_LIBRARY(audio_lottery, m) {
 // The operators of inference: backward through one is an error that names it, where torch would leave its part out.
 TORCH_LIBRARY_IMPL(audio_lottery, Autograd, m) {
   for (const char* name : {"sparse_linear", "sparse_conv2d", "sparse_lstm", "sparse_transducer", "gated_convolution",
-                           "rotary_heads"}) {
+                           "rotary_heads", "sparse_linear_in_bytes", "sparse_lstm_in_bytes"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }
@@ -66,6 +74,8 @@ TORCH_LIBRARY_IMPL(audio_lottery, Autograd, m) {
 PYBIND11_MODULE(_lottery, m) {
   // Has the sparse operators take lesser instructions, for tests: DEFAULT, AVX2 or AVX512. Returns what they took before.
   m.def("sparse_instructions", &audio_lottery::sparse_instructions);
+  // Has this processor instructions for products of bytes, and do the sparse operators take them?
+  m.def("multiplies_bytes", &audio_lottery::multiplies_bytes);
   m.def("build_facts", [] {
     pybind11::dict facts;
     facts["version"] = AUDIO_LOTTERY_VERSION;

@@ -56,8 +56,9 @@ def random_matrix(outputs, inputs, layout, dtype="float32", remaining=0.1):
     matrix = sparse.to_matrix(weight, mask, layout, dtype)
     dense = sparse.to_dense(*matrix, outputs, inputs)
     wanted = weight * mask
-    error = {"float32": 0.0, "bfloat16": 2**-8 * wanted.abs(), "int8": wanted.abs().amax(1, keepdim=True) / 254}[dtype]
-    assert ((dense - wanted).abs() <= error * 1.01 + 1e-7 * (dtype == "int8")).all()
+    eight_bits = dtype in ("int8", "w8a8")
+    error = 2**-8 * wanted.abs() if dtype == "bfloat16" else eight_bits * wanted.abs().amax(1, keepdim=True) / 254
+    assert ((dense - wanted).abs() <= error * 1.01 + 1e-7 * eight_bits).all()
     assert (dense[~mask] == 0).all()
     return matrix, dense
 
@@ -550,6 +551,12 @@ def test_conv2d_refuses_more_inputs_than_there_are_numbers():
         sparse.sparse_linear(torch.randn(2, 12), *matrix, None, (1 << 63) - 1)
 
 
+OPERATORS = [
+    "sparse_linear", "sparse_conv2d", "sparse_lstm", "sparse_transducer",
+    "sparse_linear_in_bytes", "sparse_lstm_in_bytes",
+]  # fmt: skip
+
+
 def operators(implementation):
     """Each sparse operator of an implementation, with arguments that it takes, by name."""
     matrix, _ = random_matrix(32, 8, "8x1", "int8")
@@ -569,6 +576,13 @@ def operators(implementation):
             "c0": torch.zeros(2, 8), "lengths": torch.tensor([3, 2]), "reverse": False,
             "windows": list(sparse.to_windows(single)),
         },
+        "sparse_linear_in_bytes": {
+            "x": torch.randn(3, 8), "bytes": list(sparse.to_bytes(single)), "bias": torch.zeros(32), "outputs": 32,
+        },
+        "sparse_lstm_in_bytes": {
+            "projections": torch.randn(2, 3, 32), "bytes": list(sparse.to_bytes(single)), "h0": torch.zeros(2, 8),
+            "c0": torch.zeros(2, 8), "lengths": torch.tensor([3, 2]), "reverse": False,
+        },
         "sparse_transducer": {
             "encoder_out": encoder_out, "inputs": inputs, "recurrent": recurrent, "projection": projection,
             "output": output, "bias": bias, "max_symbols": most, "state": state, "windows": [],
@@ -586,7 +600,7 @@ def elsewhere(value, place=None):
 
 
 @pytest.mark.parametrize("implementation", ["compiled", "reference"])
-@pytest.mark.parametrize("name", ["sparse_linear", "sparse_conv2d", "sparse_lstm", "sparse_transducer"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_devices_are_not_mixed(name, implementation):
     """A meta tensor among others answered with memory that nobody had written."""
     op, arguments = operators(implementation)[name]
@@ -646,6 +660,11 @@ def test_opcheck():
     matrix, _ = random_matrix(32, 8, "8x1", "int8")
     arguments = torch.randn(2, 2, 5, 9), *matrix, None, 32, (2, 2), (1, 2), (1, 0), (1, 1)
     torch.library.opcheck(torch.ops.audio_lottery.sparse_conv2d, arguments)
+    single, _ = random_matrix(32, 8, "unstructured", "int8")
+    in_bytes = list(sparse.to_bytes(single))
+    torch.library.opcheck(torch.ops.audio_lottery.sparse_linear_in_bytes, (torch.randn(5, 8), in_bytes, None, 32))
+    arguments = torch.randn(2, 3, 32), in_bytes, torch.zeros(2, 8), torch.zeros(2, 8), torch.tensor([3, 2]), True
+    torch.library.opcheck(torch.ops.audio_lottery.sparse_lstm_in_bytes, arguments)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = *transducer_arguments("1x4", "float32"), []
     torch.library.opcheck(torch.ops.audio_lottery.sparse_transducer, arguments, test_utils=tests)
@@ -1042,7 +1061,7 @@ def test_compress_refuses():
     masks = {"0.weight": torch.ones(4, 4, dtype=torch.bool)}
     run = lambda m: m(torch.zeros(1, 4))  # noqa: E731
     for message, changes in (
-        ("dtype must be one of float32, bfloat16, int8, got int4", dict(dtype="int4")),
+        ("dtype must be one of float32, bfloat16, int8, w8a8, got int4", dict(dtype="int4")),
         ("layout must be one of unstructured, 1x4, 4x1, 8x1, 16x1, got 2x2", dict(layout="2x2")),
     ):
         with pytest.raises(lottery.LotteryError, match=message):

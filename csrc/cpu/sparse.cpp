@@ -279,6 +279,8 @@ void few_columns(const Matrix& m, const float* x, int64_t stride, float* y, int6
   });
 }
 
+#include "bytes.h"
+
 Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& columns, const Tensor& offsets,
                      const std::optional<Tensor>& scales, const std::optional<Tensor>& bias, int64_t outputs) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x must be float32, got ", x.scalar_type());
@@ -397,19 +399,11 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const Tensor& column
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const Tensor& values, const Tensor& columns,
-                                               const Tensor& offsets, const std::optional<Tensor>& scales,
-                                               const Tensor& h0, const Tensor& c0, const std::optional<Tensor>& lengths,
-                                               bool reverse, at::TensorList windows) {
-  TORCH_CHECK_TYPE(projections.scalar_type() == at::kFloat, "projections must be float32, got ",
-                   projections.scalar_type());
-  TORCH_CHECK_VALUE(projections.dim() == 3 && projections.size(2) % 4 == 0,
-                    "projections must be (batch, time, 4 * hidden), got ", projections.sizes());
-  const int64_t batch = projections.size(0), time = projections.size(1), hidden = projections.size(2) / 4;
-  check_floats(h0, "h0", {batch, hidden}, projections, "projections");
-  check_floats(c0, "c0", {batch, hidden}, projections, "projections");
-  const Matrix m = check_matrix(values, columns, offsets, scales, 4 * hidden, hidden, projections, "projections");
-  const Windows w = check_windows(windows, m, projections, "projections");
+// An LSTM over time whose W_hh is m, with its windows if there are (w.groups >= 0), or else `bytes`.
+std::tuple<Tensor, Tensor, Tensor> lstm(const Tensor& projections, const Matrix* m, const Windows& w, const Bytes* bytes,
+                                        const Tensor& h0, const Tensor& c0, const std::optional<Tensor>& lengths,
+                                        bool reverse) {
+  const int64_t batch = projections.size(0), time = projections.size(1), hidden = h0.size(1), outputs = 4 * hidden;
   std::vector<int64_t> ends(batch, time);
   if (lengths) {
     check_device(*lengths, "lengths", projections, "projections");
@@ -438,7 +432,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
   const Tensor states = at::zeros({2, batch, wide}, projections.options());  // at cache lines, as no std::vector is
   float *const h = states.data_ptr<float>(), *const c = h + batch * wide;
   std::vector<float> gates(batch * 4 * hidden + 16);
-  std::vector<float> turned(batch < FEW_COLUMNS ? 0 : wide * width), zeros(round_up(m.outputs, BAND));
+  std::vector<float> turned(batch < FEW_COLUMNS || !m ? 0 : wide * width), zeros(round_up(outputs, BAND));
   std::vector<int64_t> places(wide);
   for (int64_t i = 0; i < wide; ++i) places[i] = i * width;
   const Tensor given = projections.contiguous(), h_given = h0.contiguous(), c_given = c0.contiguous();
@@ -449,9 +443,10 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
   if (!turned.empty()) kernels().transpose(h, wide, batch, hidden, turned.data(), width);
   const auto* projection = given.const_data_ptr<float>();
   auto* out_data = out.data_ptr<float>();
-  const int64_t threads = threads_for(m, batch);
-  const auto begin = w.groups < 0 ? share(m.offsets, m.groups, threads) : share(w.offsets, w.groups, threads);
-  const auto bands = share_bands(m, threads);
+  const int64_t threads = m ? threads_for(*m, batch) : threads_for(*bytes, batch);
+  const auto begin = !m ? share(bytes->offsets, bytes->groups, threads)
+                        : w.groups < 0 ? share(m->offsets, m->groups, threads) : share(w.offsets, w.groups, threads);
+  const auto bands = m ? share_bands(*m, threads) : std::vector<int64_t>(threads + 1);
   Barrier barrier;
   const auto run = [&](int64_t thread, int64_t of) {  // this thread's share of every step
     const int64_t first = begin[thread * threads / of], last = begin[(thread + 1) * threads / of];
@@ -460,38 +455,50 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
     const auto frame = [&](int64_t i, int64_t step) {
       return order[i] * time + (reverse ? ends[order[i]] - 1 - step : step);
     };
+    const int64_t in_bytes_wide = m ? 0 : bytes->wide();
+    std::vector<uint8_t> columns(batch * in_bytes_wide);  // states in bytes; each thread makes all of them
+    std::vector<float> scales(batch);
+    std::vector<const float*> added(batch);
+    std::vector<float*> sums(batch);
     int64_t n = batch;  // utterances that have not ended
     for (int64_t step = 0;; ++step) {
       while (n > 0 && ends[order[n - 1]] <= step) --n;
       if (n == 0) break;
-      if (n < FEW_COLUMNS) {
+      if (bytes) {
         for (int64_t i = 0; i < n; ++i) {
-          const float *from = projection + frame(i, step) * m.outputs, *own = &h[i * wide];
-          float* to = &gates[i * m.outputs];
+          scales[i] = column_to_bytes(&h[i * wide], hidden, &columns[i * in_bytes_wide]);
+          added[i] = projection + frame(i, step) * outputs;
+          sums[i] = &gates[i * outputs];
+        }
+        in_bytes(*bytes, {columns.data(), scales.data(), added.data(), sums.data()}, n, first, last);
+      } else if (n < FEW_COLUMNS) {
+        for (int64_t i = 0; i < n; ++i) {
+          const float *from = projection + frame(i, step) * outputs, *own = &h[i * wide];
+          float* to = &gates[i * outputs];
           if (w.groups >= 0) {
             kernels().in_windows(w, own, from, to, first, last);
           } else if (first < last) {  // an empty share may lie behind the outputs
-            std::copy(from + first * m.r, from + std::min(last * m.r, m.outputs), to + first * m.r);
-            kernels().one_column(m, own, to, first, last);
+            std::copy(from + first * m->r, from + std::min(last * m->r, outputs), to + first * m->r);
+            kernels().one_column(*m, own, to, first, last);
           }
         }
       } else {
-        kernels().many_columns(m, turned.data(), places.data(), zeros.data(), gates.data(), n, band, band_end);
+        kernels().many_columns(*m, turned.data(), places.data(), zeros.data(), gates.data(), n, band, band_end);
         for (int64_t i = 0; i < n; ++i) {
-          const float* from = projection + frame(i, step) * m.outputs;
-          float* to = &gates[i * m.outputs];
-          for (int64_t row = band * BAND; row < std::min(band_end * BAND, m.outputs); ++row) to[row] += from[row];
+          const float* from = projection + frame(i, step) * outputs;
+          float* to = &gates[i * outputs];
+          for (int64_t row = band * BAND; row < std::min(band_end * BAND, outputs); ++row) to[row] += from[row];
         }
       }
       barrier.wait(of);
       if (units > 0) {
         for (int64_t i = 0; i < n; ++i) {
           float* own = &h[i * wide];
-          kernels().lstm_cell(&gates[i * m.outputs], &c[i * wide], own, hidden, unit, unit + units);
+          kernels().lstm_cell(&gates[i * outputs], &c[i * wide], own, hidden, unit, unit + units);
           std::memcpy(out_data + frame(i, step) * hidden + unit, own + unit, units * sizeof(float));
           if (unit + units == hidden) std::fill(own + hidden, own + wide, 0.0f);
         }
-        if (n >= FEW_COLUMNS) kernels().transpose(&h[unit], wide, n, units, &turned[unit * width], width);
+        if (m && n >= FEW_COLUMNS) kernels().transpose(&h[unit], wide, n, units, &turned[unit * width], width);
       }
       barrier.wait(of);
     }
@@ -510,6 +517,35 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const 
     return state;
   };
   return {out, last_state(h), last_state(c)};
+}
+
+// What sparse_lstm and sparse_lstm_in_bytes are both given.
+int64_t check_lstm(const Tensor& projections, const Tensor& h0, const Tensor& c0) {
+  TORCH_CHECK_TYPE(projections.scalar_type() == at::kFloat, "projections must be float32, got ",
+                   projections.scalar_type());
+  TORCH_CHECK_VALUE(projections.dim() == 3 && projections.size(2) % 4 == 0,
+                    "projections must be (batch, time, 4 * hidden), got ", projections.sizes());
+  const int64_t batch = projections.size(0), hidden = projections.size(2) / 4;
+  check_floats(h0, "h0", {batch, hidden}, projections, "projections");
+  check_floats(c0, "c0", {batch, hidden}, projections, "projections");
+  return hidden;
+}
+
+std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const Tensor& values, const Tensor& columns,
+                                               const Tensor& offsets, const std::optional<Tensor>& scales,
+                                               const Tensor& h0, const Tensor& c0, const std::optional<Tensor>& lengths,
+                                               bool reverse, at::TensorList windows) {
+  const int64_t hidden = check_lstm(projections, h0, c0);
+  const Matrix m = check_matrix(values, columns, offsets, scales, 4 * hidden, hidden, projections, "projections");
+  return lstm(projections, &m, check_windows(windows, m, projections, "projections"), nullptr, h0, c0, lengths, reverse);
+}
+
+std::tuple<Tensor, Tensor, Tensor> sparse_lstm_in_bytes(const Tensor& projections, at::TensorList bytes, const Tensor& h0,
+                                                        const Tensor& c0, const std::optional<Tensor>& lengths,
+                                                        bool reverse) {
+  const int64_t hidden = check_lstm(projections, h0, c0);
+  const Bytes m = check_bytes(bytes, 4 * hidden, hidden, projections, "projections");
+  return lstm(projections, nullptr, {}, &m, h0, c0, lengths, reverse);
 }
 
 // Greedy decoding of one utterance: at each frame tokens are emitted until the blank, token 0, wins.
@@ -534,7 +570,9 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sparse_transducer(
     return check_matrix(t[0], t[1], t[2], scales, outputs, inputs, encoder_out, "encoder_out");
   };
   const Matrix w_hh = matrix("recurrent", recurrent, 4 * hidden, hidden);
-  const Windows in_windows = check_windows(windows, w_hh, encoder_out, "encoder_out");
+  const bool bytes = windows.size() == 7;  // W_hh in that form
+  const Windows in_windows = check_windows(bytes ? at::TensorList() : windows, w_hh, encoder_out, "encoder_out");
+  const Bytes of_bytes = bytes ? check_bytes(windows, 4 * hidden, hidden, encoder_out, "encoder_out") : Bytes();
   const Matrix projects = matrix("projection", projection, joiner, hidden), out = matrix("output", output, tokens, joiner);
   TORCH_CHECK_VALUE(state.empty() || state.size() == 3, "state must be predictor_out, h and c, or nothing, got ",
                     state.size(), " tensors");
@@ -548,11 +586,19 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sparse_transducer(
   std::vector<int64_t> emitted, at_frame;
   std::vector<float> probability;
   const int64_t threads = threads_for(w_hh, 1);
-  const auto begin = in_windows.groups < 0 ? std::vector<int64_t>() : share(in_windows.offsets, in_windows.groups, threads);
+  const auto begin = bytes ? share(of_bytes.offsets, of_bytes.groups, threads)
+                     : in_windows.groups < 0 ? std::vector<int64_t>() : share(in_windows.offsets, in_windows.groups, threads);
+  std::vector<uint8_t> column(bytes ? of_bytes.wide() : 0);
   const auto below = [](float a, float b) { return a < b || (a == a && b != b); };  // a NaN is most, as in argmax
   const auto predict = [&](int64_t token) {
     const float* input = given.const_data_ptr<float>() + token * 4 * hidden;
-    if (in_windows.groups < 0) {
+    if (bytes) {
+      const float scale = column_to_bytes(h, hidden, column.data());
+      float* to = gates.data();
+      at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+        in_bytes(of_bytes, {column.data(), &scale, &input, &to}, 1, begin[first], begin[last]);
+      });
+    } else if (in_windows.groups < 0) {
       std::memcpy(gates.data(), input, 4 * hidden * sizeof(float));
       few_columns(w_hh, h, 0, gates.data(), 1);
     } else {
@@ -610,11 +656,21 @@ std::string sparse_instructions(const std::string& name) {
   return chosen().exchange(wanted)->name;
 }
 
+bool multiplies_bytes() {
+#ifdef AUDIO_LOTTERY_AVX512
+  return has_vnni();
+#else
+  return false;
+#endif
+}
+
 TORCH_LIBRARY_IMPL(audio_lottery, CPU, m) {
   m.impl("sparse_linear", &sparse_linear);
   m.impl("sparse_conv2d", &sparse_conv2d);
   m.impl("sparse_lstm", &sparse_lstm);
   m.impl("sparse_transducer", &sparse_transducer);
+  m.impl("sparse_linear_in_bytes", &sparse_linear_in_bytes);
+  m.impl("sparse_lstm_in_bytes", &sparse_lstm_in_bytes);
 }
 
 }  // namespace audio_lottery

@@ -1,0 +1,242 @@
+"""Products in bytes: the form, the operators beside their references, and what compress makes of w8a8."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_sparse import built, instructions, random_matrix, transducer_arguments, two_threads  # noqa: F401
+from torch import nn
+
+import lottery
+from audio_lottery import compress, compression, layers, sparse
+
+SIZES = ((1, 1), (3, 5), (16, 64), (17, 65), (100, 67), (48, 300))
+
+
+def in_bytes(outputs, inputs, remaining=0.1):
+    matrix, dense = random_matrix(outputs, inputs, "unstructured", "int8", remaining)
+    return list(sparse.to_bytes(matrix)), dense
+
+
+def test_to_bytes_by_hand():
+    """Two rows of a group, the second first: four weights a step at most, of a window of 64 inputs."""
+    mask = torch.zeros(2, 200, dtype=torch.bool)
+    mask[0, 70] = mask[1, [3, 5, 7, 66, 67, 199]] = True
+    weight = torch.arange(1.0, 401).view(2, 200)
+    found = sparse.in_steps(sparse.to_matrix(weight, mask, "unstructured", "int8"), torch.tensor([1, 0]))
+    assert found.rows.tolist() == [[1, 0, *[2] * 14]] and found.offsets.tolist() == [0, 3]
+    assert found.starts.tolist() == [3, 67, 199]
+    assert found.places[:, :2].tolist() == [[[0, 2, 4, 63], [0] * 4], [[0] * 4, [3, 0, 0, 0]], [[0] * 4, [0] * 4]]
+    fuller = [round(w * 127 / 400) for w in (204, 206, 208, 267)]
+    assert found.values[0, :2].tolist() == [fuller, [0] * 4] and found.values[1, 1].tolist() == [127, 0, 0, 0]
+    assert not found.values[:, 2:].any() and found.values.dtype == torch.int8
+    assert found.sums.tolist()[0][1:] == [127, *[0] * 14]
+    torch.testing.assert_close(found.scales, torch.tensor([[400 / 127, 71 / 127, *[0.0] * 14]]))
+
+
+def test_rows_are_sorted_where_that_saves_steps():
+    """Every second row of two groups has many weights; or all have as many."""
+    even, mixed = torch.ones(32, 640, dtype=torch.bool), torch.zeros(32, 640, dtype=torch.bool)
+    mixed[::2] = True
+    for mask, rows in ((even, list(range(32))), (mixed, [*range(0, 32, 2), *range(1, 32, 2)])):
+        found = sparse.to_bytes(sparse.to_matrix(torch.ones(32, 640), mask, "unstructured", "int8"))
+        assert found.rows.flatten().tolist() == rows
+
+
+@pytest.mark.parametrize("remaining", [0.0, 0.1, 0.5, 1.0])
+def test_bytes_hold_the_matrix(remaining):
+    for outputs, inputs in SIZES:
+        tensors, dense = in_bytes(outputs, inputs, remaining)
+        integers, scales = sparse.from_bytes(tensors, outputs, inputs)
+        assert torch.equal(integers.float() * scales[:, None], dense)
+        assert torch.equal(sparse.Bytes(*tensors).sums.sum(), integers.sum().int())
+
+
+def test_rows_of_eight_bits():
+    x = torch.tensor([[1.0, -0.5, 0.25], [0.0, 0.0, 0.0], [1e-42, 0.0, 0.0], [math.inf, 1, 0], [1, math.nan, 0]])
+    rounded, scale = sparse.in_eight_bits(x)
+    assert rounded.tolist() == [[127, -64, 32], [0] * 3, [0] * 3, [0] * 3, [0] * 3]
+    assert torch.equal(scale[:3, 0], torch.tensor([1 / 127, 0, 0])) and scale[3:].isnan().all()
+
+
+@built
+def test_linear_equals_reference(instructions):  # noqa: F811
+    """Sums of integers are the same on every processor: only the last products may round."""
+    for outputs, inputs in SIZES:
+        for remaining in (0.0, 0.1, 1.0):
+            tensors, dense = in_bytes(outputs, inputs, remaining)
+            for n in (1, 2, 3, 7, 16, 37):
+                x, bias = torch.randn(n, inputs) * torch.logspace(-20, 20, n)[:, None], torch.randn(outputs)
+                for b in (None, bias):
+                    got = sparse.sparse_linear_in_bytes(x, tensors, b, outputs)
+                    wanted = sparse.reference_sparse_linear_in_bytes(x, tensors, b, outputs)
+                    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+                exact = x @ dense.T
+                most = x.abs().amax(1, keepdim=True) * dense.abs().sum(1) / 254
+                assert ((wanted - bias - exact).abs() <= 1.01 * most + 1e-5 * exact.abs() + 1e-5).all()
+
+
+@built
+def test_linear_takes_what_sparse_linear_takes(instructions):  # noqa: F811
+    tensors, dense = in_bytes(37, 22)
+    op = sparse.sparse_linear_in_bytes
+    assert (
+        op(torch.randn(0, 22), tensors, None, 37).shape == (0, 37) and op(torch.randn(22), tensors, None, 37).dim() == 1
+    )
+    columns = torch.randn(22, 9).t()  # of other strides
+    assert torch.equal(op(columns, tensors, None, 37), op(columns.contiguous(), tensors, None, 37))
+    bad = torch.randn(3, 22)
+    bad[1, 4] = math.nan
+    found = op(bad, tensors, None, 37)
+    assert found[1].isnan().all() and found[[0, 2]].isfinite().all()
+    empty, _ = in_bytes(8, 1, 0.0)
+    assert torch.equal(op(torch.ones(5, 1), empty, torch.ones(8), 8), torch.ones(5, 8))
+
+
+@built
+def test_lstm_equals_reference(instructions):  # noqa: F811
+    for hidden, batch, frames in ((1, 1, 1), (5, 3, 4), (16, 1, 3), (37, 2, 6), (9, 16, 3), (19, 17, 18), (3, 0, 2)):
+        tensors, _ = in_bytes(4 * hidden, hidden, 0.3)
+        projections, (h0, c0) = torch.randn(batch, frames, 4 * hidden), torch.randn(2, batch, hidden)
+        for ends in (None, torch.arange(batch).clamp(max=frames)):
+            for reverse in (False, True):
+                arguments = projections, tensors, h0, c0, ends, reverse
+                got = sparse.sparse_lstm_in_bytes(*arguments)
+                for ours, wanted in zip(got, sparse.reference_sparse_lstm_in_bytes(*arguments)):
+                    # a state that lies between two bytes may fall to either, for the last bit of a sigmoid
+                    torch.testing.assert_close(ours, wanted, rtol=1e-2, atol=2e-2)
+                    close = (ours - wanted).abs() < 1e-5
+                    assert not close.numel() or close.float().mean() > 0.5
+
+
+@built
+def test_on_two_threads(two_threads):  # noqa: F811
+    tensors, _ = in_bytes(1204, 301, 0.4)
+    x, projections, (h0, c0) = torch.randn(300, 301), torch.randn(17, 4, 1204), torch.randn(2, 17, 301)
+    torch.set_num_threads(1)
+    wanted = sparse.sparse_linear_in_bytes(x, tensors, None, 1204)
+    of_lstm = sparse.sparse_lstm_in_bytes(projections, tensors, h0, c0, None, True)
+    torch.set_num_threads(2)
+    assert torch.equal(sparse.sparse_linear_in_bytes(x, tensors, None, 1204), wanted)
+    for ours, alone in zip(sparse.sparse_lstm_in_bytes(projections, tensors, h0, c0, None, True), of_lstm):
+        assert torch.equal(ours, alone)
+
+
+@built
+def test_refuses():
+    tensors, _ = in_bytes(37, 70)
+    linear = lambda *given: sparse.sparse_linear_in_bytes(torch.zeros(2, 70), list(given), None, 37)  # noqa: E731
+    names = list(sparse.Bytes._fields)
+
+    def refused(message, kind=ValueError, **changes):
+        with pytest.raises(kind, match=message):
+            linear(*(changes.get(name, t) for name, t in zip(names, tensors)))
+
+    with pytest.raises(
+        ValueError, match="bytes must be values, places, starts, offsets, rows, sums and scales, got 6 t"
+    ):
+        linear(*tensors[:6])
+    steps, groups = len(tensors[0]), len(tensors[4])
+    refused("bytes: values must be Char, got Float", TypeError, values=tensors[0].float())
+    refused(rf"bytes: places must be \[{steps}, 16, 4\], got", places=tensors[1][:, :, :3])
+    refused("bytes: starts must be below the 70 inputs, got 70", starts=torch.full((steps,), 70).to(torch.uint16))
+    refused(f"bytes: offsets must rise from 0 to the {steps} steps", offsets=tensors[3].flip(0))
+    refused("bytes: rows must be from 0 to below the 37 outputs", rows=torch.full_like(tensors[4], 37))
+    refused(rf"bytes: scales must be \[{groups}, 16\], got", scales=tensors[6][:1])
+    with pytest.raises(ValueError, match="inputs must be at most 65536 for products in bytes, got 70000"):
+        sparse.sparse_linear_in_bytes(torch.zeros(1, 70_000), tensors, None, 37)
+    with pytest.raises(TypeError, match="x must be float32, got Double"):
+        sparse.sparse_linear_in_bytes(torch.zeros(2, 70).double(), tensors, None, 37)
+    with pytest.raises(ValueError, match="h0 must be"):
+        sparse.sparse_lstm_in_bytes(torch.zeros(1, 2, 36), in_bytes(36, 9)[0], *torch.zeros(2, 2, 9), None, False)
+
+
+@built
+def test_any_places_and_starts_stay_inside():
+    """Places beyond a window wrap around in it, in every path, as the instruction does."""
+    tensors, _ = in_bytes(37, 70, 0.5)
+    tensors[1].random_(0, 256)
+    tensors[2] = torch.full_like(tensors[2].int(), 69).to(torch.uint16)
+    assert sparse.sparse_linear_in_bytes(torch.randn(5, 70), tensors, None, 37).isfinite().all()
+
+
+@built
+def test_transducer_equals_reference(instructions):  # noqa: F811
+    encoder_out, inputs, recurrent, *others, _ = transducer_arguments("unstructured", "int8")
+    tensors = list(sparse.to_bytes(sparse.Matrix(*recurrent)))
+    given = encoder_out, inputs, recurrent, *others
+    tokens, frames, *after = sparse.sparse_transducer(*given, [], tensors)
+    wanted = sparse.reference_sparse_transducer(*given, [], tensors)
+    assert torch.equal(tokens, wanted[0]) and torch.equal(frames, wanted[1]) and 0 < len(tokens) < 36
+    torch.testing.assert_close(after, list(wanted[2:]), rtol=1e-2, atol=2e-2)
+    in_windows = sparse.sparse_transducer(*given, [], [])
+    assert not torch.equal(in_windows[3][1], after[1][1])  # it is they that were taken
+
+
+# ---------------------------------------------------------------------------- layers
+
+
+def network():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"lstm": nn.LSTM(40, 32, 2, bidirectional=True, batch_first=True), "out": nn.Linear(64, 30)})
+    masks = {name: torch.rand(w.shape) < 0.3 for name, w in lottery.prunable(model).items()}
+    return model.eval(), masks, torch.randn(2, 20, 40)
+
+
+def run(x):
+    return lambda model: model["out"](model["lstm"](x)[0])
+
+
+@built
+def test_w8a8_in_use(monkeypatch):
+    """Each weight chosen in bytes: near the masked model's answers, the same by copies, in their place in the table."""
+    monkeypatch.setattr(compression, "multiplies_bytes", lambda: True)  # wherever this runs
+    model, masks, x = network()
+    chosen = dict.fromkeys(masks, "bytes")
+    compressed, rows = compress(model, masks, run(x), dtype="w8a8", chosen=chosen)
+    assert compression.choice(rows) == chosen and all("in w8a8 its outputs are up to" in row.why for row in rows)
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, weight in lottery.prunable(masked).items():
+            weight *= masks[name]
+        wanted, found = run(x)(masked), run(x)(compressed)
+    assert 0 < float((found - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
+    for other in (copy.deepcopy(compressed), pickle.loads(pickle.dumps(compressed))):
+        assert torch.equal(run(x)(other), found)
+    for name, weight in lottery.prunable(masked).items():
+        kept = compressed.get_submodule(name.rpartition(".")[0])
+        ours = getattr(kept, name.rpartition(".")[2])
+        assert ours.shape == weight.shape and not ours[~masks[name]].any()
+        assert float((ours - weight).abs().max()) < 0.01 * float(weight.abs().max())
+    assert (
+        run(x)(compressed.half()).dtype == torch.float32
+        and compressed["out"](x.new_zeros(3, 64).half()).dtype == torch.half
+    )
+
+
+@built
+def test_bytes_are_for_those_who_ask(monkeypatch):
+    """Nothing else rounds inputs: not int8, nor a processor that does not gain by it."""
+    model, masks, x = network()
+    for dtype, has in (("int8", True), ("w8a8", False)):
+        monkeypatch.setattr(compression, "multiplies_bytes", lambda has=has: has)
+        with pytest.raises(lottery.LotteryError, match="bytes was chosen, and stores no less than all of it or is not"):
+            maker = compression.Maker(run(x), ["unstructured"], dtype, [], {"out.weight": "bytes"})
+            compression.compress_layer("out", model["out"], masks, [(1, (x.new_zeros(1, 64),))], maker)
+
+
+@built
+def test_what_is_in_bytes_may_be_a_matrix():
+    matrix, dense = random_matrix(37, 22, "unstructured", "int8")
+    layer = layers.InBytes(matrix, None, (37, 22))
+    torch.testing.assert_close(sparse.to_dense(*layers.matrix_of(layer), 37, 22), dense)
+    with pytest.raises(ValueError, match=r"input must be \(\.\.\., 22\)"):
+        layer(torch.zeros(2, 21))
+    assert torch.equal(
+        layer(torch.ones(2, 22)), sparse.reference_sparse_linear_in_bytes(torch.ones(2, 22), layer.bytes(), None, 37)
+    )
+    recurrent = layers.RecurrentInBytes(*[random_matrix(36, 9, "unstructured", "int8")[0], (36, 9)])
+    assert len(recurrent.windows()) == 7 and F.linear(torch.ones(1, 9), recurrent.weight).shape == (1, 36)
