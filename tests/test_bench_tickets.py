@@ -10,7 +10,8 @@ import torch
 
 import lottery
 import models
-from audio_lottery import files, sparse
+from audio_lottery import files
+from audio_lottery.sparse import DTYPES
 from bench import __main__ as bench
 from bench import tickets
 from transcribe import load
@@ -48,9 +49,9 @@ def test_each_way_is_measured_and_drawn(backbone, corpus, tmp_path, capsys, monk
     whole, part = f"{tmp_path.name}: dense, ", f"{sparse.parent.name}: {kept:.1%}, single weights, "
     fused = ["fused"] * (backbone == "conformer")
     wanted = [whole + way for way in ("torch float32", *fused, "torch.ao int8", "onnxruntime int8")]
-    wanted += [part + way for way in ("masked in torch", *sparse.DTYPES)]
+    wanted += [part + way for way in ("masked in torch", *DTYPES)]
     assert [name for name, *_ in rows] == wanted
-    masked, compressed = rows[-1 - len(sparse.DTYPES) :][:2]
+    masked, compressed = rows[-1 - len(DTYPES) :][:2]
     assert rows[0][3] == "1.00" and rows[0][2] == masked[2] == compressed[2] == "3"  # texts as in torch
     assert masked[1] == compressed[1] and (not fused or rows[1][2] == "3")
     assert picture.read_bytes().startswith(b"\x89PNG")
