@@ -144,13 +144,14 @@ VNNI float to_bytes_by_vnni(const float* x, int64_t n, uint8_t* to) {
 // C columns, each read of the weights for all of them. A single one has two chains of sums, which wait for each other less.
 template <int C>
 VNNI void columns_by_vnni(const Bytes& m, const Columns& c, int64_t first, int64_t last) {
-  constexpr int CHAINS = C == 1 ? 2 : 1;
+  constexpr int CHAINS = C == 1 ? 2 : 1, AHEAD = 4;
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const int64_t wide = m.wide();
   for (int64_t group = first; group < last; ++group) {
     __m512i sums[C * CHAINS];
     for (int i = 0; i < C * CHAINS; ++i) sums[i] = _mm512_setzero_si512();
-    const int64_t end = m.offsets[group + 1];
+    const int64_t end = m.offsets[group + 1], ahead = std::min(group + AHEAD, m.groups - 1) * Bytes::LANES;
+    for (int i = 0; i < C; ++i) __builtin_prefetch(c.from[i] + m.rows[ahead]);  // so many rows no processor fetches by itself
     for (int64_t step = m.offsets[group]; step < end; step += CHAINS) {
       for (int chain = 0; chain < CHAINS && step + chain < end; ++chain) {
         const __m512i places = _mm512_loadu_si512(m.places + (step + chain) * Bytes::SLOTS);
@@ -225,7 +226,7 @@ Tensor sparse_linear_in_bytes(const Tensor& x, at::TensorList bytes, const std::
   if (bias) check_floats(*bias, "bias", {outputs}, x, "x");
   auto sizes = x.sizes().vec();
   sizes.back() = outputs;
-  Tensor y = at::empty(sizes, x.options());
+  Tensor y = fresh(sizes, x);
   if (y.numel() == 0) return y;
   const int64_t n = y.numel() / outputs, wide = m.wide(), threads = threads_for(m, n);
   const Tensor given = x.contiguous();

@@ -32,6 +32,7 @@
 #endif
 
 #include "../checks.h"
+#include "huge_pages.h"
 #include "vector.h"
 
 namespace audio_lottery {
@@ -264,6 +265,13 @@ Tensor padded(const Tensor& x, int64_t c) {
   return inputs % c == 0 ? rows : at::constant_pad_nd(rows, {0, round_up(inputs, c) - inputs});
 }
 
+// What an operator returns. (Pages of 4 KiB cost a product of many columns as much as itself.)
+Tensor fresh(at::IntArrayRef sizes, const Tensor& like) {
+  Tensor y = at::empty(sizes, like.options());
+  advise_huge_pages(y.data_ptr(), y.nbytes());
+  return y;
+}
+
 std::vector<float> padded_bias(const std::optional<Tensor>& bias, int64_t size) {
   std::vector<float> biases(size);
   if (bias) std::memcpy(biases.data(), bias->contiguous().const_data_ptr<float>(), bias->numel() * sizeof(float));
@@ -289,7 +297,7 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& column
   if (bias) check_floats(*bias, "bias", {outputs}, x, "x");
   auto sizes = x.sizes().vec();
   sizes.back() = outputs;
-  Tensor y = at::empty(sizes, x.options());
+  Tensor y = fresh(sizes, x);
   if (y.numel() == 0) return y;
   const int64_t n = y.numel() / outputs, threads = threads_for(m, n);
   float* out = y.data_ptr<float>();
@@ -355,13 +363,13 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const Tensor& column
                       ", padding ", padding, " and dilation ", dilation);
     size[d] = room / stride[d] + 1;
   }
-  Tensor y = at::empty({batch, outputs, size[0], size[1]}, x.options());
+  Tensor y = fresh({batch, outputs, size[0], size[1]}, x);
   if (y.numel() == 0) return y;
 
   const int64_t step = size[1] == 1 ? 1 : stride[1];  // a row's only output takes no step, however wide
   const int64_t height = x.size(2) + 2 * padding[0], part = (kernel[1] - 1) * dilation[1] / step +
                 round_up(size[1], kernels().lanes), row = step * part;  // parts of a row: one for each remainder
-  const Tensor image = at::zeros({batch, channels, height, step, part}, x.options());
+  const Tensor image = fresh({batch, channels, height, step, part}, x).zero_();
   const Tensor given = x.contiguous();
   const auto* from = given.const_data_ptr<float>();
   auto* to = image.data_ptr<float>();
@@ -420,7 +428,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm(const Tensor& projections, const Matrix*
   std::vector<int64_t> order(batch);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return ends[a] > ends[b]; });
-  Tensor out = at::empty({batch, time, hidden}, projections.options());
+  Tensor out = fresh({batch, time, hidden}, projections);
   for (int64_t b = 0; b < batch; ++b) {
     if (ends[b] < time) out.select(0, b).narrow(0, ends[b], time - ends[b]).zero_();
   }
