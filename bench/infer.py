@@ -33,6 +33,11 @@ FRAMES = 100  # that a stream is measured on at once
 SPARSITIES = (0.8, 0.9, 0.956)
 
 
+def dtypes_of(layout: str) -> list[str]:
+    """What differs there: only single weights have products in bytes."""
+    return [dtype for dtype in sparse.DTYPES if dtype != "w8a8" or layout == "unstructured"]
+
+
 def random_mask(shape: tuple[int, ...], sparsity: float, layout: str, seed: int) -> Tensor:
     """Each block kept with probability 1 - sparsity."""
     (r, c), rows, columns = sparse.LAYOUTS[layout], shape[0], math.prod(shape[1:])
@@ -64,7 +69,20 @@ def validate() -> None:
             arguments = torch.randn(1, 20, 1024), *matrix, torch.zeros(1, 256), torch.zeros(1, 256), None, False, []
             for got, want in zip(sparse.sparse_lstm(*arguments), sparse.reference_sparse_lstm(*arguments)):
                 close(f"sparse_lstm {layout} {dtype}", got, want, 1e-4)
-    print("validated against dense masked products: every layout and dtype")
+            if (layout, dtype) == ("unstructured", "w8a8"):
+                validate_bytes(list(sparse.to_bytes(matrix)))
+    print("validated against dense masked products, or in bytes against the reference: every layout and dtype")
+
+
+def validate_bytes(tensors: list[Tensor]) -> None:
+    """tensors: of Bytes, (1024, 256)."""
+    for columns in (1, 100):
+        x = torch.randn(columns, 256)
+        want = sparse.reference_sparse_linear_in_bytes(x, tensors, None, 1024)
+        close("sparse_linear_in_bytes", sparse.sparse_linear_in_bytes(x, tensors, None, 1024), want, 1e-5)
+    arguments = torch.randn(1, 20, 1024), tensors, torch.zeros(1, 256), torch.zeros(1, 256), None, False
+    for got, want in zip(sparse.sparse_lstm_in_bytes(*arguments), sparse.reference_sparse_lstm_in_bytes(*arguments)):
+        close("sparse_lstm_in_bytes", got, want, 0.02)  # a state between two bytes may fall to either
 
 
 def bench_products(columns: int, repeats: int, sparsity: float = 0.9) -> None:
@@ -80,8 +98,9 @@ def bench_products(columns: int, repeats: int, sparsity: float = 0.9) -> None:
     functions = {**dense, "torch CSR": lambda: csr @ x_t}
     for layout in sparse.LAYOUTS:
         mask = random_mask((4096, 1024), sparsity, layout, 0)
-        for dtype in sparse.DTYPES:
-            product = layers.Product(sparse.to_matrix(weight, mask, layout, dtype), None, (4096, 1024))
+        for dtype in dtypes_of(layout):
+            form = layers.InBytes if dtype == "w8a8" else layers.Product
+            product = form(sparse.to_matrix(weight, mask, layout, dtype), None, (4096, 1024))
             functions[f"{layout} {dtype}"] = functools.partial(product, x)
     t = in_turns("cpu", repeats, **functions)
     best = min(dense, key=t.get)
@@ -164,7 +183,7 @@ def bench_streaming(repeats: int, sparsities: tuple[float, ...], hidden: int = 1
     for sparsity in sparsities:
         for layout in sparse.LAYOUTS:
             masks = random_masks(model, sparsity, layout)
-            for dtype in sparse.DTYPES if sparsity == 0.9 else ("float32",):
+            for dtype in dtypes_of(layout) if sparsity == 0.9 else ("float32",):
                 compressed, rows = compression.compress(model, masks, lambda m: m(x), layout=layout, dtype=dtype)
                 stayed = " (dense)" if all(row.layout.startswith("dense") for row in rows) else ""
                 name = f"{sparsity:.1%} {layout} {dtype}{stayed}"

@@ -32,7 +32,7 @@ TOKENS = ["<blank>", *"abc"]
 
 def test_every_table_has_every_backbone():
     names = set(models.BACKBONES)
-    for table in (ledger.BACKBONES, recipes.AN4_EPOCHS, networks.SIZES, networks.DEPTH, controls.WIDTHS):
+    for table in (ledger.BACKBONES, recipes.AN4, networks.SIZES, networks.DEPTH, controls.WIDTHS):
         assert set(table) == names, table
     assert set(recipes.RECIPES) == {(name, recipe) for name in names for recipe in recipes.RECIPE_NAMES}
 

@@ -1,5 +1,6 @@
 // sparse_linear, sparse_conv2d, sparse_lstm and sparse_transducer on CPU: products with a matrix of kept blocks, of
-// vectors and of images, an LSTM over time that holds one, and the transducer's greedy loop, which holds three.
+// vectors and of images, an LSTM over time that holds one, and the transducer's greedy loop, which holds three. The first
+// and the third in bytes are bytes.h's.
 //
 // A matrix of (outputs, inputs) is cut into blocks r x c. Block row g covers outputs g * r ... and lists its kept blocks
 // from left to right at offsets[g] ... offsets[g + 1] - 1: `columns` has the place of each (its first input / c) and
