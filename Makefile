@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-OPERATORS := tests/test_ops.py tests/test_sparse.py tests/test_fused.py tests/test_transducer_loss.py
+OPERATORS := tests/test_ops.py tests/test_sparse.py tests/test_fused.py tests/test_transducer_loss.py tests/test_bytes.py
 
 try: $(VENV)/installed
 	$(BIN)/python -m bench try

@@ -101,7 +101,7 @@ def parser() -> Parser:
                          help="recordings of similar length (or their pieces) that are recognised together, "
                          f"at most (default: {BATCH})")  # fmt: skip
     machine.add_argument("--values", choices=["float32", "bfloat16", "int8", "w8a8"],
-                         help="how sparse weights are kept; w8a8: in int8, inputs in eight bits too (default: float32)")  # fmt: skip
+                         help="of sparse weights; w8a8: int8, and inputs in 8 bits too (default: float32)")  # fmt: skip
     flags.add(machine, flags.NAMED["threads"])
     return p
 

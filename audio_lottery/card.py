@@ -47,6 +47,8 @@ def origin_of(run: Path, file: files.TicketFile) -> Origin:
 
 def network(info: dict, file: files.TicketFile) -> list[str]:
     sizes = info.get("sizes")
+    if isinstance(sizes, dict) and "dropout" in info:  # a recipe's, in place of the size's
+        sizes = {**sizes, "dropout": info["dropout"]}
     said = ", ".join(f"{key} {checked.said(value)}" for key, value in sizes.items()) if isinstance(sizes, dict) else ""
     found = [f"network: {info['backbone']} of {info['size']} size ({said})" if is_run(info) else f"network: {UNKNOWN}"]
     if isinstance(info.get("tokens"), list):

@@ -195,7 +195,7 @@ def from_bytes(tensors: list[Tensor], outputs: int, inputs: int) -> tuple[Tensor
     values, places, starts, offsets, rows, _, scales = tensors
     groups = torch.arange(len(rows), device=rows.device).repeat_interleave(offsets.diff(), output_size=len(values))
     weight = values.new_zeros(outputs + 1, inputs + WIDE, dtype=torch.float64)
-    at = rows.long()[groups][:, :, None].expand_as(values), starts.long()[:, None, None] + places.long()
+    at = rows.long()[groups][:, :, None].expand_as(values), starts.long()[:, None, None] + places.long() % WIDE
     weight.index_put_(at, values.double(), accumulate=True)
     by_row = scales.new_zeros(outputs + 1).index_put_((rows.long().flatten(),), scales.flatten())
     return weight[:outputs, :inputs], by_row[:outputs]

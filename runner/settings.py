@@ -326,6 +326,8 @@ def dense_of(args: argparse.Namespace, config: dict) -> dict | None:
     if args.dense:
         why = f"other {', '.join(other)}" if row else "none is finished"
         raise lottery.LotteryError(f"--dense {run}: it has no round 0 of these settings ({why})")
+    if row:
+        print(printable(f"dense is trained anew, as --ticket {run} has other {', '.join(other)}"))
     return None
 
 

@@ -11,6 +11,7 @@ from test_sparse import built, instructions, random_matrix, transducer_arguments
 from torch import nn
 
 import lottery
+import models
 from audio_lottery import compress, compression, layers, sparse
 
 SIZES = ((1, 1), (3, 5), (16, 64), (17, 65), (100, 67), (48, 300))
@@ -118,10 +119,11 @@ def test_on_two_threads(two_threads):  # noqa: F811
     x, projections, (h0, c0) = torch.randn(300, 301), torch.randn(17, 4, 1204), torch.randn(2, 17, 301)
     torch.set_num_threads(1)
     wanted = sparse.sparse_linear_in_bytes(x, tensors, None, 1204)
-    of_lstm = sparse.sparse_lstm_in_bytes(projections, tensors, h0, c0, None, True)
+    ends = torch.arange(17).clamp(max=4)
+    of_lstm = sparse.sparse_lstm_in_bytes(projections, tensors, h0, c0, ends, True)
     torch.set_num_threads(2)
     assert torch.equal(sparse.sparse_linear_in_bytes(x, tensors, None, 1204), wanted)
-    for ours, alone in zip(sparse.sparse_lstm_in_bytes(projections, tensors, h0, c0, None, True), of_lstm):
+    for ours, alone in zip(sparse.sparse_lstm_in_bytes(projections, tensors, h0, c0, ends, True), of_lstm):
         assert torch.equal(ours, alone)
 
 
@@ -144,7 +146,8 @@ def test_refuses():
     refused(rf"bytes: places must be \[{steps}, 16, 4\], got", places=tensors[1][:, :, :3])
     refused("bytes: starts must be below the 70 inputs, got 70", starts=torch.full((steps,), 70).to(torch.uint16))
     refused(f"bytes: offsets must rise from 0 to the {steps} steps", offsets=tensors[3].flip(0))
-    refused("bytes: rows must be from 0 to below the 37 outputs", rows=torch.full_like(tensors[4], 37))
+    refused("bytes: rows must have each of the 37 outputs once, got 37", rows=torch.full_like(tensors[4], 37))
+    refused("bytes: rows must have each of the 37 outputs once, got 0", rows=torch.zeros_like(tensors[4]))
     refused(rf"bytes: scales must be \[{groups}, 16\], got", scales=tensors[6][:1])
     with pytest.raises(ValueError, match="inputs must be at most 65536 for products in bytes, got 70000"):
         sparse.sparse_linear_in_bytes(torch.zeros(1, 70_000), tensors, None, 37)
@@ -155,12 +158,16 @@ def test_refuses():
 
 
 @built
-def test_any_places_and_starts_stay_inside():
+def test_any_places_and_starts_stay_inside(instructions):  # noqa: F811
     """Places beyond a window wrap around in it, in every path, as the instruction does."""
     tensors, _ = in_bytes(37, 70, 0.5)
     tensors[1].random_(0, 256)
+    x = torch.randn(5, 70)
+    wanted = sparse.reference_sparse_linear_in_bytes(F.pad(x, (0, 64)), tensors, None, 37)  # behind x there are zeros
+    within = sparse.sparse_linear_in_bytes(F.pad(x, (0, 64)), tensors, None, 37)
+    torch.testing.assert_close(within, wanted, rtol=1e-5, atol=1e-5)
     tensors[2] = torch.full_like(tensors[2].int(), 69).to(torch.uint16)
-    assert sparse.sparse_linear_in_bytes(torch.randn(5, 70), tensors, None, 37).isfinite().all()
+    assert sparse.sparse_linear_in_bytes(x, tensors, None, 37).isfinite().all()
 
 
 @built
@@ -172,6 +179,9 @@ def test_transducer_equals_reference(instructions):  # noqa: F811
     wanted = sparse.reference_sparse_transducer(*given, [], tensors)
     assert torch.equal(tokens, wanted[0]) and torch.equal(frames, wanted[1]) and 0 < len(tokens) < 36
     torch.testing.assert_close(after, list(wanted[2:]), rtol=1e-2, atol=2e-2)
+    first = sparse.sparse_transducer(encoder_out[:5], *given[1:], [], tensors)  # in two chunks
+    second = sparse.sparse_transducer(encoder_out[5:], *given[1:], first[3], tensors)
+    assert torch.equal(torch.cat([first[0], second[0]]), tokens) and all(map(torch.equal, second[3], after[1]))
     in_windows = sparse.sparse_transducer(*given, [], [])
     assert not torch.equal(in_windows[3][1], after[1][1])  # it is they that were taken
 
@@ -215,6 +225,21 @@ def test_w8a8_in_use(monkeypatch):
         run(x)(compressed.half()).dtype == torch.float32
         and compressed["out"](x.new_zeros(3, 64).half()).dtype == torch.half
     )
+
+
+@built
+def test_a_transducer_in_bytes(monkeypatch):
+    """Its predictor's recurrence in the greedy loop too, and a copy says the same."""
+    monkeypatch.setattr(compression, "multiplies_bytes", lambda: True)
+    torch.manual_seed(0)
+    model = models.build("rnnt", "demo", 12).eval()
+    masks = {name: torch.rand(w.shape) < 0.3 for name, w in lottery.prunable(model).items()}
+    features, lengths = torch.randn(2, 90, 80), torch.tensor([90, 70])
+    chosen = {name: "dense" if "subsample" in name or "ctc" in name else "bytes" for name in masks}
+    use = lambda model: model.transcribe(features, lengths)  # noqa: E731
+    compressed, rows = compress(model, masks, use, dtype="w8a8", chosen=chosen)
+    assert compression.choice(rows) == chosen and len(compressed.greedy_loop.windows) == 7
+    assert use(pickle.loads(pickle.dumps(compressed))) == use(compressed) and any(use(compressed))
 
 
 @built

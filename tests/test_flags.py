@@ -1,5 +1,6 @@
 """The table of flags: what is part of a run's identity, and that old configurations still mean the same."""
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import nn
 import lottery
 import models
 from lab import controls
-from runner import flags, recipes
+from runner import flags, recipes, settings
 
 RESULTS = flags.HERE / "results"
 WITH_TICKET = ["rounds", "ticket_weights", "control", "dense"]
@@ -214,7 +215,11 @@ def test_a_recipe_may_have_dropout_and_a_weight_of_ctc_of_its_own(backbone, laye
     of_size = found()
     recipes.settle(model, recipe)
     assert found() == of_size and len(of_size[0]) == layers
-    recipes.settle(model, dataclasses.replace(recipe, dropout=0.45, ctc_weight=3.0))
+    args = argparse.Namespace(recipe=dataclasses.replace(recipe, dropout=0.45, ctc_weight=3.0))
+    setting = settings.Setting(args, {}, {}, [], model, lambda model: None, [], "memory")  # as a run has it
+    assert found() == ([0.45] * layers, 3.0)
+    model = models.build(backbone, "demo", 5)
+    dataclasses.replace(setting, model=model)  # as the control dense-small does
     assert found() == ([0.45] * layers, 3.0)
 
 

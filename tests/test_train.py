@@ -263,7 +263,8 @@ class Counter(torch.nn.Module):
 
 def corpus_of(utterances, tokens, seconds=(0.0, math.inf), speeds=(1.0,)):
     """train.Corpus of a CNN-LSTM that is not trained."""
-    args = argparse.Namespace(workers=0, recipe=argparse.Namespace(seconds=seconds, speeds=speeds))
+    recipe = dataclasses.replace(recipes.RECIPES["cnn-lstm", "demo"], seconds=seconds, speeds=speeds)
+    args = argparse.Namespace(workers=0, recipe=recipe)
     model = models.build("cnn-lstm", "demo", len(tokens))
     return train.Corpus(settings.Setting(args, {}, utterances, tokens, model, lambda _: None, [], "memory"))
 

@@ -13,7 +13,7 @@ struct Bytes {
   const float* scales;      // (groups, LANES): what they are multiplied by
   int64_t outputs, inputs, groups;
 
-  static constexpr int64_t LANES = 16, EACH = 4, SLOTS = LANES * EACH, WINDOW = 64, MOST = 16;  // columns at a time
+  static constexpr int64_t LANES = 16, EACH = 4, SLOTS = LANES * EACH, WINDOW = 64;
   static constexpr int64_t ZERO = 128;  // what stands for an input of 0
 
   int64_t wide() const { return (inputs + WINDOW + 63) / 64 * 64; }  // of a column of bytes
@@ -42,8 +42,12 @@ Bytes check_bytes(at::TensorList t, int64_t outputs, int64_t inputs, const Tenso
                     "bytes: offsets must rise from 0 to the ", steps, " steps");
   const int64_t most = steps ? kernels().largest(starts, steps) : 0;
   TORCH_CHECK_VALUE(most < std::max<int64_t>(inputs, 1), "bytes: starts must be below the ", inputs, " inputs, got ", most);
-  TORCH_CHECK_VALUE(std::all_of(rows, rows + outputs, [&](int32_t row) { return row >= 0 && row < outputs; }),
-                    "bytes: rows must be from 0 to below the ", outputs, " outputs");
+  std::vector<bool> seen(outputs);
+  for (int64_t i = 0; i < outputs; ++i) {
+    const bool fits = rows[i] >= 0 && rows[i] < outputs && !seen[rows[i]];
+    TORCH_CHECK_VALUE(fits, "bytes: rows must have each of the ", outputs, " outputs once, got ", rows[i]);
+    seen[rows[i]] = true;
+  }
   return {t[0].const_data_ptr<int8_t>(), static_cast<const uint8_t*>(t[1].const_data_ptr()), starts, offsets, rows,
           t[5].const_data_ptr<int32_t>(), t[6].const_data_ptr<float>(), outputs, inputs, groups};
 }
@@ -90,18 +94,19 @@ inline void put_lanes(const Bytes& m, int64_t group, const float* products, cons
 void columns_in_bytes(const Bytes& m, const Columns& c, int64_t n, int64_t first, int64_t last) {
   for (int64_t group = first; group < last; ++group) {
     for (int64_t i = 0; i < n; ++i) {
-      int32_t sums[Bytes::LANES] = {};
+      uint32_t sums[Bytes::LANES] = {};  // as int32, but that they may overflow, as crafted values can
       for (int64_t step = m.offsets[group]; step < m.offsets[group + 1]; ++step) {
         const uint8_t* window = c.x + i * m.wide() + m.starts[step];
         for (int64_t slot = 0; slot < Bytes::SLOTS; ++slot) {
           const int64_t at = step * Bytes::SLOTS + slot;
-          sums[slot / Bytes::EACH] += m.values[at] * window[m.places[at] % Bytes::WINDOW];
+          sums[slot / Bytes::EACH] += static_cast<uint32_t>(m.values[at] * window[m.places[at] % Bytes::WINDOW]);
         }
       }
       float products[Bytes::LANES];
       for (int64_t lane = 0; lane < Bytes::LANES; ++lane) {
         const int64_t at = group * Bytes::LANES + lane;
-        products[lane] = static_cast<float>(sums[lane] - Bytes::ZERO * m.sums[at]) * m.scales[at] * c.scales[i];
+        const auto zero = static_cast<uint32_t>(m.sums[at]) * static_cast<uint32_t>(Bytes::ZERO);
+        products[lane] = static_cast<float>(static_cast<int32_t>(sums[lane] - zero)) * m.scales[at] * c.scales[i];
       }
       put_lanes(m, group, products, c.from[i], c.to[i]);
     }
@@ -172,7 +177,7 @@ VNNI void columns_by_vnni(const Bytes& m, const Columns& c, int64_t first, int64
     for (int i = 0; i < C; ++i) {
       const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums[i], zero)), scales);
       const __m512 product = _mm512_mul_ps(scaled, _mm512_set1_ps(c.scales[i]));
-      if (neighbours && rows[0] + Bytes::LANES <= m.outputs) {
+      if (neighbours && (group + 1) * Bytes::LANES <= m.outputs) {
         _mm512_storeu_ps(c.to[i] + rows[0], _mm512_add_ps(_mm512_loadu_ps(c.from[i] + rows[0]), product));
       } else {
         alignas(64) float products[Bytes::LANES];

@@ -594,7 +594,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sparse_transducer(
   const std::vector<float> biases = padded_bias(bias, tokens);
   std::vector<int64_t> emitted, at_frame;
   std::vector<float> probability;
-  const int64_t threads = threads_for(w_hh, 1);
+  const int64_t threads = bytes ? threads_for(of_bytes, 1) : threads_for(w_hh, 1);
   const auto begin = bytes ? share(of_bytes.offsets, of_bytes.groups, threads)
                      : in_windows.groups < 0 ? std::vector<int64_t>() : share(in_windows.offsets, in_windows.groups, threads);
   std::vector<uint8_t> column(bytes ? of_bytes.wide() : 0);
