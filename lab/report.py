@@ -8,6 +8,7 @@ python -m lab.report RUN --html [--out FOLDER]
 import io
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -179,10 +180,12 @@ def write_pictures(out: Path, groups: dict[str, list[Method]]) -> None:
     for title, methods in groups.items():
         pictures.draw(out / f"{tables.file_name(title)}.png", full[title], methods)
         pictures.draw_layers(out / f"{tables.file_name(title)}-layers.png", full[title], methods)
-    alone = len(groups) == 1  # then the picture has its title, and the rows need not
-    rows = tables.forest_of({"" if alone else full[t]: tables.claims(methods) for t, methods in groups.items()})
+    words = {title: re.split(", |: ", name) for title, name in full.items()}
+    common = [word for word in min(words.values()) if all(word in others for others in words.values())]
+    left = {title: ", ".join(word for word in own if word not in common) for title, own in words.items()}
+    rows = tables.forest_of({left[title]: tables.claims(methods) for title, methods in groups.items()})
     if rows:
-        pictures.draw_forest(out / "forest.png", rows, *full.values() if alone else ())
+        pictures.draw_forest(out / "forest.png", rows, *full.values() if len(full) == 1 else [", ".join(common)])
 
 
 def merged(paths: list[Path]) -> dict[str, list[Method]]:
