@@ -352,7 +352,6 @@ def ticket_bytes(model: nn.Module, masks: lottery.Masks) -> int:
         return path.stat().st_size
 
 
-UNSTRUCTURED = ("unstructured", *(f"unstructured {dtype}" for dtype in sparse.DTYPES if dtype != "float32"))
 OUR_LOOP = ", our loop"  # of a transducer's peer that has it
 
 
@@ -402,7 +401,8 @@ def peers_of(model: nn.Module, utterances: tuple[Tensor, Tensor], run: Callable)
 
 def tickets_of(model: nn.Module, backbone: str, run: Callable, sparsities: tuple[float, ...]) -> dict[str, Way]:
     """The model compressed, with masks of each sparsity in blocks of each layout; single weights in each dtype."""
-    ways, layouts = {}, (*UNSTRUCTURED, "1x4", "8x1", "16x1")
+    ways, single = {}, (f"unstructured {dtype}".removesuffix(" float32") for dtype in dtypes_of("unstructured"))
+    layouts = (*single, "1x4", "8x1", "16x1")
     for sparsity in sparsities:
         for layout, _, dtype in (name.partition(" ") for name in layouts):
             masks, name = random_masks(model, sparsity, layout), f"{sparsity:.1%} {layout} {dtype}".rstrip()
