@@ -22,7 +22,7 @@ from audio_lottery import layers
 from audio_lottery.fused import fused
 from audio_lottery.layers import Conv, DenseProduct, Fixed, Greedy, Layer, Lstm, Product, Recurrent
 from audio_lottery.masked import check_names, masked_copy
-from audio_lottery.sparse import DTYPES, FEW_COLUMNS, LAYOUTS, WAYS, Matrix, multiplies_bytes, to_matrix, whole
+from audio_lottery.sparse import DTYPES, FEW_COLUMNS, LAYOUTS, WAYS, Matrix, byte_lanes, to_matrix, whole
 
 FRAMES = 100  # that layers are measured on where `run` is not given
 TURNS = 2  # of the whole model, dense and compressed
@@ -199,7 +199,7 @@ class Maker(NamedTuple):
     @property
     def in_bytes(self) -> bool:
         """May inputs be rounded to eight bits, and does this processor gain by it?"""
-        return self.dtype == "w8a8" and multiplies_bytes()
+        return self.dtype == "w8a8" and byte_lanes() > 0
 
     def smaller(self, name: str, weight: Tensor, mask: Tensor) -> dict[str, Matrix]:
         """The matrix in each layout that stores less than all of it, of those that are wanted."""

@@ -120,53 +120,55 @@ def to_windows(matrix: Matrix, lanes: int | None = None) -> Windows:
 class Bytes(NamedTuple):
     """An int8 Matrix of single weights again, for inputs that are rounded to eight bits too; csrc/cpu/bytes.h.
 
-    As Windows, but that each lane takes up to EACH weights a step, of a window of WIDE inputs.
+    As Windows, but that each of 8 or 16 lanes takes up to EACH weights a step, of a window of EACH inputs a lane.
     """
 
-    values: Tensor  # (steps, LANES, EACH) int8: 0 where a lane takes less
+    values: Tensor  # (steps, lanes, EACH) int8: 0 where a lane takes less
     places: Tensor  # the same, uint8: where in the window each input is
     starts: Tensor  # (steps,) uint16: each step's first input
     offsets: Tensor  # (groups + 1,) int32: each group's first step
-    rows: Tensor  # (groups, LANES) int32: each lane's output; as many as there are outputs where there is none
-    sums: Tensor  # (groups, LANES) int32: of each lane's values
-    scales: Tensor  # (groups, LANES) float32: what they are multiplied by; 0 where there is none
+    rows: Tensor  # (groups, lanes) int32: each lane's output; as many as there are outputs where there is none
+    sums: Tensor  # (groups, lanes) int32: of each lane's values
+    scales: Tensor  # (groups, lanes) float32: what they are multiplied by; 0 where there is none
 
 
-LANES, EACH, WIDE = 16, 4, 64
+EACH = 4
 
 
-def multiplies_bytes() -> bool:
-    """Has this processor the instructions that make products in bytes fast (AVX-512 VNNI and VBMI)?"""
+def byte_lanes() -> int:
+    """Lanes of Bytes that this processor is fast with: 16 (AVX-512 VNNI and VBMI), 8 (AVX2) or 0, none."""
     if not lottery.ops.compiled:
-        return False
+        return 0
     import _lottery
 
-    return _lottery.multiplies_bytes()
+    return _lottery.byte_lanes()
 
 
-def to_bytes(matrix: Matrix) -> Bytes:
+def to_bytes(matrix: Matrix, lanes: int | None = None) -> Bytes:
     """`matrix`, of layout "unstructured" and int8, with at most 65,536 inputs, as Bytes.
 
+    lanes: 8 or 16; by default as many as this processor is fast with.
     Rows with many weights come first, or all stay in their order where that takes hardly more steps: then a group's
     outputs are neighbours, and cost as much as some five steps less.
     """
-    counts = matrix.offsets.long().diff()
-    ways = in_steps(matrix, counts.argsort(descending=True, stable=True)), in_steps(matrix, torch.arange(len(counts)))
+    counts, lanes = matrix.offsets.long().diff(), lanes or byte_lanes() or 16
+    orders = counts.argsort(descending=True, stable=True), torch.arange(len(counts))
+    ways = [in_steps(matrix, rows, lanes) for rows in orders]
     return min(ways, key=lambda way: len(way.values) + 5 * len(way.rows) * (way is ways[0]))
 
 
-def in_steps(matrix: Matrix, rows: Tensor) -> Bytes:
-    """rows: the order of the outputs, LANES of them a group."""
+def in_steps(matrix: Matrix, rows: Tensor, lanes: int) -> Bytes:
+    """rows: the order of the outputs, `lanes` of them a group."""
     values, columns = (F.pad(x, (0, 1)) for x in (matrix.values.flatten(), matrix.columns.long()))  # none: the last
     begins, outputs, none = matrix.offsets.long(), len(matrix.offsets) - 1, len(values) - 1
-    rows = F.pad(rows, (0, -outputs % LANES), value=outputs).view(-1, LANES)  # (groups, LANES)
+    rows = F.pad(rows, (0, -outputs % lanes), value=outputs).view(-1, lanes)  # (groups, lanes)
     at, end = begins[rows], F.pad(begins, (0, 1), value=int(begins[-1]))[rows + 1]
-    taken, places, starts = [], [], []  # (groups, LANES, EACH) twice and (groups,) a step
+    taken, places, starts = [], [], []  # (groups, lanes, EACH) twice and (groups,) a step
     while bool((at < end).any()):
         first = torch.where(at < end, columns[at], 1 << 30).amin(1, keepdim=True)
         some = []
         for _ in range(EACH):
-            takes = (at < end) & (columns[at] < first + WIDE)
+            takes = (at < end) & (columns[at] < first + lanes * EACH)
             some.append(torch.where(takes, at, none))
             at = at + takes
         some = torch.stack(some, 2)
@@ -174,8 +176,8 @@ def in_steps(matrix: Matrix, rows: Tensor) -> Bytes:
         places.append(torch.where(some < none, columns[some] - first[:, :, None], 0))
         starts.append(first[:, 0] % (1 << 30))  # 0 where nothing is left
     shape = (len(rows), len(taken))
-    taken = torch.stack(taken, 1) if taken else columns.new_zeros(*shape, LANES, EACH)
-    places = torch.stack(places, 1) if places else columns.new_zeros(*shape, LANES, EACH)
+    taken = torch.stack(taken, 1) if taken else columns.new_zeros(*shape, lanes, EACH)
+    places = torch.stack(places, 1) if places else columns.new_zeros(*shape, lanes, EACH)
     starts = torch.stack(starts, 1) if starts else columns.new_zeros(shape)
     used = (taken < none).flatten(2).any(2)  # (groups, steps of the longest)
     kept = values[taken] * (taken < none)
@@ -193,9 +195,10 @@ def in_steps(matrix: Matrix, rows: Tensor) -> Bytes:
 def from_bytes(tensors: list[Tensor], outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
     """Bytes (its seven fields) as integers (outputs, inputs), float64, and their scales (outputs,)."""
     values, places, starts, offsets, rows, _, scales = tensors
+    window = values.shape[1] * EACH
     groups = torch.arange(len(rows), device=rows.device).repeat_interleave(offsets.diff(), output_size=len(values))
-    weight = values.new_zeros(outputs + 1, inputs + WIDE, dtype=torch.float64)
-    at = rows.long()[groups][:, :, None].expand_as(values), starts.long()[:, None, None] + places.long() % WIDE
+    weight = values.new_zeros(outputs + 1, inputs + window, dtype=torch.float64)
+    at = rows.long()[groups][:, :, None].expand_as(values), starts.long()[:, None, None] + places.long() % window
     weight.index_put_(at, values.double(), accumulate=True)
     by_row = scales.new_zeros(outputs + 1).index_put_((rows.long().flatten(),), scales.flatten())
     return weight[:outputs, :inputs], by_row[:outputs]

@@ -11,7 +11,7 @@
 
 namespace audio_lottery {
 std::string sparse_instructions(const std::string& name);  // cpu/sparse.cpp
-bool multiplies_bytes();
+int64_t byte_lanes();
 }
 
 TORCH_LIBRARY(audio_lottery, m) {
@@ -74,8 +74,8 @@ TORCH_LIBRARY_IMPL(audio_lottery, Autograd, m) {
 PYBIND11_MODULE(_lottery, m) {
   // Has the sparse operators take lesser instructions, for tests: DEFAULT, AVX2 or AVX512. Returns what they took before.
   m.def("sparse_instructions", &audio_lottery::sparse_instructions);
-  // Has this processor instructions for products of bytes, and do the sparse operators take them?
-  m.def("multiplies_bytes", &audio_lottery::multiplies_bytes);
+  // Lanes of the products in bytes that the sparse operators take on this processor, or 0: it has none that are fast.
+  m.def("byte_lanes", &audio_lottery::byte_lanes);
   m.def("build_facts", [] {
     pybind11::dict facts;
     facts["version"] = AUDIO_LOTTERY_VERSION;

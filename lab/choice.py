@@ -23,7 +23,7 @@ from torch import nn
 import data
 import lottery
 from audio_lottery import __version__, checked, compression, files, sound
-from audio_lottery.sparse import WAYS, multiplies_bytes
+from audio_lottery.sparse import WAYS, byte_lanes
 
 MINUTES = 10  # of audio ahead, from which on measuring is repaid: docs/transcribe.md has the times
 FRAMES = 200  # of each piece of a first batch that are enough to measure layers on
@@ -74,7 +74,7 @@ def key_of(masks: lottery.Masks, dtype: str, use: str) -> dict:
         "torch": torch.__version__, "audio_lottery": __version__, "ops": lottery.ops.path, "values": dtype, "use": use,
         "instructions": torch.backends.cpu.get_cpu_capability(),  # what ATEN_CPU_CAPABILITY leaves of the processor's
         "ways": [*WAYS],  # one more, and all are measured anew
-        "bytes": multiplies_bytes(),
+        "bytes": byte_lanes(),
     }  # fmt: skip
 
 

@@ -17,17 +17,23 @@ from audio_lottery import compress, compression, layers, sparse
 SIZES = ((1, 1), (3, 5), (16, 64), (17, 65), (100, 67), (48, 300))
 
 
-def in_bytes(outputs, inputs, remaining=0.1):
+@pytest.fixture(params=[8, 16])
+def lanes(request):
+    return request.param
+
+
+def in_bytes(outputs, inputs, remaining=0.1, lanes=None):
     matrix, dense = random_matrix(outputs, inputs, "unstructured", "int8", remaining)
-    return list(sparse.to_bytes(matrix)), dense
+    return list(sparse.to_bytes(matrix, lanes)), dense
 
 
 def test_to_bytes_by_hand():
-    """Two rows of a group, the second first: four weights a step at most, of a window of 64 inputs."""
+    """Two rows of a group, the second first: four weights a step at most, of a window of 64 inputs, or of 32."""
     mask = torch.zeros(2, 200, dtype=torch.bool)
     mask[0, 70] = mask[1, [3, 5, 7, 66, 67, 199]] = True
     weight = torch.arange(1.0, 401).view(2, 200)
-    found = sparse.in_steps(sparse.to_matrix(weight, mask, "unstructured", "int8"), torch.tensor([1, 0]))
+    matrix = sparse.to_matrix(weight, mask, "unstructured", "int8")
+    found = sparse.in_steps(matrix, torch.tensor([1, 0]), 16)
     assert found.rows.tolist() == [[1, 0, *[2] * 14]] and found.offsets.tolist() == [0, 3]
     assert found.starts.tolist() == [3, 67, 199]
     assert found.places[:, :2].tolist() == [[[0, 2, 4, 63], [0] * 4], [[0] * 4, [3, 0, 0, 0]], [[0] * 4, [0] * 4]]
@@ -36,21 +42,28 @@ def test_to_bytes_by_hand():
     assert not found.values[:, 2:].any() and found.values.dtype == torch.int8
     assert found.sums.tolist()[0][1:] == [127, *[0] * 14]
     torch.testing.assert_close(found.scales, torch.tensor([[400 / 127, 71 / 127, *[0.0] * 14]]))
+    of_eight = sparse.in_steps(matrix, torch.tensor([1, 0]), 8)
+    assert of_eight.rows.tolist() == [[1, 0, *[2] * 6]] and of_eight.starts.tolist() == [3, 66, 199]
+    assert of_eight.places[:, :2].tolist() == [
+        [[0, 2, 4, 0], [0] * 4],
+        [[0, 1, 0, 0], [4, 0, 0, 0]],
+        [[0] * 4, [0] * 4],
+    ]
 
 
-def test_rows_are_sorted_where_that_saves_steps():
+def test_rows_are_sorted_where_that_saves_steps(lanes):
     """Every second row of two groups has many weights; or all have as many."""
     even, mixed = torch.ones(32, 640, dtype=torch.bool), torch.zeros(32, 640, dtype=torch.bool)
     mixed[::2] = True
     for mask, rows in ((even, list(range(32))), (mixed, [*range(0, 32, 2), *range(1, 32, 2)])):
-        found = sparse.to_bytes(sparse.to_matrix(torch.ones(32, 640), mask, "unstructured", "int8"))
+        found = sparse.to_bytes(sparse.to_matrix(torch.ones(32, 640), mask, "unstructured", "int8"), lanes)
         assert found.rows.flatten().tolist() == rows
 
 
 @pytest.mark.parametrize("remaining", [0.0, 0.1, 0.5, 1.0])
-def test_bytes_hold_the_matrix(remaining):
+def test_bytes_hold_the_matrix(remaining, lanes):
     for outputs, inputs in SIZES:
-        tensors, dense = in_bytes(outputs, inputs, remaining)
+        tensors, dense = in_bytes(outputs, inputs, remaining, lanes)
         integers, scales = sparse.from_bytes(tensors, outputs, inputs)
         assert torch.equal(integers.float() * scales[:, None], dense)
         assert torch.equal(sparse.Bytes(*tensors).sums.sum(), integers.sum().int())
@@ -64,11 +77,11 @@ def test_rows_of_eight_bits():
 
 
 @built
-def test_linear_equals_reference(instructions):  # noqa: F811
+def test_linear_equals_reference(instructions, lanes):  # noqa: F811
     """Sums of integers are the same on every processor: only the last products may round."""
     for outputs, inputs in SIZES:
         for remaining in (0.0, 0.1, 1.0):
-            tensors, dense = in_bytes(outputs, inputs, remaining)
+            tensors, dense = in_bytes(outputs, inputs, remaining, lanes)
             for n in (1, 2, 3, 7, 16, 37):
                 x, bias = torch.randn(n, inputs) * torch.logspace(-20, 20, n)[:, None], torch.randn(outputs)
                 for b in (None, bias):
@@ -81,8 +94,21 @@ def test_linear_equals_reference(instructions):  # noqa: F811
 
 
 @built
-def test_linear_takes_what_sparse_linear_takes(instructions):  # noqa: F811
-    tensors, dense = in_bytes(37, 22)
+def test_the_largest_products(instructions, lanes):  # noqa: F811
+    """Pairs of products at their largest, of either sign, in sums of 16 bits on the way: none is cut."""
+    mask = torch.ones(24, 96, dtype=torch.bool)
+    weight = torch.where(torch.arange(24)[:, None] % 3 == 0, -1.0, 1.0).expand(24, 96) * 2.0
+    tensors = list(sparse.to_bytes(sparse.to_matrix(weight, mask, "unstructured", "int8"), lanes))
+    x = torch.tensor([[3.0], [-3.0]]).expand(2, 96)
+    torch.testing.assert_close(sparse.sparse_linear_in_bytes(x, tensors, None, 24), x @ weight.T)
+    tensors[0].random_(-128, 128)  # -128 is in no matrix of ours
+    wanted = sparse.reference_sparse_linear_in_bytes(x, tensors, None, 24)
+    torch.testing.assert_close(sparse.sparse_linear_in_bytes(x, tensors, None, 24), wanted)
+
+
+@built
+def test_linear_takes_what_sparse_linear_takes(instructions, lanes):  # noqa: F811
+    tensors, dense = in_bytes(37, 22, 0.1, lanes)
     op = sparse.sparse_linear_in_bytes
     assert (
         op(torch.randn(0, 22), tensors, None, 37).shape == (0, 37) and op(torch.randn(22), tensors, None, 37).dim() == 1
@@ -93,14 +119,14 @@ def test_linear_takes_what_sparse_linear_takes(instructions):  # noqa: F811
     bad[1, 4] = math.nan
     found = op(bad, tensors, None, 37)
     assert found[1].isnan().all() and found[[0, 2]].isfinite().all()
-    empty, _ = in_bytes(8, 1, 0.0)
+    empty, _ = in_bytes(8, 1, 0.0, lanes)
     assert torch.equal(op(torch.ones(5, 1), empty, torch.ones(8), 8), torch.ones(5, 8))
 
 
 @built
-def test_lstm_equals_reference(instructions):  # noqa: F811
+def test_lstm_equals_reference(instructions, lanes):  # noqa: F811
     for hidden, batch, frames in ((1, 1, 1), (5, 3, 4), (16, 1, 3), (37, 2, 6), (9, 16, 3), (19, 17, 18), (3, 0, 2)):
-        tensors, _ = in_bytes(4 * hidden, hidden, 0.3)
+        tensors, _ = in_bytes(4 * hidden, hidden, 0.3, lanes)
         projections, (h0, c0) = torch.randn(batch, frames, 4 * hidden), torch.randn(2, batch, hidden)
         for ends in (None, torch.arange(batch).clamp(max=frames)):
             for reverse in (False, True):
@@ -114,8 +140,8 @@ def test_lstm_equals_reference(instructions):  # noqa: F811
 
 
 @built
-def test_on_two_threads(two_threads):  # noqa: F811
-    tensors, _ = in_bytes(1204, 301, 0.4)
+def test_on_two_threads(two_threads, lanes):  # noqa: F811
+    tensors, _ = in_bytes(1204, 301, 0.4, lanes)
     x, projections, (h0, c0) = torch.randn(300, 301), torch.randn(17, 4, 1204), torch.randn(2, 17, 301)
     torch.set_num_threads(1)
     wanted = sparse.sparse_linear_in_bytes(x, tensors, None, 1204)
@@ -128,8 +154,8 @@ def test_on_two_threads(two_threads):  # noqa: F811
 
 
 @built
-def test_refuses():
-    tensors, _ = in_bytes(37, 70)
+def test_refuses(lanes):
+    tensors, _ = in_bytes(37, 70, 0.1, lanes)
     linear = lambda *given: sparse.sparse_linear_in_bytes(torch.zeros(2, 70), list(given), None, 37)  # noqa: E731
     names = list(sparse.Bytes._fields)
 
@@ -143,12 +169,12 @@ def test_refuses():
         linear(*tensors[:6])
     steps, groups = len(tensors[0]), len(tensors[4])
     refused("bytes: values must be Char, got Float", TypeError, values=tensors[0].float())
-    refused(rf"bytes: places must be \[{steps}, 16, 4\], got", places=tensors[1][:, :, :3])
+    refused(rf"bytes: places must be \[{steps}, {lanes}, 4\], got", places=tensors[1][:, :, :3])
     refused("bytes: starts must be below the 70 inputs, got 70", starts=torch.full((steps,), 70).to(torch.uint16))
     refused(f"bytes: offsets must rise from 0 to the {steps} steps", offsets=tensors[3].flip(0))
     refused("bytes: rows must have each of the 37 outputs once, got 37", rows=torch.full_like(tensors[4], 37))
     refused("bytes: rows must have each of the 37 outputs once, got 0", rows=torch.zeros_like(tensors[4]))
-    refused(rf"bytes: scales must be \[{groups}, 16\], got", scales=tensors[6][:1])
+    refused(rf"bytes: scales must be \[{groups}, {lanes}\], got", scales=tensors[6][:1])
     with pytest.raises(ValueError, match="inputs must be at most 65536 for products in bytes, got 70000"):
         sparse.sparse_linear_in_bytes(torch.zeros(1, 70_000), tensors, None, 37)
     with pytest.raises(TypeError, match="x must be float32, got Double"):
@@ -158,22 +184,24 @@ def test_refuses():
 
 
 @built
-def test_any_places_and_starts_stay_inside(instructions):  # noqa: F811
+def test_any_places_and_starts_stay_inside(instructions, lanes):  # noqa: F811
     """Places beyond a window wrap around in it, in every path, as the instruction does."""
-    tensors, _ = in_bytes(37, 70, 0.5)
+    tensors, _ = in_bytes(37, 70, 0.5, lanes)
     tensors[1].random_(0, 256)
     x = torch.randn(5, 70)
-    wanted = sparse.reference_sparse_linear_in_bytes(F.pad(x, (0, 64)), tensors, None, 37)  # behind x there are zeros
-    within = sparse.sparse_linear_in_bytes(F.pad(x, (0, 64)), tensors, None, 37)
+    wanted = sparse.reference_sparse_linear_in_bytes(
+        F.pad(x, (0, 4 * lanes)), tensors, None, 37
+    )  # behind x there are zeros
+    within = sparse.sparse_linear_in_bytes(F.pad(x, (0, 4 * lanes)), tensors, None, 37)
     torch.testing.assert_close(within, wanted, rtol=1e-5, atol=1e-5)
     tensors[2] = torch.full_like(tensors[2].int(), 69).to(torch.uint16)
     assert sparse.sparse_linear_in_bytes(x, tensors, None, 37).isfinite().all()
 
 
 @built
-def test_transducer_equals_reference(instructions):  # noqa: F811
+def test_transducer_equals_reference(instructions, lanes):  # noqa: F811
     encoder_out, inputs, recurrent, *others, _ = transducer_arguments("unstructured", "int8")
-    tensors = list(sparse.to_bytes(sparse.Matrix(*recurrent)))
+    tensors = list(sparse.to_bytes(sparse.Matrix(*recurrent), lanes))
     given = encoder_out, inputs, recurrent, *others
     tokens, frames, *after = sparse.sparse_transducer(*given, [], tensors)
     wanted = sparse.reference_sparse_transducer(*given, [], tensors)
@@ -203,7 +231,7 @@ def run(x):
 @built
 def test_w8a8_in_use(monkeypatch):
     """Each weight chosen in bytes: near the masked model's answers, the same by copies, in their place in the table."""
-    monkeypatch.setattr(compression, "multiplies_bytes", lambda: True)  # wherever this runs
+    monkeypatch.setattr(compression, "byte_lanes", lambda: 16)  # wherever this runs
     model, masks, x = network()
     chosen = dict.fromkeys(masks, "bytes")
     compressed, rows = compress(model, masks, run(x), dtype="w8a8", chosen=chosen)
@@ -230,7 +258,7 @@ def test_w8a8_in_use(monkeypatch):
 @built
 def test_a_transducer_in_bytes(monkeypatch):
     """Its predictor's recurrence in the greedy loop too, and a copy says the same."""
-    monkeypatch.setattr(compression, "multiplies_bytes", lambda: True)
+    monkeypatch.setattr(compression, "byte_lanes", lambda: 16)
     torch.manual_seed(0)
     model = models.build("rnnt", "demo", 12).eval()
     masks = {name: torch.rand(w.shape) < 0.3 for name, w in lottery.prunable(model).items()}
@@ -246,8 +274,8 @@ def test_a_transducer_in_bytes(monkeypatch):
 def test_bytes_are_for_those_who_ask(monkeypatch):
     """Nothing else rounds inputs: not int8, nor a processor that does not gain by it."""
     model, masks, x = network()
-    for dtype, has in (("int8", True), ("w8a8", False)):
-        monkeypatch.setattr(compression, "multiplies_bytes", lambda has=has: has)
+    for dtype, has in (("int8", 16), ("w8a8", 0)):
+        monkeypatch.setattr(compression, "byte_lanes", lambda has=has: has)
         with pytest.raises(lottery.LotteryError, match="bytes was chosen, and stores no less than all of it or is not"):
             maker = compression.Maker(run(x), ["unstructured"], dtype, [], {"out.weight": "bytes"})
             compression.compress_layer("out", model["out"], masks, [(1, (x.new_zeros(1, 64),))], maker)

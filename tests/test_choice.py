@@ -87,13 +87,13 @@ def test_each_part_of_the_key_counts(cache, fast, monkeypatch):
     chosen(math.inf)
     model, masks = network()
     assert choice.read(choice.key_of(masks, "float32", ""), masks)
-    other, has = {name: ~mask for name, mask in masks.items()}, choice.multiplies_bytes()
+    other, has = {name: ~mask for name, mask in masks.items()}, choice.byte_lanes()
     assert not choice.read(choice.key_of(other, "float32", ""), masks)
     for where, name, value in (
         (choice, "processor", lambda: "another"), (choice.torch, "get_num_threads", lambda: 99),
         (choice.torch, "__version__", "0"), (choice, "__version__", "0"),
         (lottery, "ops", types.SimpleNamespace(path="another", compiled=False)), (choice, "WAYS", choice.WAYS[1:]),
-        (choice, "multiplies_bytes", lambda: not has),
+        (choice, "byte_lanes", lambda: 24 - has),
     ):  # fmt: skip
         with monkeypatch.context() as patched:
             patched.setattr(where, name, value)

@@ -1,21 +1,23 @@
 // Products in bytes, part of sparse.cpp: single weights of int8 with inputs that are rounded to eight bits too, column by
-// column, each by its own scale, as dynamic int8 does. A step of sixteen outputs has a window of 64 inputs, from which one
-// instruction takes four bytes for each of them (vpermb) and another multiplies and adds them (vpdpbusd): 64 weights, where
-// floats have sixteen. Sums are of integers, so that every processor gets the same ones.
+// column, each by its own scale, as dynamic int8 does. A step of some outputs, its lanes, has a window of neighbouring
+// inputs, from which it takes four bytes for each of them. Sixteen lanes have windows of 64 inputs: AVX-512 VBMI takes them
+// in one instruction (vpermb) and VNNI multiplies and adds them in another (vpdpbusd), 64 weights, where floats have
+// sixteen. Eight lanes have windows of 32: AVX2 looks them up in both halves (vpshufb). Sums are of integers, so that every
+// processor gets the same ones.
 
 struct Bytes {
-  const int8_t* values;     // (steps, LANES, EACH): 0 where a lane takes less
+  const int8_t* values;     // (steps, lanes, EACH): 0 where a lane takes less
   const uint8_t* places;    // the same: where in the step's window each input is
   const uint16_t* starts;   // (steps): the window's first input
   const int32_t* offsets;   // (groups + 1): each group's first step
-  const int32_t* rows;      // (groups, LANES): each lane's output; behind the last output there is none
-  const int32_t* sums;      // (groups, LANES): of each lane's values
-  const float* scales;      // (groups, LANES): what they are multiplied by
-  int64_t outputs, inputs, groups;
+  const int32_t* rows;      // (groups, lanes): each lane's output; behind the last output there is none
+  const int32_t* sums;      // (groups, lanes): of each lane's values
+  const float* scales;      // (groups, lanes): what they are multiplied by
+  int64_t outputs, inputs, groups, lanes;
 
-  static constexpr int64_t LANES = 16, EACH = 4, SLOTS = LANES * EACH, WINDOW = 64;
-  static constexpr int64_t ZERO = 128;  // what stands for an input of 0
+  static constexpr int64_t EACH = 4, LANES = 16, WINDOW = 64;  // the most lanes, and their window
 
+  int64_t slots() const { return lanes * EACH; }  // of a step; as many as its window has inputs
   int64_t wide() const { return (inputs + WINDOW + 63) / 64 * 64; }  // of a column of bytes
 };
 
@@ -25,7 +27,8 @@ Bytes check_bytes(at::TensorList t, int64_t outputs, int64_t inputs, const Tenso
   const char* names[] = {"values", "places", "starts", "offsets", "rows", "sums", "scales"};
   TORCH_CHECK_VALUE(t.size() == 7, "bytes must be values, places, starts, offsets, rows, sums and scales, got ", t.size(),
                     " tensors");
-  const int64_t steps = t[0].dim() ? t[0].size(0) : 0, lanes = Bytes::LANES, groups = (outputs + lanes - 1) / lanes;
+  const int64_t steps = t[0].dim() ? t[0].size(0) : 0, lanes = t[0].dim() == 3 && t[0].size(1) == 8 ? 8 : Bytes::LANES;
+  const int64_t groups = (outputs + lanes - 1) / lanes;
   const at::ScalarType types[] = {at::kChar, at::kByte, at::kUInt16, at::kInt, at::kInt, at::kInt, at::kFloat};
   const std::vector<int64_t> slots{steps, lanes, Bytes::EACH}, of_lanes{groups, lanes};
   const std::vector<int64_t> sizes[] = {slots, slots, {steps}, {groups + 1}, of_lanes, of_lanes, of_lanes};
@@ -49,7 +52,7 @@ Bytes check_bytes(at::TensorList t, int64_t outputs, int64_t inputs, const Tenso
     seen[rows[i]] = true;
   }
   return {t[0].const_data_ptr<int8_t>(), static_cast<const uint8_t*>(t[1].const_data_ptr()), starts, offsets, rows,
-          t[5].const_data_ptr<int32_t>(), t[6].const_data_ptr<float>(), outputs, inputs, groups};
+          t[5].const_data_ptr<int32_t>(), t[6].const_data_ptr<float>(), outputs, inputs, groups, lanes};
 }
 
 // A column's scale: its largest magnitude is 127. NaN where not all are finite; 0 where that is too small to divide by.
@@ -67,18 +70,18 @@ float scale_of(const float* x, int64_t n) {
 }
 
 // The column in bytes. Returns its scale.
-float to_bytes(const float* x, int64_t n, uint8_t* to) {
+float to_bytes(const float* x, int64_t n, int8_t* to) {
   const float scale = scale_of(x, n);
   if (!(scale > 0)) {
-    std::memset(to, Bytes::ZERO, n);
+    std::memset(to, 0, n);
     return scale;
   }
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<uint8_t>(std::lrintf(x[i] / scale) + Bytes::ZERO);
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<int8_t>(std::lrintf(x[i] / scale));
   return scale;
 }
 
 struct Columns {
-  const uint8_t* x;          // each in bytes, `wide` apart
+  const int8_t* x;           // each in bytes, `wide` apart
   const float* scales;       // of each
   const float* const* from;  // what is added to each, (outputs)
   float* const* to;          // (outputs)
@@ -86,8 +89,8 @@ struct Columns {
 
 // Outputs of one group and column, from its sums.
 inline void put_lanes(const Bytes& m, int64_t group, const float* products, const float* from, float* to) {
-  const int32_t* rows = m.rows + group * Bytes::LANES;
-  const int64_t lanes = std::min(Bytes::LANES, m.outputs - group * Bytes::LANES);
+  const int32_t* rows = m.rows + group * m.lanes;
+  const int64_t lanes = std::min(m.lanes, m.outputs - group * m.lanes);
   for (int64_t lane = 0; lane < lanes; ++lane) to[rows[lane]] = from[rows[lane]] + products[lane];
 }
 
@@ -96,17 +99,16 @@ void columns_in_bytes(const Bytes& m, const Columns& c, int64_t n, int64_t first
     for (int64_t i = 0; i < n; ++i) {
       uint32_t sums[Bytes::LANES] = {};  // as int32, but that they may overflow, as crafted values can
       for (int64_t step = m.offsets[group]; step < m.offsets[group + 1]; ++step) {
-        const uint8_t* window = c.x + i * m.wide() + m.starts[step];
-        for (int64_t slot = 0; slot < Bytes::SLOTS; ++slot) {
-          const int64_t at = step * Bytes::SLOTS + slot;
-          sums[slot / Bytes::EACH] += static_cast<uint32_t>(m.values[at] * window[m.places[at] % Bytes::WINDOW]);
+        const int8_t* window = c.x + i * m.wide() + m.starts[step];
+        for (int64_t slot = 0; slot < m.slots(); ++slot) {
+          const int64_t at = step * m.slots() + slot;
+          sums[slot / Bytes::EACH] += static_cast<uint32_t>(m.values[at] * window[m.places[at] % m.slots()]);
         }
       }
       float products[Bytes::LANES];
-      for (int64_t lane = 0; lane < Bytes::LANES; ++lane) {
-        const int64_t at = group * Bytes::LANES + lane;
-        const auto zero = static_cast<uint32_t>(m.sums[at]) * static_cast<uint32_t>(Bytes::ZERO);
-        products[lane] = static_cast<float>(static_cast<int32_t>(sums[lane] - zero)) * m.scales[at] * c.scales[i];
+      for (int64_t lane = 0; lane < m.lanes; ++lane) {
+        const float scale = m.scales[group * m.lanes + lane];
+        products[lane] = static_cast<float>(static_cast<int32_t>(sums[lane])) * scale * c.scales[i];
       }
       put_lanes(m, group, products, c.from[i], c.to[i]);
     }
@@ -114,6 +116,82 @@ void columns_in_bytes(const Bytes& m, const Columns& c, int64_t n, int64_t first
 }
 
 #ifdef AUDIO_LOTTERY_AVX512
+#define BY_AVX2 __attribute__((target("avx2,fma")))
+
+bool by_avx2(const Bytes& m) { return m.lanes == 8 && kernels().lanes >= 8; }
+
+BY_AVX2 float to_bytes_by_avx2(const float* x, int64_t n, int8_t* to) {
+  __m256i most = _mm256_setzero_si256();
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  const int64_t whole = n / 8 * 8;
+  for (int64_t i = 0; i < whole; i += 8) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
+    most = _mm256_max_epu32(most, _mm256_and_si256(bits, magnitude));
+  }
+  float largest[8 + 7];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(largest), most);
+  std::copy(x + whole, x + n, largest + 8);
+  const float scale = scale_of(largest, 8 + n - whole);
+  if (!(scale > 0)) {
+    std::memset(to, 0, n);
+    return scale;
+  }
+  const __m256 by = _mm256_set1_ps(scale);
+  for (int64_t i = 0; i < whole; i += 8) {
+    const __m256i rounded = _mm256_cvtps_epi32(_mm256_div_ps(_mm256_loadu_ps(x + i), by));
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to + i), _mm_packs_epi16(words, words));
+  }
+  for (int64_t i = whole; i < n; ++i) to[i] = static_cast<int8_t>(std::lrintf(x[i] / scale));
+  return scale;
+}
+
+// C columns, each read of the weights for all of them.
+template <int C>
+BY_AVX2 void columns_by_avx2(const Bytes& m, const Columns& c, int64_t first, int64_t last) {
+  const __m256i ones = _mm256_set1_epi16(1), without_sign = _mm256_set1_epi8(0x7f);
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const int64_t wide = m.wide();
+  for (int64_t group = first; group < last; ++group) {
+    __m256i sums[C];
+    for (int i = 0; i < C; ++i) sums[i] = _mm256_setzero_si256();
+    for (int64_t step = m.offsets[group]; step < m.offsets[group + 1]; ++step) {
+      const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(m.values) + step);
+      const __m256i given = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(m.places) + step);
+      const __m256i places = _mm256_and_si256(given, without_sign), magnitudes = _mm256_abs_epi8(values);
+      const __m256i upper = _mm256_slli_epi16(places, 3);  // whether in the upper half, as each byte's first bit
+      const int8_t* window = c.x + m.starts[step];
+#pragma GCC unroll 8
+      for (int i = 0; i < C; ++i) {
+        const auto* halves = reinterpret_cast<const __m128i*>(window + i * wide);
+        const __m256i low = _mm256_broadcastsi128_si256(_mm_loadu_si128(halves));
+        const __m256i high = _mm256_broadcastsi128_si256(_mm_loadu_si128(halves + 1));
+        const __m256i taken =
+            _mm256_blendv_epi8(_mm256_shuffle_epi8(low, places), _mm256_shuffle_epi8(high, places), upper);
+        // pairs are 2 * 128 * 127 at most: they do not saturate
+        const __m256i pairs = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(taken, values));
+        sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, ones));
+      }
+    }
+    const __m256 scales = _mm256_loadu_ps(m.scales + group * 8);
+    const int32_t* rows = m.rows + group * 8;
+    const __m256i in_order = _mm256_add_epi32(_mm256_set1_epi32(rows[0]), lanes);
+    const __m256i same = _mm256_cmpeq_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows)), in_order);
+    const bool neighbours = _mm256_movemask_epi8(same) == -1 && (group + 1) * 8 <= m.outputs;
+    for (int i = 0; i < C; ++i) {
+      const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[i]), scales);
+      const __m256 product = _mm256_mul_ps(scaled, _mm256_set1_ps(c.scales[i]));
+      if (neighbours) {
+        _mm256_storeu_ps(c.to[i] + rows[0], _mm256_add_ps(_mm256_loadu_ps(c.from[i] + rows[0]), product));
+      } else {
+        alignas(32) float products[8];
+        _mm256_store_ps(products, product);
+        put_lanes(m, group, products, c.from[i], c.to[i]);
+      }
+    }
+  }
+}
+
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")))
 
 bool has_vnni() {
@@ -121,7 +199,11 @@ bool has_vnni() {
   return has && kernels().lanes == 16;
 }
 
-VNNI float to_bytes_by_vnni(const float* x, int64_t n, uint8_t* to) {
+bool by_vnni(const Bytes& m) { return m.lanes == 16 && has_vnni(); }
+
+constexpr int32_t ZERO = 128;  // what stands for an input of 0: one factor of the instruction has no sign
+
+VNNI float to_bytes_by_vnni(const float* x, int64_t n, int8_t* to) {
   __m512i most = _mm512_setzero_si512();
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   for (int64_t i = 0; i < n; i += 16) {
@@ -133,11 +215,11 @@ VNNI float to_bytes_by_vnni(const float* x, int64_t n, uint8_t* to) {
   std::memcpy(&largest, &bits, sizeof largest);
   const float scale = scale_of(&largest, 1);
   if (!(scale > 0)) {
-    std::memset(to, Bytes::ZERO, n);
+    std::memset(to, ZERO, n);
     return scale;
   }
   const __m512 by = _mm512_set1_ps(scale);
-  const __m512i zero = _mm512_set1_epi32(Bytes::ZERO);
+  const __m512i zero = _mm512_set1_epi32(ZERO);
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 in = n - i < 16 ? (1u << (n - i)) - 1 : 0xffff;
     const __m512i rounded = _mm512_cvtps_epi32(_mm512_div_ps(_mm512_maskz_loadu_ps(in, x + i), by));
@@ -149,7 +231,7 @@ VNNI float to_bytes_by_vnni(const float* x, int64_t n, uint8_t* to) {
 // C columns, each read of the weights for all of them. A single one has two chains of sums, which wait for each other less.
 template <int C>
 VNNI void columns_by_vnni(const Bytes& m, const Columns& c, int64_t first, int64_t last) {
-  constexpr int CHAINS = C == 1 ? 2 : 1, AHEAD = 4;
+  constexpr int CHAINS = C == 1 ? 2 : 1, AHEAD = 4, SLOTS = Bytes::LANES * Bytes::EACH;
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const int64_t wide = m.wide();
   for (int64_t group = first; group < last; ++group) {
@@ -159,9 +241,9 @@ VNNI void columns_by_vnni(const Bytes& m, const Columns& c, int64_t first, int64
     for (int i = 0; i < C; ++i) __builtin_prefetch(c.from[i] + m.rows[ahead]);  // so many rows no processor fetches by itself
     for (int64_t step = m.offsets[group]; step < end; step += CHAINS) {
       for (int chain = 0; chain < CHAINS && step + chain < end; ++chain) {
-        const __m512i places = _mm512_loadu_si512(m.places + (step + chain) * Bytes::SLOTS);
-        const __m512i values = _mm512_loadu_si512(m.values + (step + chain) * Bytes::SLOTS);
-        const uint8_t* window = c.x + m.starts[step + chain];
+        const __m512i places = _mm512_loadu_si512(m.places + (step + chain) * SLOTS);
+        const __m512i values = _mm512_loadu_si512(m.values + (step + chain) * SLOTS);
+        const int8_t* window = c.x + m.starts[step + chain];
         for (int i = 0; i < C; ++i) {
           const __m512i taken = _mm512_permutexvar_epi8(places, _mm512_loadu_si512(window + i * wide));
           sums[i + chain] = _mm512_dpbusd_epi32(sums[i + chain], taken, values);
@@ -188,39 +270,70 @@ VNNI void columns_by_vnni(const Bytes& m, const Columns& c, int64_t first, int64
   }
 }
 
+// `by`, C columns at a time, while there are so many.
 template <int C>
-void some_columns_by_vnni(const Bytes& m, Columns& c, int64_t& n, int64_t first, int64_t last) {
+void some_columns(void (*by)(const Bytes&, const Columns&, int64_t, int64_t), const Bytes& m, Columns& c, int64_t& n,
+                  int64_t first, int64_t last) {
   for (; n >= C; n -= C) {
-    columns_by_vnni<C>(m, c, first, last);
+    by(m, c, first, last);
     c = {c.x + C * m.wide(), c.scales + C, c.from + C, c.to + C};
   }
 }
 #endif
 
-// Y = X W^T and what is added, of n columns in bytes and groups [first, last).
-void in_bytes(const Bytes& m, Columns c, int64_t n, int64_t first, int64_t last) {
+// Lanes that this processor multiplies fast, or 0.
+int64_t lanes_of_bytes() {
 #ifdef AUDIO_LOTTERY_AVX512
-  if (has_vnni()) {
-    some_columns_by_vnni<16>(m, c, n, first, last);
-    some_columns_by_vnni<8>(m, c, n, first, last);
-    some_columns_by_vnni<4>(m, c, n, first, last);
-    some_columns_by_vnni<2>(m, c, n, first, last);
-    some_columns_by_vnni<1>(m, c, n, first, last);
+  return has_vnni() ? 16 : kernels().lanes >= 8 ? 8 : 0;
+#else
+  return 0;
+#endif
+}
+
+void some_groups(const Bytes& m, Columns c, int64_t n, int64_t first, int64_t last) {
+#ifdef AUDIO_LOTTERY_AVX512
+  if (by_vnni(m)) {
+    some_columns<16>(columns_by_vnni<16>, m, c, n, first, last);
+    some_columns<8>(columns_by_vnni<8>, m, c, n, first, last);
+    some_columns<4>(columns_by_vnni<4>, m, c, n, first, last);
+    some_columns<2>(columns_by_vnni<2>, m, c, n, first, last);
+    some_columns<1>(columns_by_vnni<1>, m, c, n, first, last);
+    return;
+  }
+  if (by_avx2(m)) {
+    some_columns<4>(columns_by_avx2<4>, m, c, n, first, last);
+    some_columns<2>(columns_by_avx2<2>, m, c, n, first, last);
+    some_columns<1>(columns_by_avx2<1>, m, c, n, first, last);
     return;
   }
 #endif
   columns_in_bytes(m, c, n, first, last);
 }
 
-float column_to_bytes(const float* x, int64_t n, uint8_t* to) {
+// Y = X W^T and what is added, of n columns in bytes and groups [first, last): as many groups at a time as stay near while
+// the columns pass by.
+void in_bytes(const Bytes& m, const Columns& c, int64_t n, int64_t first, int64_t last) {
+  constexpr int64_t NEAR = 1 << 17;  // bytes, of the second cache
+  const int64_t some = n == 1 ? m.offsets[m.groups] : NEAR / (2 * m.slots());  // steps
+  while (first < last) {
+    const int32_t* beyond = std::upper_bound(m.offsets + first + 2, m.offsets + last + 1, m.offsets[first] + some);
+    const int64_t next = beyond - m.offsets - 1;
+    some_groups(m, c, n, first, next);
+    first = next;
+  }
+}
+
+// The column in bytes, as in_bytes takes them. Returns its scale.
+float column_to_bytes(const Bytes& m, const float* x, int8_t* to) {
 #ifdef AUDIO_LOTTERY_AVX512
-  if (has_vnni()) return to_bytes_by_vnni(x, n, to);
+  if (by_vnni(m)) return to_bytes_by_vnni(x, m.inputs, to);
+  if (by_avx2(m)) return to_bytes_by_avx2(x, m.inputs, to);
 #endif
-  return to_bytes(x, n, to);
+  return to_bytes(x, m.inputs, to);
 }
 
 int64_t threads_for(const Bytes& m, int64_t columns) {
-  const int64_t work = m.offsets[m.groups] * Bytes::SLOTS * columns / (4 * THREAD_VALUES);
+  const int64_t work = m.offsets[m.groups] * m.slots() * columns / (4 * THREAD_VALUES);
   return at::in_parallel_region() ? 1 : std::clamp<int64_t>(work, 1, at::get_num_threads());
 }
 
@@ -236,10 +349,10 @@ Tensor sparse_linear_in_bytes(const Tensor& x, at::TensorList bytes, const std::
   const int64_t n = y.numel() / outputs, wide = m.wide(), threads = threads_for(m, n);
   const Tensor given = x.contiguous();
   const auto* in = given.const_data_ptr<float>();
-  std::vector<uint8_t> columns(n * wide);
+  std::vector<int8_t> columns(n * wide);
   std::vector<float> scales(n);
   at::parallel_for(0, n, threads > 1 ? (n + threads - 1) / threads : n, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) scales[i] = column_to_bytes(in + i * m.inputs, m.inputs, &columns[i * wide]);
+    for (int64_t i = begin; i < end; ++i) scales[i] = column_to_bytes(m, in + i * m.inputs, &columns[i * wide]);
   });
   const std::vector<float> biases = padded_bias(bias, outputs);
   const std::vector<const float*> from(n, biases.data());

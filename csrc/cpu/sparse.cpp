@@ -465,7 +465,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm(const Tensor& projections, const Matrix*
       return order[i] * time + (reverse ? ends[order[i]] - 1 - step : step);
     };
     const int64_t in_bytes_wide = m ? 0 : bytes->wide();
-    std::vector<uint8_t> columns(batch * in_bytes_wide);  // states in bytes; each thread makes all of them
+    std::vector<int8_t> columns(batch * in_bytes_wide);  // states in bytes; each thread makes all of them
     std::vector<float> scales(batch);
     std::vector<const float*> added(batch);
     std::vector<float*> sums(batch);
@@ -475,7 +475,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm(const Tensor& projections, const Matrix*
       if (n == 0) break;
       if (bytes) {
         for (int64_t i = 0; i < n; ++i) {
-          scales[i] = column_to_bytes(&h[i * wide], hidden, &columns[i * in_bytes_wide]);
+          scales[i] = column_to_bytes(*bytes, &h[i * wide], &columns[i * in_bytes_wide]);
           added[i] = projection + frame(i, step) * outputs;
           sums[i] = &gates[i * outputs];
         }
@@ -597,12 +597,12 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sparse_transducer(
   const int64_t threads = bytes ? threads_for(of_bytes, 1) : threads_for(w_hh, 1);
   const auto begin = bytes ? share(of_bytes.offsets, of_bytes.groups, threads)
                      : in_windows.groups < 0 ? std::vector<int64_t>() : share(in_windows.offsets, in_windows.groups, threads);
-  std::vector<uint8_t> column(bytes ? of_bytes.wide() : 0);
+  std::vector<int8_t> column(bytes ? of_bytes.wide() : 0);
   const auto below = [](float a, float b) { return a < b || (a == a && b != b); };  // a NaN is most, as in argmax
   const auto predict = [&](int64_t token) {
     const float* input = given.const_data_ptr<float>() + token * 4 * hidden;
     if (bytes) {
-      const float scale = column_to_bytes(h, hidden, column.data());
+      const float scale = column_to_bytes(of_bytes, h, column.data());
       float* to = gates.data();
       at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
         in_bytes(of_bytes, {column.data(), &scale, &input, &to}, 1, begin[first], begin[last]);
@@ -665,13 +665,7 @@ std::string sparse_instructions(const std::string& name) {
   return chosen().exchange(wanted)->name;
 }
 
-bool multiplies_bytes() {
-#ifdef AUDIO_LOTTERY_AVX512
-  return has_vnni();
-#else
-  return false;
-#endif
-}
+int64_t byte_lanes() { return lanes_of_bytes(); }
 
 TORCH_LIBRARY_IMPL(audio_lottery, CPU, m) {
   m.impl("sparse_linear", &sparse_linear);
