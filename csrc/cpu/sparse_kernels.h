@@ -505,26 +505,35 @@ KERNEL inline void sigmoid(Floats& x) {
 }
 
 // Units [begin, end), begin a multiple of LANES: gates (4, hidden) in the order i, f, g, o. gates and the states are
-// readable and writable up to the next multiple of LANES.
+// readable and writable up to the next multiple of LANES. Some vectors at a time go as far as the cell's state, and then on:
+// the exponentials of one gate need not wait for another's.
 KERNEL void lstm_cell(const float* gates, float* c, float* h, int64_t hidden, int64_t begin, int64_t end) {
-  for (int64_t u = begin; u < end; u += LANES) {
-    Floats in, forget, candidate, out, cell;
-    read(in, gates + u);
-    read(forget, gates + hidden + u);
-    read(candidate, gates + 2 * hidden + u);
-    read(out, gates + 3 * hidden + u);
-    read(cell, c + u);
-    candidate *= 2.0f;  // tanh(x) = 2 sigmoid(2 x) - 1
-    sigmoid(in);
-    sigmoid(forget);
-    sigmoid(candidate);
-    sigmoid(out);
-    cell = forget * cell + in * (2.0f * candidate - 1.0f);
-    std::memcpy(c + u, &cell, sizeof cell);
-    cell *= 2.0f;
-    sigmoid(cell);
-    out *= 2.0f * cell - 1.0f;
-    std::memcpy(h + u, &out, sizeof out);
+  constexpr int64_t SOME = 8;
+  Floats cells[SOME], outs[SOME];
+  for (int64_t first = begin; first < end; first += SOME * LANES) {
+    const int64_t vectors = std::min((end - first + LANES - 1) / LANES, SOME);
+    for (int64_t i = 0; i < vectors; ++i) {
+      const int64_t u = first + i * LANES;
+      Floats in, forget, candidate, cell;
+      read(in, gates + u);
+      read(forget, gates + hidden + u);
+      read(candidate, gates + 2 * hidden + u);
+      read(outs[i], gates + 3 * hidden + u);
+      read(cell, c + u);
+      candidate *= 2.0f;  // tanh(x) = 2 sigmoid(2 x) - 1
+      sigmoid(in);
+      sigmoid(forget);
+      sigmoid(candidate);
+      sigmoid(outs[i]);
+      cells[i] = forget * cell + in * (2.0f * candidate - 1.0f);
+      std::memcpy(c + u, &cells[i], sizeof cell);
+    }
+    for (int64_t i = 0; i < vectors; ++i) {
+      cells[i] *= 2.0f;
+      sigmoid(cells[i]);
+      outs[i] *= 2.0f * cells[i] - 1.0f;
+      std::memcpy(h + first + i * LANES, &outs[i], sizeof outs[i]);
+    }
   }
 }
 
