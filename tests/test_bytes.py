@@ -102,6 +102,8 @@ def test_the_largest_products(instructions, lanes):  # noqa: F811
     x = torch.tensor([[3.0], [-3.0]]).expand(2, 96)
     torch.testing.assert_close(sparse.sparse_linear_in_bytes(x, tensors, None, 24), x @ weight.T)
     tensors[0].random_(-128, 128)  # -128 is in no matrix of ours
+    groups = torch.arange(len(tensors[4])).repeat_interleave(tensors[3].diff())
+    tensors[5] = torch.zeros_like(tensors[5]).index_add_(0, groups, tensors[0].int().sum(2, dtype=torch.int32))
     wanted = sparse.reference_sparse_linear_in_bytes(x, tensors, None, 24)
     torch.testing.assert_close(sparse.sparse_linear_in_bytes(x, tensors, None, 24), wanted)
 
