@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 import lottery
 from audio_lottery import layers
 from audio_lottery.fused import fused
-from audio_lottery.layers import Conv, DenseProduct, Fixed, Greedy, Layer, Lstm, Product, Recurrent
+from audio_lottery.layers import DenseProduct, Fixed, Greedy, Layer, Lstm, Product, Recurrent
 from audio_lottery.masked import check_names, masked_copy
 from audio_lottery.sparse import DTYPES, FEW_COLUMNS, LAYOUTS, WAYS, Matrix, byte_lanes, to_matrix, whole
 
@@ -228,14 +228,14 @@ def compress_layer(
     name: str, layer: nn.Module, masks: lottery.Masks, calls: Calls, maker: Maker
 ) -> tuple[nn.Module, list[Taken]]:
     """A linear layer or a convolution: what it becomes, and its row."""
-    mask, weight = masks[f"{name}.weight"].flatten(1), layer.weight.detach().flatten(1)
-    bias = None if layer.bias is None else layer.bias.detach()
+    mask, weight, bias = masks[f"{name}.weight"].flatten(1), layer.weight.detach().flatten(1), layer.bias
+    bias = bias if bias is None else bias.detach()
     matrices = maker.smaller(f"{name}.weight", weight, mask)
     columns = max(layer(*arguments).numel() for _, arguments in calls) // len(weight)
     if isinstance(layer, nn.Linear):
         candidates = products(weight, bias, matrices, columns, maker.in_bytes, layer)
     else:
-        candidates = {"dense": layer} | {layout: Conv(layer, matrix, bias) for layout, matrix in matrices.items()}
+        candidates = {"dense": layer} | layers.convolutions(layer, matrices, bias, maker.in_bytes)
     become, taken = maker.fastest(f"{name}.weight", mask, columns, candidates, calls)
     return become, [taken]
 
@@ -547,7 +547,7 @@ def compress(
     Without it a layer is measured on one utterance of FRAMES frames, and Conv2d stays dense.
     layout: one of LAYOUTS to measure against dense; all by default.
     dtype: "float32", "bfloat16", or "int8" with a scale an output; for sparse layers, dense ones stay float32. "w8a8":
-    int8, and inputs of linear layers and LSTMs rounded to eight bits too, where this processor gains by it.
+    int8, and their inputs rounded to eight bits too, where this processor gains by it.
     keep_dense: names of layers (with all in them) or of weights that stay dense.
     chosen: what each weight takes, as choice(rows) of another call on such a model says; weights that it does not name
     stay dense. Nothing is measured, and `run` is called four times at most; not at all where everything stays dense.

@@ -16,8 +16,12 @@ from audio_lottery.sparse import (
     Bytes,
     Matrix,
     Windows,
+    conv_bytes,
     from_bytes,
+    kernel_inputs,
+    of_kernel_rows,
     sparse_conv2d,
+    sparse_conv2d_in_bytes,
     sparse_linear,
     sparse_linear_in_bytes,
     sparse_lstm,
@@ -234,16 +238,26 @@ class DenseProduct(Layer):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
 
 
+def window_of(conv: nn.Conv1d | nn.Conv2d) -> tuple[tuple[int, int], ...]:
+    """Kernel, stride, padding and dilation, of two dimensions each."""
+    pairs = (conv.kernel_size, 1), (conv.stride, 1), (conv.padding, 0), (conv.dilation, 1)
+    return tuple((fill, *pair) if len(pair) == 1 else tuple(pair) for pair, fill in pairs)
+
+
 class Conv(Product):
     """Conv1d or Conv2d with one group and zeros for padding, its weights (outputs, inputs * kernel) in one layout."""
 
     def __init__(self, conv: nn.Conv1d | nn.Conv2d, matrix: Matrix, bias: Tensor | None):
-        super().__init__(matrix, bias, tuple(conv.weight.shape), conv)
-        self.one_d = isinstance(conv, nn.Conv1d)
-        wide = lambda pair, fill: (fill, *pair) if self.one_d else pair  # noqa: E731
-        self.window = (
-            wide(conv.kernel_size, 1), wide(conv.stride, 1), wide(conv.padding, 0), wide(conv.dilation, 1),
-        )  # fmt: skip
+        super().__init__(self.as_kept(conv, matrix), bias, tuple(conv.weight.shape), conv)
+        self.one_d, self.window = isinstance(conv, nn.Conv1d), window_of(conv)
+
+    @staticmethod
+    def as_kept(conv: nn.Conv1d | nn.Conv2d, matrix: Matrix) -> Matrix | Bytes:
+        return matrix
+
+    def convolved(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """(B, C, F, T) -> (B, C', F', T')."""
+        return sparse_conv2d(x, *self.matrix(), bias, self.outputs, *self.window)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """([B,] C, [F,] T) -> ([B,] C', [F',] T')."""
@@ -253,9 +267,42 @@ class Conv(Product):
         if self.one_d:
             x = x.unsqueeze(-2)
         batched = x.dim() != 3
-        y = sparse_conv2d(x if batched else x[None], *self.matrix(), bias, self.outputs, *self.window)
+        y = self.convolved(x if batched else x[None], bias)
         y = y if batched else y[0]
         return y.squeeze(-2) if self.one_d else y
+
+
+class ConvInBytes(Conv):
+    """As Conv, by Bytes, of x rounded to eight bits too, each image by its own scale."""
+
+    @staticmethod
+    def as_kept(conv: nn.Conv1d | nn.Conv2d, matrix: Matrix) -> Matrix | Bytes:
+        kernel, *_, dilation = window_of(conv)
+        return conv_bytes(matrix, (*conv.weight.shape[:2], *kernel), dilation)
+
+    bytes = InBytes.bytes
+
+    @property
+    def weight(self) -> Tensor:
+        """weight * mask, dense, of the shape it had."""
+        (kernel, *_, dilation), channels = self.window, self.shape[1]
+        integers, scales = from_bytes(self.bytes(), self.outputs, kernel_inputs(channels, kernel, dilation))
+        weight = of_kernel_rows(integers.float() * scales[:, None], channels, kernel, dilation)
+        return weight.reshape(self.shape).to(self.dtype)
+
+    def convolved(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return sparse_conv2d_in_bytes(x, self.bytes(), bias, self.outputs, *self.window)
+
+
+def convolutions(
+    conv: nn.Conv1d | nn.Conv2d, matrices: dict[str, Matrix], bias: Tensor | None, in_bytes: bool
+) -> dict[str, Conv]:
+    """The convolution in every sparse way there is; in bytes where these have places for its inputs."""
+    ways = {layout: Conv(conv, matrix, bias) for layout, matrix in matrices.items()}
+    kernel, *_, dilation = window_of(conv)
+    if in_bytes and "unstructured" in matrices and kernel_inputs(conv.in_channels, kernel, dilation) <= 1 << 16:
+        ways["bytes"] = ConvInBytes(conv, matrices["unstructured"], bias)
+    return ways
 
 
 class Lstm(Fixed):

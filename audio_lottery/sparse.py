@@ -204,6 +204,39 @@ def from_bytes(tensors: list[Tensor], outputs: int, inputs: int) -> tuple[Tensor
     return weight[:outputs, :inputs], by_row[:outputs]
 
 
+ROOM = 64  # inputs behind each row of a convolution's kernel, the widest window's
+
+
+def kernel_inputs(channels: int, kernel, dilation) -> int:
+    """Of kernel_rows."""
+    return kernel[0] * ((dilation[1] * (kernel[1] - 1) + 1) * channels + ROOM)
+
+
+def kernel_rows(weight: Tensor, dilation) -> Tensor:
+    """A convolution's weight (outputs, C, h, w) as csrc/cpu/bytes.h reads images: (outputs, h * pitch), rows of pixels
+    that hold their channels; pixels between those of a dilated kernel, and ROOM inputs behind each row, are 0."""
+    outputs, channels, high, wide = weight.shape
+    rows = weight.new_zeros(outputs, high, dilation[1] * (wide - 1) + 1, channels)
+    rows[:, :, :: dilation[1]] = weight.permute(0, 2, 3, 1)
+    return F.pad(rows.flatten(2), (0, ROOM)).flatten(1)
+
+
+def of_kernel_rows(rows: Tensor, channels: int, kernel, dilation) -> Tensor:
+    """What kernel_rows was made of."""
+    pixels = rows.unflatten(1, (kernel[0], -1))[:, :, :-ROOM].unflatten(2, (-1, channels))
+    return pixels[:, :, :: dilation[1]].permute(0, 3, 1, 2)
+
+
+def conv_bytes(matrix: Matrix, shape: tuple[int, ...], dilation, lanes: int | None = None) -> Bytes:
+    """The int8 `matrix` of a convolution's weight, of `shape` (outputs, C, h, w), as Bytes of its kernel_rows.
+
+    Raises ValueError if these have more than 65,536 inputs.
+    """
+    integers = to_dense(*matrix[:3], None, shape[0], math.prod(shape[1:])).view(shape)
+    rows = kernel_rows(integers, dilation)
+    return to_bytes(to_matrix(rows, rows != 0, "unstructured", "int8")._replace(scales=matrix.scales), lanes)
+
+
 def whole(weight: Tensor) -> Matrix:
     """(outputs, inputs) as a Matrix with nothing left out, float32."""
     return to_matrix(weight, torch.ones_like(weight, dtype=torch.bool), "16x1")
@@ -284,6 +317,18 @@ def reference_sparse_linear_in_bytes(x, bytes, bias, outputs: int) -> Tensor:
     (weight, scales), (rounded, scale) = from_bytes(bytes, outputs, x.shape[-1]), in_eight_bits(x)
     y = (rounded @ weight.T).float() * scales * scale
     return y if bias is None else y + bias
+
+
+def reference_sparse_conv2d_in_bytes(x, bytes, bias, outputs: int, kernel, stride, padding, dilation) -> Tensor:
+    """reference_sparse_conv2d by the tensors of conv_bytes, of x rounded to eight bits, each image by its own scale."""
+    check_devices("x", x, bytes=bytes, bias=bias)
+    check_window(x.shape[2:], kernel, stride, padding, dilation)
+    integers, scales = from_bytes(bytes, outputs, kernel_inputs(x.shape[1], kernel, dilation))
+    weight = of_kernel_rows(integers, x.shape[1], kernel, dilation)
+    rounded, scale = in_eight_bits(x.flatten(1))
+    y = F.conv2d(rounded.view(x.shape), weight, None, stride, padding, dilation).float()
+    y = y * scales[:, None, None] * scale[:, :, None, None]
+    return y if bias is None else y + bias[:, None, None]
 
 
 def reference_sparse_lstm_in_bytes(projections, bytes, h0, c0, lengths, reverse: bool):
@@ -374,17 +419,25 @@ if not lottery.ops.compiled:
     sparse_linear, sparse_conv2d = reference_sparse_linear, reference_sparse_conv2d
     sparse_lstm, sparse_transducer = reference_sparse_lstm, reference_sparse_transducer
     sparse_linear_in_bytes, sparse_lstm_in_bytes = reference_sparse_linear_in_bytes, reference_sparse_lstm_in_bytes
+    sparse_conv2d_in_bytes = reference_sparse_conv2d_in_bytes
 else:
     sparse_linear, sparse_conv2d = torch.ops.audio_lottery.sparse_linear, torch.ops.audio_lottery.sparse_conv2d
     sparse_lstm, sparse_transducer = torch.ops.audio_lottery.sparse_lstm, torch.ops.audio_lottery.sparse_transducer
 
     sparse_linear_in_bytes = torch.ops.audio_lottery.sparse_linear_in_bytes
+    sparse_conv2d_in_bytes = torch.ops.audio_lottery.sparse_conv2d_in_bytes
     sparse_lstm_in_bytes = torch.ops.audio_lottery.sparse_lstm_in_bytes
 
     @torch.library.register_fake("audio_lottery::sparse_linear_in_bytes")
     def fake_linear_in_bytes(x, bytes, bias, outputs):
         check_devices("x", x, bytes=bytes, bias=bias)
         return x.new_empty(*x.shape[:-1], outputs)
+
+    @torch.library.register_fake("audio_lottery::sparse_conv2d_in_bytes")
+    def fake_conv2d_in_bytes(x, bytes, bias, outputs, kernel, stride, padding, dilation):
+        check_devices("x", x, bytes=bytes, bias=bias)
+        check_window(x.shape[2:], kernel, stride, padding, dilation)
+        return x.new_empty(len(x), outputs, *conv_size(x.shape[2:], kernel, stride, padding, dilation))
 
     @torch.library.register_fake("audio_lottery::sparse_lstm_in_bytes")
     def fake_lstm_in_bytes(projections, bytes, h0, c0, lengths, reverse):

@@ -48,9 +48,12 @@ TORCH_LIBRARY(audio_lottery, m) {
   m.def(
       "sparse_transducer(Tensor encoder_out, Tensor inputs, Tensor[] recurrent, Tensor[] projection, Tensor[] output, "
       "Tensor? bias, int max_symbols, Tensor[] state, Tensor[] windows) -> (Tensor, Tensor, Tensor, Tensor[])");
-  // sparse_linear and sparse_lstm with inputs that are rounded to eight bits, each column by its own scale; bytes are the
-  // tensors of the matrix in that form (cpu/bytes.h).
+  // sparse_linear, sparse_conv2d and sparse_lstm with inputs that are rounded to eight bits, each column or image by its own
+  // scale; bytes are the tensors of the matrix in that form (cpu/bytes.h).
   m.def("sparse_linear_in_bytes(Tensor x, Tensor[] bytes, Tensor? bias, int outputs) -> Tensor");
+  m.def(
+      "sparse_conv2d_in_bytes(Tensor x, Tensor[] bytes, Tensor? bias, int outputs, int[] kernel, int[] stride, int[] padding, "
+      "int[] dilation) -> Tensor");
   m.def(
       "sparse_lstm_in_bytes(Tensor projections, Tensor[] bytes, Tensor h0, Tensor c0, Tensor? lengths, bool reverse) "
       "-> (Tensor, Tensor, Tensor)");
@@ -65,7 +68,7 @@ TORCH_LIBRARY(audio_lottery, m) {
 // The operators of inference: backward through one is an error that names it, where torch would leave its part out.
 TORCH_LIBRARY_IMPL(audio_lottery, Autograd, m) {
   for (const char* name : {"sparse_linear", "sparse_conv2d", "sparse_lstm", "sparse_transducer", "gated_convolution",
-                           "rotary_heads", "sparse_linear_in_bytes", "sparse_lstm_in_bytes"}) {
+                           "rotary_heads", "sparse_linear_in_bytes", "sparse_conv2d_in_bytes", "sparse_lstm_in_bytes"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

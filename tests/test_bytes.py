@@ -125,6 +125,96 @@ def test_linear_takes_what_sparse_linear_takes(instructions, lanes):  # noqa: F8
     assert torch.equal(op(torch.ones(5, 1), empty, torch.ones(8), 8), torch.ones(5, 8))
 
 
+CONVOLUTIONS = (  # channels, outputs, image, kernel, stride, padding, dilation
+    (1, 3, (5, 6), (1, 1), (1, 1), (0, 0), (1, 1)), (3, 17, (9, 8), (3, 5), (2, 1), (1, 2), (1, 1)),
+    (5, 16, (11, 13), (3, 2), (1, 3), (4, 0), (2, 3)), (32, 8, (7, 1), (2, 1), (1, 2), (0, 0), (1, 1)),
+    (2, 33, (1, 40), (1, 11), (1, 2), (0, 5), (1, 1)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("of", CONVOLUTIONS)
+def test_kernel_rows(of):
+    channels, outputs, _, kernel, _, _, dilation = of
+    weight = torch.randn(outputs, channels, *kernel)
+    rows = sparse.kernel_rows(weight, dilation)
+    assert rows.shape[1] == sparse.kernel_inputs(channels, kernel, dilation)
+    assert torch.equal(sparse.of_kernel_rows(rows, channels, kernel, dilation), weight)
+    by_hand = sparse.kernel_rows(torch.arange(8.0).view(1, 2, 1, 4), (1, 2))
+    assert by_hand[0, :14].tolist() == [0, 4, 0, 0, 1, 5, 0, 0, 2, 6, 0, 0, 3, 7] and not by_hand[0, 14:].any()
+
+
+def a_convolution(of, remaining=0.3, lanes=None):
+    channels, outputs, _, kernel, *_, dilation = of
+    matrix, dense = random_matrix(outputs, channels * math.prod(kernel), "unstructured", "int8", remaining)
+    shape = (outputs, channels, *kernel)
+    return list(sparse.conv_bytes(matrix, shape, dilation, lanes)), dense.view(shape)
+
+
+@built
+@pytest.mark.parametrize("of", CONVOLUTIONS)
+def test_convolution_equals_reference(of, instructions, lanes):  # noqa: F811
+    channels, outputs, size, *window = of
+    for remaining in (0.0, 0.3, 1.0):
+        tensors, dense = a_convolution(of, remaining, lanes)
+        for batch in (0, 1, 3):
+            x, bias = (
+                torch.randn(batch, channels, *size) * torch.tensor([1.0, 1e-20, 1e10])[:batch, None, None, None],
+                None,
+            )
+            for bias in (None, torch.randn(outputs)):
+                given = x, tensors, bias, outputs, *window
+                wanted = sparse.reference_sparse_conv2d_in_bytes(*given)
+                torch.testing.assert_close(sparse.sparse_conv2d_in_bytes(*given), wanted, rtol=1e-6, atol=1e-6)
+            exact = F.conv2d(x, dense, bias, *window[1:])
+            most = x.flatten(1).abs().amax(1)[:, None, None, None] * dense.flatten(1).abs().sum(1)[:, None, None] / 254
+            assert ((wanted - exact).abs() <= 1.01 * most + 1e-5 * exact.abs() + 1e-5).all()
+    x[1, 0, 0, 0] = math.nan
+    found = sparse.sparse_conv2d_in_bytes(*given)
+    assert found[1].isnan().all() and torch.equal(found[[0, 2]], wanted[[0, 2]])
+
+
+@built
+def test_convolution_refuses(lanes):
+    of = CONVOLUTIONS[1]
+    tensors, _ = a_convolution(of, 0.3, lanes)
+    x, window = torch.zeros(1, 3, 9, 8), [*of[3:]]
+    for message, changes in (
+        ("padding must be two numbers of at least 0", {"padding": (-1, 0)}),
+        ("x must be at least as large as the kernel", {"x": torch.zeros(1, 3, 0, 8)}),
+        ("bytes: offsets must be", {"outputs": 40}),
+        ("inputs must be at most 65536 for products in bytes, got 210192", {"kernel": (3, 10**4), "padding": (1, 10**4),
+                                                                           "x": torch.zeros(1, 7, 9, 8)}),
+        ("inputs must be at most 65536", {"x": torch.zeros(1, 1 << 17, 1, 1), "kernel": (1, 1)}),
+    ):  # fmt: skip
+        given = {"x": x, "bytes": tensors, "bias": None, "outputs": 17}
+        given |= dict(zip(("kernel", "stride", "padding", "dilation"), window)) | changes
+        with pytest.raises(ValueError, match=message):
+            sparse.sparse_conv2d_in_bytes(*given.values())
+
+
+@built
+def test_any_starts_stay_inside_an_image(instructions, lanes):  # noqa: F811
+    of = CONVOLUTIONS[2]
+    tensors, _ = a_convolution(of, 0.5, lanes)
+    tensors[1].random_(0, 256)
+    inputs = sparse.kernel_inputs(of[0], of[3], of[6])
+    tensors[2] = torch.full_like(tensors[2].int(), inputs - 1).to(torch.uint16)
+    assert (
+        sparse.sparse_conv2d_in_bytes(torch.randn(2, of[0], *of[2]), tensors, None, *of[1:2], *of[3:]).isfinite().all()
+    )
+
+
+@built
+def test_on_two_threads_an_image(two_threads, lanes):  # noqa: F811
+    of = (8, 40, (30, 60), (5, 5), (1, 1), (2, 2), (1, 1))
+    tensors, _ = a_convolution(of, 0.5, lanes)
+    given = torch.randn(3, 8, 30, 60), tensors, None, 40, *of[3:]
+    torch.set_num_threads(1)
+    wanted = sparse.sparse_conv2d_in_bytes(*given)
+    torch.set_num_threads(2)
+    assert torch.equal(sparse.sparse_conv2d_in_bytes(*given), wanted)
+
+
 @built
 def test_lstm_equals_reference(instructions, lanes):  # noqa: F811
     for hidden, batch, frames in ((1, 1, 1), (5, 3, 4), (16, 1, 3), (37, 2, 6), (9, 16, 3), (19, 17, 18), (3, 0, 2)):
@@ -221,13 +311,19 @@ def test_transducer_equals_reference(instructions, lanes):  # noqa: F811
 
 def network():
     torch.manual_seed(0)
-    model = nn.ModuleDict({"lstm": nn.LSTM(40, 32, 2, bidirectional=True, batch_first=True), "out": nn.Linear(64, 30)})
+    layers = {"over": nn.Conv2d(1, 4, 3, padding=1), "along": nn.Conv1d(160, 40, 3, dilation=2, padding=2)}
+    layers |= {"lstm": nn.LSTM(40, 32, 2, bidirectional=True, batch_first=True), "out": nn.Linear(64, 30)}
+    model = nn.ModuleDict(layers)
     masks = {name: torch.rand(w.shape) < 0.3 for name, w in lottery.prunable(model).items()}
     return model.eval(), masks, torch.randn(2, 20, 40)
 
 
 def run(x):
-    return lambda model: model["out"](model["lstm"](x)[0])
+    def use(model):
+        h = model["over"](x.transpose(1, 2)[:, None]).flatten(1, 2)
+        return model["out"](model["lstm"](model["along"](h).transpose(1, 2))[0])
+
+    return use
 
 
 @built

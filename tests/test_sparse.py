@@ -579,6 +579,10 @@ def operators(implementation):
         "sparse_linear_in_bytes": {
             "x": torch.randn(3, 8), "bytes": list(sparse.to_bytes(single)), "bias": torch.zeros(32), "outputs": 32,
         },
+        "sparse_conv2d_in_bytes": {
+            "x": torch.randn(1, 2, 4, 4), "bytes": list(sparse.conv_bytes(single, (32, 2, 2, 2), (1, 1))),
+            "bias": torch.zeros(32), "outputs": 32, **window,
+        },
         "sparse_lstm_in_bytes": {
             "projections": torch.randn(2, 3, 32), "bytes": list(sparse.to_bytes(single)), "h0": torch.zeros(2, 8),
             "c0": torch.zeros(2, 8), "lengths": torch.tensor([3, 2]), "reverse": False,
@@ -663,6 +667,9 @@ def test_opcheck():
     single, _ = random_matrix(32, 8, "unstructured", "int8")
     in_bytes = list(sparse.to_bytes(single))
     torch.library.opcheck(torch.ops.audio_lottery.sparse_linear_in_bytes, (torch.randn(5, 8), in_bytes, None, 32))
+    of_rows = list(sparse.conv_bytes(single, (32, 2, 2, 2), (1, 1)))
+    arguments = torch.randn(2, 2, 5, 9), of_rows, None, 32, (2, 2), (1, 2), (1, 0), (1, 1)
+    torch.library.opcheck(torch.ops.audio_lottery.sparse_conv2d_in_bytes, arguments)
     arguments = torch.randn(2, 3, 32), in_bytes, torch.zeros(2, 8), torch.zeros(2, 8), torch.tensor([3, 2]), True
     torch.library.opcheck(torch.ops.audio_lottery.sparse_lstm_in_bytes, arguments)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -81,7 +81,8 @@ float to_bytes(const float* x, int64_t n, int8_t* to) {
 }
 
 struct Columns {
-  const int8_t* x;           // each in bytes, `wide` apart
+  const int8_t* x;           // each in bytes
+  int64_t apart;             // from one to the next; of a convolution they overlap
   const float* scales;       // of each
   const float* const* from;  // what is added to each, (outputs)
   float* const* to;          // (outputs)
@@ -94,12 +95,14 @@ inline void put_lanes(const Bytes& m, int64_t group, const float* products, cons
   for (int64_t lane = 0; lane < lanes; ++lane) to[rows[lane]] = from[rows[lane]] + products[lane];
 }
 
-void columns_in_bytes(const Bytes& m, const Columns& c, int64_t n, int64_t first, int64_t last) {
+// starts: where each step's window is in a column, Bytes' own, or others where a column is no row of memory.
+template <typename Start>
+void columns_in_bytes(const Bytes& m, const Start* starts, const Columns& c, int64_t n, int64_t first, int64_t last) {
   for (int64_t group = first; group < last; ++group) {
     for (int64_t i = 0; i < n; ++i) {
       uint32_t sums[Bytes::LANES] = {};  // as int32, but that they may overflow, as crafted values can
       for (int64_t step = m.offsets[group]; step < m.offsets[group + 1]; ++step) {
-        const int8_t* window = c.x + i * m.wide() + m.starts[step];
+        const int8_t* window = c.x + i * c.apart + starts[step];
         for (int64_t slot = 0; slot < m.slots(); ++slot) {
           const int64_t at = step * m.slots() + slot;
           sums[slot / Bytes::EACH] += static_cast<uint32_t>(m.values[at] * window[m.places[at] % m.slots()]);
@@ -147,11 +150,10 @@ BY_AVX2 float to_bytes_by_avx2(const float* x, int64_t n, int8_t* to) {
 }
 
 // C columns, each read of the weights for all of them.
-template <int C>
-BY_AVX2 void columns_by_avx2(const Bytes& m, const Columns& c, int64_t first, int64_t last) {
+template <int C, typename Start>
+BY_AVX2 void columns_by_avx2(const Bytes& m, const Start* starts, const Columns& c, int64_t first, int64_t last) {
   const __m256i ones = _mm256_set1_epi16(1), without_sign = _mm256_set1_epi8(0x7f);
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const int64_t wide = m.wide();
   for (int64_t group = first; group < last; ++group) {
     __m256i sums[C];
     for (int i = 0; i < C; ++i) sums[i] = _mm256_setzero_si256();
@@ -160,10 +162,10 @@ BY_AVX2 void columns_by_avx2(const Bytes& m, const Columns& c, int64_t first, in
       const __m256i given = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(m.places) + step);
       const __m256i places = _mm256_and_si256(given, without_sign), magnitudes = _mm256_abs_epi8(values);
       const __m256i upper = _mm256_slli_epi16(places, 3);  // whether in the upper half, as each byte's first bit
-      const int8_t* window = c.x + m.starts[step];
+      const int8_t* window = c.x + starts[step];
 #pragma GCC unroll 8
       for (int i = 0; i < C; ++i) {
-        const auto* halves = reinterpret_cast<const __m128i*>(window + i * wide);
+        const auto* halves = reinterpret_cast<const __m128i*>(window + i * c.apart);
         const __m256i low = _mm256_broadcastsi128_si256(_mm_loadu_si128(halves));
         const __m256i high = _mm256_broadcastsi128_si256(_mm_loadu_si128(halves + 1));
         const __m256i taken =
@@ -229,11 +231,10 @@ VNNI float to_bytes_by_vnni(const float* x, int64_t n, int8_t* to) {
 }
 
 // C columns, each read of the weights for all of them. A single one has two chains of sums, which wait for each other less.
-template <int C>
-VNNI void columns_by_vnni(const Bytes& m, const Columns& c, int64_t first, int64_t last) {
+template <int C, typename Start>
+VNNI void columns_by_vnni(const Bytes& m, const Start* starts, const Columns& c, int64_t first, int64_t last) {
   constexpr int CHAINS = C == 1 ? 2 : 1, AHEAD = 4, SLOTS = Bytes::LANES * Bytes::EACH;
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const int64_t wide = m.wide();
   for (int64_t group = first; group < last; ++group) {
     __m512i sums[C * CHAINS];
     for (int i = 0; i < C * CHAINS; ++i) sums[i] = _mm512_setzero_si512();
@@ -243,9 +244,9 @@ VNNI void columns_by_vnni(const Bytes& m, const Columns& c, int64_t first, int64
       for (int chain = 0; chain < CHAINS && step + chain < end; ++chain) {
         const __m512i places = _mm512_loadu_si512(m.places + (step + chain) * SLOTS);
         const __m512i values = _mm512_loadu_si512(m.values + (step + chain) * SLOTS);
-        const int8_t* window = c.x + m.starts[step + chain];
+        const int8_t* window = c.x + starts[step + chain];
         for (int i = 0; i < C; ++i) {
-          const __m512i taken = _mm512_permutexvar_epi8(places, _mm512_loadu_si512(window + i * wide));
+          const __m512i taken = _mm512_permutexvar_epi8(places, _mm512_loadu_si512(window + i * c.apart));
           sums[i + chain] = _mm512_dpbusd_epi32(sums[i + chain], taken, values);
         }
       }
@@ -271,12 +272,12 @@ VNNI void columns_by_vnni(const Bytes& m, const Columns& c, int64_t first, int64
 }
 
 // `by`, C columns at a time, while there are so many.
-template <int C>
-void some_columns(void (*by)(const Bytes&, const Columns&, int64_t, int64_t), const Bytes& m, Columns& c, int64_t& n,
-                  int64_t first, int64_t last) {
+template <int C, typename Start>
+void some_columns(void (*by)(const Bytes&, const Start*, const Columns&, int64_t, int64_t), const Bytes& m,
+                  const Start* starts, Columns& c, int64_t& n, int64_t first, int64_t last) {
   for (; n >= C; n -= C) {
-    by(m, c, first, last);
-    c = {c.x + C * m.wide(), c.scales + C, c.from + C, c.to + C};
+    by(m, starts, c, first, last);
+    c = {c.x + C * c.apart, c.apart, c.scales + C, c.from + C, c.to + C};
   }
 }
 #endif
@@ -290,46 +291,57 @@ int64_t lanes_of_bytes() {
 #endif
 }
 
-void some_groups(const Bytes& m, Columns c, int64_t n, int64_t first, int64_t last) {
+template <typename Start>
+void some_groups(const Bytes& m, const Start* starts, Columns c, int64_t n, int64_t first, int64_t last) {
 #ifdef AUDIO_LOTTERY_AVX512
   if (by_vnni(m)) {
-    some_columns<16>(columns_by_vnni<16>, m, c, n, first, last);
-    some_columns<8>(columns_by_vnni<8>, m, c, n, first, last);
-    some_columns<4>(columns_by_vnni<4>, m, c, n, first, last);
-    some_columns<2>(columns_by_vnni<2>, m, c, n, first, last);
-    some_columns<1>(columns_by_vnni<1>, m, c, n, first, last);
+    some_columns<16>(columns_by_vnni<16, Start>, m, starts, c, n, first, last);
+    some_columns<8>(columns_by_vnni<8, Start>, m, starts, c, n, first, last);
+    some_columns<4>(columns_by_vnni<4, Start>, m, starts, c, n, first, last);
+    some_columns<2>(columns_by_vnni<2, Start>, m, starts, c, n, first, last);
+    some_columns<1>(columns_by_vnni<1, Start>, m, starts, c, n, first, last);
     return;
   }
   if (by_avx2(m)) {
-    some_columns<4>(columns_by_avx2<4>, m, c, n, first, last);
-    some_columns<2>(columns_by_avx2<2>, m, c, n, first, last);
-    some_columns<1>(columns_by_avx2<1>, m, c, n, first, last);
+    some_columns<4>(columns_by_avx2<4, Start>, m, starts, c, n, first, last);
+    some_columns<2>(columns_by_avx2<2, Start>, m, starts, c, n, first, last);
+    some_columns<1>(columns_by_avx2<1, Start>, m, starts, c, n, first, last);
     return;
   }
 #endif
-  columns_in_bytes(m, c, n, first, last);
+  columns_in_bytes(m, starts, c, n, first, last);
 }
 
 // Y = X W^T and what is added, of n columns in bytes and groups [first, last): as many groups at a time as stay near while
 // the columns pass by.
-void in_bytes(const Bytes& m, const Columns& c, int64_t n, int64_t first, int64_t last) {
+template <typename Start>
+void in_bytes(const Bytes& m, const Start* starts, const Columns& c, int64_t n, int64_t first, int64_t last) {
   constexpr int64_t NEAR = 1 << 17;  // bytes, of the second cache
   const int64_t some = n == 1 ? m.offsets[m.groups] : NEAR / (2 * m.slots());  // steps
   while (first < last) {
-    const int32_t* beyond = std::upper_bound(m.offsets + first + 2, m.offsets + last + 1, m.offsets[first] + some);
+    const int64_t most = m.offsets[first] + some;
+    const int32_t* beyond = std::upper_bound(m.offsets + first + 2, m.offsets + last + 1, most);
     const int64_t next = beyond - m.offsets - 1;
-    some_groups(m, c, n, first, next);
+    some_groups(m, starts, c, n, first, next);
     first = next;
   }
 }
 
-// The column in bytes, as in_bytes takes them. Returns its scale.
-float column_to_bytes(const Bytes& m, const float* x, int8_t* to) {
+// What an input of 0 is in bytes, as in_bytes takes them.
+int8_t zero_of(const Bytes& m) {
 #ifdef AUDIO_LOTTERY_AVX512
-  if (by_vnni(m)) return to_bytes_by_vnni(x, m.inputs, to);
-  if (by_avx2(m)) return to_bytes_by_avx2(x, m.inputs, to);
+  if (by_vnni(m)) return static_cast<int8_t>(ZERO);
 #endif
-  return to_bytes(x, m.inputs, to);
+  return 0;
+}
+
+// n floats in bytes, as in_bytes takes them. Returns their scale.
+float in_eight_bits(const Bytes& m, const float* x, int64_t n, int8_t* to) {
+#ifdef AUDIO_LOTTERY_AVX512
+  if (by_vnni(m)) return to_bytes_by_vnni(x, n, to);
+  if (by_avx2(m)) return to_bytes_by_avx2(x, n, to);
+#endif
+  return to_bytes(x, n, to);
 }
 
 int64_t threads_for(const Bytes& m, int64_t columns) {
@@ -352,7 +364,7 @@ Tensor sparse_linear_in_bytes(const Tensor& x, at::TensorList bytes, const std::
   std::vector<int8_t> columns(n * wide);
   std::vector<float> scales(n);
   at::parallel_for(0, n, threads > 1 ? (n + threads - 1) / threads : n, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) scales[i] = column_to_bytes(m, in + i * m.inputs, &columns[i * wide]);
+    for (int64_t i = begin; i < end; ++i) scales[i] = in_eight_bits(m, in + i * m.inputs, m.inputs, &columns[i * wide]);
   });
   const std::vector<float> biases = padded_bias(bias, outputs);
   const std::vector<const float*> from(n, biases.data());
@@ -360,7 +372,60 @@ Tensor sparse_linear_in_bytes(const Tensor& x, at::TensorList bytes, const std::
   for (int64_t i = 0; i < n; ++i) to[i] = y.data_ptr<float>() + i * outputs;
   const auto begin = share(m.offsets, m.groups, threads);
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    in_bytes(m, {columns.data(), scales.data(), from.data(), to.data()}, n, begin[first], begin[last]);
+    in_bytes(m, m.starts, {columns.data(), wide, scales.data(), from.data(), to.data()}, n, begin[first], begin[last]);
+  });
+  return y;
+}
+
+// Columns of a convolution are windows of an image whose pixels hold their channels: kernel[0] rows of `length` bytes.
+// Among its inputs there are WINDOW more behind each, so that no step reaches from one row into the next.
+Tensor sparse_conv2d_in_bytes(const Tensor& x, at::TensorList bytes, const std::optional<Tensor>& bias, int64_t outputs,
+                              at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                              at::IntArrayRef dilation) {
+  const Sizes size = check_convolution(x, kernel, stride, padding, dilation);
+  const int64_t batch = x.size(0), channels = x.size(1), high = x.size(2), wide = x.size(3);
+  const int64_t pixels = dilation[1] * (kernel[1] - 1) + 1, length = channels <= 1 << 16 ? pixels * channels : channels;
+  const int64_t pitch = length + Bytes::WINDOW, row = (wide + 2 * padding[1]) * channels;
+  const Bytes m = check_bytes(bytes, outputs, kernel[0] * pitch, x, "x");
+  if (bias) check_floats(*bias, "bias", {outputs}, x, "x");
+  Tensor y = fresh({batch, outputs, size[0], size[1]}, x);
+  if (y.numel() == 0) return y;
+
+  const int64_t behind = row ? (pitch + Bytes::WINDOW + row - 1) / row : 1;  // rows that the last window may read
+  const Tensor images = at::full({batch, high + 2 * padding[0] + behind, row}, zero_of(m), x.options().dtype(at::kChar));
+  const Tensor given = x.contiguous();
+  std::vector<float> scales(batch * size[1]);
+  at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    std::vector<int8_t> rounded(channels * high * wide);
+    for (int64_t b = begin; b < end; ++b) {
+      const auto n = static_cast<int64_t>(rounded.size());
+      std::fill_n(&scales[b * size[1]], size[1], in_eight_bits(m, given.const_data_ptr<float>() + b * n, n, rounded.data()));
+      for (int64_t h = 0; h < high; ++h) {
+        int8_t* to = images.data_ptr<int8_t>() + b * images.stride(0) + (h + padding[0]) * row + padding[1] * channels;
+        for (int64_t channel = 0; channel < channels; ++channel) {
+          const int8_t* from = &rounded[(channel * high + h) * wide];
+          for (int64_t w = 0; w < wide; ++w) to[w * channels + channel] = from[w];
+        }
+      }
+    }
+  });
+  std::vector<int64_t> starts(m.offsets[m.groups]);
+  for (size_t i = 0; i < starts.size(); ++i) starts[i] = m.starts[i] / pitch * dilation[0] * row + m.starts[i] % pitch;
+  const std::vector<float> biases = padded_bias(bias, outputs);
+  const std::vector<const float*> from(size[1], biases.data());
+  const int64_t rows = batch * size[0], threads = threads_for(m, rows * size[1]);
+  at::parallel_for(0, rows, threads > 1 ? (rows + threads - 1) / threads : rows, [&](int64_t begin, int64_t end) {
+    std::vector<float> band(size[1] * outputs);
+    std::vector<float*> to(size[1]);
+    for (int64_t i = 0; i < size[1]; ++i) to[i] = &band[i * outputs];
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t b = at / size[0], i = at % size[0];
+      const int8_t* in = images.const_data_ptr<int8_t>() + b * images.stride(0) + i * stride[0] * row;
+      const Columns columns{in, stride[1] * channels, &scales[b * size[1]], from.data(), to.data()};
+      in_bytes(m, starts.data(), columns, size[1], 0, m.groups);
+      float* out = y.data_ptr<float>() + (b * outputs * size[0] + i) * size[1];
+      kernels().transpose(band.data(), outputs, size[1], outputs, out, size[0] * size[1]);
+    }
   });
   return y;
 }

@@ -1,6 +1,6 @@
 // sparse_linear, sparse_conv2d, sparse_lstm and sparse_transducer on CPU: products with a matrix of kept blocks, of
 // vectors and of images, an LSTM over time that holds one, and the transducer's greedy loop, which holds three. The first
-// and the third in bytes are bytes.h's.
+// two in bytes, and the products of the third, are bytes.h's.
 //
 // A matrix of (outputs, inputs) is cut into blocks r x c. Block row g covers outputs g * r ... and lists its kept blocks
 // from left to right at offsets[g] ... offsets[g + 1] - 1: `columns` has the place of each (its first input / c) and
@@ -16,6 +16,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -288,6 +289,32 @@ void few_columns(const Matrix& m, const float* x, int64_t stride, float* y, int6
   });
 }
 
+typedef std::array<int64_t, 2> Sizes;
+
+// Height and width of a convolution's output.
+Sizes check_convolution(const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                        at::IntArrayRef dilation) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x must be float32, got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() == 4, "x must be (batch, channels, height, width), got ", x.sizes());
+  for (const auto& [pair, name, least] : {std::tuple(kernel, "kernel", 1), std::tuple(stride, "stride", 1),
+                                          std::tuple(padding, "padding", 0), std::tuple(dilation, "dilation", 1)}) {
+    TORCH_CHECK_VALUE(pair.size() == 2 && std::min(pair[0], pair[1]) >= least && std::max(pair[0], pair[1]) < SIZES, name,
+                      " must be two numbers of at least ", least, " and below 2^31, got ", pair);
+  }
+  TORCH_CHECK_VALUE(x.size(2) < SIZES && x.size(3) < SIZES, "x must be below 2^31 high and wide, got ", x.sizes());
+  const int64_t area = kernel[0] * kernel[1];
+  TORCH_CHECK_VALUE(x.size(1) <= std::numeric_limits<int64_t>::max() / area, "channels * kernel must be below 2^63, got ",
+                    x.size(1), " channels and kernel ", kernel);
+  Sizes size;
+  for (int d = 0; d < 2; ++d) {
+    const int64_t room = x.size(2 + d) + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1;
+    TORCH_CHECK_VALUE(room >= 0, "x must be at least as large as the kernel, got ", x.sizes(), " for kernel ", kernel,
+                      ", padding ", padding, " and dilation ", dilation);
+    size[d] = room / stride[d] + 1;
+  }
+  return size;
+}
+
 #include "bytes.h"
 
 Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& columns, const Tensor& offsets,
@@ -344,26 +371,10 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& column
 Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const Tensor& columns, const Tensor& offsets,
                      const std::optional<Tensor>& scales, const std::optional<Tensor>& bias, int64_t outputs,
                      at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x must be float32, got ", x.scalar_type());
-  TORCH_CHECK_VALUE(x.dim() == 4, "x must be (batch, channels, height, width), got ", x.sizes());
-  for (const auto& [pair, name, least] : {std::tuple(kernel, "kernel", 1), std::tuple(stride, "stride", 1),
-                                          std::tuple(padding, "padding", 0), std::tuple(dilation, "dilation", 1)}) {
-    TORCH_CHECK_VALUE(pair.size() == 2 && std::min(pair[0], pair[1]) >= least && std::max(pair[0], pair[1]) < SIZES, name,
-                      " must be two numbers of at least ", least, " and below 2^31, got ", pair);
-  }
-  TORCH_CHECK_VALUE(x.size(2) < SIZES && x.size(3) < SIZES, "x must be below 2^31 high and wide, got ", x.sizes());
-  const int64_t batch = x.size(0), channels = x.size(1), area = kernel[0] * kernel[1];
-  TORCH_CHECK_VALUE(channels <= std::numeric_limits<int64_t>::max() / area, "channels * kernel must be below 2^63, got ",
-                    channels, " channels and kernel ", kernel);
-  const Matrix m = check_matrix(values, columns, offsets, scales, outputs, channels * area, x, "x");
+  const Sizes size = check_convolution(x, kernel, stride, padding, dilation);
+  const int64_t batch = x.size(0), channels = x.size(1);
+  const Matrix m = check_matrix(values, columns, offsets, scales, outputs, channels * kernel[0] * kernel[1], x, "x");
   if (bias) check_floats(*bias, "bias", {outputs}, x, "x");
-  int64_t size[2];
-  for (int d = 0; d < 2; ++d) {
-    const int64_t room = x.size(2 + d) + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1;
-    TORCH_CHECK_VALUE(room >= 0, "x must be at least as large as the kernel, got ", x.sizes(), " for kernel ", kernel,
-                      ", padding ", padding, " and dilation ", dilation);
-    size[d] = room / stride[d] + 1;
-  }
   Tensor y = fresh({batch, outputs, size[0], size[1]}, x);
   if (y.numel() == 0) return y;
 
@@ -475,11 +486,11 @@ std::tuple<Tensor, Tensor, Tensor> lstm(const Tensor& projections, const Matrix*
       if (n == 0) break;
       if (bytes) {
         for (int64_t i = 0; i < n; ++i) {
-          scales[i] = column_to_bytes(*bytes, &h[i * wide], &columns[i * in_bytes_wide]);
+          scales[i] = in_eight_bits(*bytes, &h[i * wide], hidden, &columns[i * in_bytes_wide]);
           added[i] = projection + frame(i, step) * outputs;
           sums[i] = &gates[i * outputs];
         }
-        in_bytes(*bytes, {columns.data(), scales.data(), added.data(), sums.data()}, n, first, last);
+        in_bytes(*bytes, bytes->starts, {columns.data(), in_bytes_wide, scales.data(), added.data(), sums.data()}, n, first, last);
       } else if (n < FEW_COLUMNS) {
         for (int64_t i = 0; i < n; ++i) {
           const float *from = projection + frame(i, step) * outputs, *own = &h[i * wide];
@@ -602,10 +613,10 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sparse_transducer(
   const auto predict = [&](int64_t token) {
     const float* input = given.const_data_ptr<float>() + token * 4 * hidden;
     if (bytes) {
-      const float scale = column_to_bytes(of_bytes, h, column.data());
+      const float scale = in_eight_bits(of_bytes, h, hidden, column.data());
       float* to = gates.data();
       at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-        in_bytes(of_bytes, {column.data(), &scale, &input, &to}, 1, begin[first], begin[last]);
+        in_bytes(of_bytes, of_bytes.starts, {column.data(), 0, &scale, &input, &to}, 1, begin[first], begin[last]);
       });
     } else if (in_windows.groups < 0) {
       std::memcpy(gates.data(), input, 4 * hidden * sizeof(float));
@@ -673,6 +684,7 @@ TORCH_LIBRARY_IMPL(audio_lottery, CPU, m) {
   m.impl("sparse_lstm", &sparse_lstm);
   m.impl("sparse_transducer", &sparse_transducer);
   m.impl("sparse_linear_in_bytes", &sparse_linear_in_bytes);
+  m.impl("sparse_conv2d_in_bytes", &sparse_conv2d_in_bytes);
   m.impl("sparse_lstm_in_bytes", &sparse_lstm_in_bytes);
 }
 
