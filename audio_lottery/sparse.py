@@ -128,7 +128,7 @@ class Bytes(NamedTuple):
     starts: Tensor  # (steps,) uint16: each step's first input
     offsets: Tensor  # (groups + 1,) int32: each group's first step
     rows: Tensor  # (groups, lanes) int32: each lane's output; as many as there are outputs where there is none
-    sums: Tensor  # (groups, lanes) int32: of each lane's values
+    sums: Tensor  # (groups, lanes) int32: of each lane's values, which VNNI takes off
     scales: Tensor  # (groups, lanes) float32: what they are multiplied by; 0 where there is none
 
 
@@ -147,7 +147,7 @@ def byte_lanes() -> int:
 def to_bytes(matrix: Matrix, lanes: int | None = None) -> Bytes:
     """`matrix`, of layout "unstructured" and int8, with at most 65,536 inputs, as Bytes.
 
-    lanes: 8 or 16; by default as many as this processor is fast with.
+    lanes: 8 or 16; by default as many as this processor is fast with, 16 where that is neither.
     Rows with many weights come first, or all stay in their order where that takes hardly more steps: then a group's
     outputs are neighbours, and cost as much as some five steps less.
     """
@@ -230,6 +230,7 @@ def of_kernel_rows(rows: Tensor, channels: int, kernel, dilation) -> Tensor:
 def conv_bytes(matrix: Matrix, shape: tuple[int, ...], dilation, lanes: int | None = None) -> Bytes:
     """The int8 `matrix` of a convolution's weight, of `shape` (outputs, C, h, w), as Bytes of its kernel_rows.
 
+    matrix: to_matrix's, so that each row's largest magnitude is 127.
     Raises ValueError if these have more than 65,536 inputs.
     """
     integers = to_dense(*matrix[:3], None, shape[0], math.prod(shape[1:])).view(shape)

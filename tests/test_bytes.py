@@ -101,11 +101,36 @@ def test_the_largest_products(instructions, lanes):  # noqa: F811
     tensors = list(sparse.to_bytes(sparse.to_matrix(weight, mask, "unstructured", "int8"), lanes))
     x = torch.tensor([[3.0], [-3.0]]).expand(2, 96)
     torch.testing.assert_close(sparse.sparse_linear_in_bytes(x, tensors, None, 24), x @ weight.T)
-    tensors[0].random_(-128, 128)  # -128 is in no matrix of ours
     groups = torch.arange(len(tensors[4])).repeat_interleave(tensors[3].diff())
-    tensors[5] = torch.zeros_like(tensors[5]).index_add_(0, groups, tensors[0].int().sum(2, dtype=torch.int32))
-    wanted = sparse.reference_sparse_linear_in_bytes(x, tensors, None, 24)
-    torch.testing.assert_close(sparse.sparse_linear_in_bytes(x, tensors, None, 24), wanted)
+    for crafted in (torch.randint(-128, 128, tensors[0].shape), torch.full(tensors[0].shape, -128)):  # in none of ours
+        tensors[0] = crafted.to(torch.int8)
+        tensors[5] = torch.zeros_like(tensors[5]).index_add_(0, groups, crafted.sum(2).int())
+        wanted = sparse.reference_sparse_linear_in_bytes(x, tensors, None, 24)
+        torch.testing.assert_close(sparse.sparse_linear_in_bytes(x, tensors, None, 24), wanted)
+
+
+@built
+def test_special_columns(instructions, lanes):  # noqa: F811
+    """NaN and infinity anywhere, zeros and what is too small to divide by: as the reference has them."""
+    tensors, _ = in_bytes(37, 22, 0.3, lanes)
+    x = torch.randn(7, 22)
+    x[0, 21], x[1, 3], x[2, 20], x[3] = math.nan, math.nan, -math.inf, 0.0
+    x[4] = torch.finfo(torch.float32).tiny / 4
+    wanted = sparse.reference_sparse_linear_in_bytes(x, tensors, None, 37)
+    assert wanted[:3].isnan().all() and not wanted[3:5].any()
+    for n in (7, 1):  # several at a time, or one
+        found = torch.cat([sparse.sparse_linear_in_bytes(part, tensors, None, 37) for part in x.split(n)])
+        torch.testing.assert_close(found, wanted, equal_nan=True)
+
+
+@built
+def test_more_groups_than_stay_near(instructions, lanes):  # noqa: F811
+    """Columns pass by some groups at a time: many small ones, and two that are larger than that each."""
+    for outputs, inputs, remaining in ((2100, 130, 0.4), (20, 9000, 1.0)):
+        tensors, _ = in_bytes(outputs, inputs, remaining, lanes)
+        x, bias = torch.randn(5, inputs), torch.randn(outputs)
+        wanted = sparse.reference_sparse_linear_in_bytes(x, tensors, bias, outputs)
+        torch.testing.assert_close(sparse.sparse_linear_in_bytes(x, tensors, bias, outputs), wanted)
 
 
 @built
@@ -182,9 +207,10 @@ def test_convolution_refuses(lanes):
         ("padding must be two numbers of at least 0", {"padding": (-1, 0)}),
         ("x must be at least as large as the kernel", {"x": torch.zeros(1, 3, 0, 8)}),
         ("bytes: offsets must be", {"outputs": 40}),
-        ("inputs must be at most 65536 for products in bytes, got 210192", {"kernel": (3, 10**4), "padding": (1, 10**4),
-                                                                           "x": torch.zeros(1, 7, 9, 8)}),
-        ("inputs must be at most 65536", {"x": torch.zeros(1, 1 << 17, 1, 1), "kernel": (1, 1)}),
+        (r"a kernel in bytes must have at most 65536 inputs, .* got \[3, 10000\] of 7 channels",
+         {"kernel": (3, 10**4), "padding": (1, 10**4), "x": torch.zeros(1, 7, 9, 8)}),
+        ("a kernel in bytes must", {"x": torch.zeros(1, 1 << 17, 1, 1), "kernel": (1, 1)}),
+        ("a kernel in bytes must", {"x": torch.zeros(1, 1, 9, 8), "kernel": (2**31 - 1, 1), "padding": (2**31 - 1, 1)}),
     ):  # fmt: skip
         given = {"x": x, "bytes": tensors, "bias": None, "outputs": 17}
         given |= dict(zip(("kernel", "stride", "padding", "dilation"), window)) | changes
@@ -217,7 +243,16 @@ def test_on_two_threads_an_image(two_threads, lanes):  # noqa: F811
 
 @built
 def test_lstm_equals_reference(instructions, lanes):  # noqa: F811
-    for hidden, batch, frames in ((1, 1, 1), (5, 3, 4), (16, 1, 3), (37, 2, 6), (9, 16, 3), (19, 17, 18), (3, 0, 2)):
+    for hidden, batch, frames in (
+        (1, 1, 1),
+        (5, 3, 4),
+        (16, 1, 3),
+        (37, 2, 6),
+        (9, 16, 3),
+        (19, 17, 18),
+        (3, 0, 2),
+        (150, 2, 3),
+    ):
         tensors, _ = in_bytes(4 * hidden, hidden, 0.3, lanes)
         projections, (h0, c0) = torch.randn(batch, frames, 4 * hidden), torch.randn(2, batch, hidden)
         for ends in (None, torch.arange(batch).clamp(max=frames)):
@@ -329,7 +364,7 @@ def run(x):
 @built
 def test_w8a8_in_use(monkeypatch):
     """Each weight chosen in bytes: near the masked model's answers, the same by copies, in their place in the table."""
-    monkeypatch.setattr(compression, "byte_lanes", lambda: 16)  # wherever this runs
+    monkeypatch.setattr(compression, "byte_lanes", lambda: 16)  # wherever this runs; made of its own lanes
     model, masks, x = network()
     chosen = dict.fromkeys(masks, "bytes")
     compressed, rows = compress(model, masks, run(x), dtype="w8a8", chosen=chosen)

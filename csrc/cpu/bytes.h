@@ -3,7 +3,7 @@
 // inputs, from which it takes four bytes for each of them. Sixteen lanes have windows of 64 inputs: AVX-512 VBMI takes them
 // in one instruction (vpermb) and VNNI multiplies and adds them in another (vpdpbusd), 64 weights, where floats have
 // sixteen. Eight lanes have windows of 32: AVX2 looks them up in both halves (vpshufb). Sums are of integers, so that every
-// processor gets the same ones.
+// processor gets the same ones (of a matrix made by sparse.py).
 
 struct Bytes {
   const int8_t* values;     // (steps, lanes, EACH): 0 where a lane takes less
@@ -11,7 +11,7 @@ struct Bytes {
   const uint16_t* starts;   // (steps): the window's first input
   const int32_t* offsets;   // (groups + 1): each group's first step
   const int32_t* rows;      // (groups, lanes): each lane's output; behind the last output there is none
-  const int32_t* sums;      // (groups, lanes): of each lane's values
+  const int32_t* sums;      // (groups, lanes): of each lane's values; for VNNI, whose inputs are 128 too large
   const float* scales;      // (groups, lanes): what they are multiplied by
   int64_t outputs, inputs, groups, lanes;
 
@@ -105,7 +105,7 @@ void columns_in_bytes(const Bytes& m, const Start* starts, const Columns& c, int
         const int8_t* window = c.x + i * c.apart + starts[step];
         for (int64_t slot = 0; slot < m.slots(); ++slot) {
           const int64_t at = step * m.slots() + slot;
-          sums[slot / Bytes::EACH] += static_cast<uint32_t>(m.values[at] * window[m.places[at] % m.slots()]);
+          sums[slot / Bytes::EACH] += static_cast<uint32_t>(m.values[at] * window[m.places[at] & (m.slots() - 1)]);
         }
       }
       float products[Bytes::LANES];
@@ -377,21 +377,24 @@ Tensor sparse_linear_in_bytes(const Tensor& x, at::TensorList bytes, const std::
   return y;
 }
 
-// Columns of a convolution are windows of an image whose pixels hold their channels: kernel[0] rows of `length` bytes.
+// Columns of a convolution are parts of an image whose pixels hold their channels: kernel[0] rows of `pixels`.
 // Among its inputs there are WINDOW more behind each, so that no step reaches from one row into the next.
 Tensor sparse_conv2d_in_bytes(const Tensor& x, at::TensorList bytes, const std::optional<Tensor>& bias, int64_t outputs,
                               at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
                               at::IntArrayRef dilation) {
   const Sizes size = check_convolution(x, kernel, stride, padding, dilation);
   const int64_t batch = x.size(0), channels = x.size(1), high = x.size(2), wide = x.size(3);
-  const int64_t pixels = dilation[1] * (kernel[1] - 1) + 1, length = channels <= 1 << 16 ? pixels * channels : channels;
-  const int64_t pitch = length + Bytes::WINDOW, row = (wide + 2 * padding[1]) * channels;
+  const int64_t pixels = dilation[1] * (kernel[1] - 1) + 1, most = 1 << 16;
+  TORCH_CHECK_VALUE(channels <= most / pixels && pixels * channels + Bytes::WINDOW <= most / kernel[0],
+                    "a kernel in bytes must have at most 65536 inputs, with 64 behind each row, got ", kernel, " of ",
+                    channels, " channels and dilation ", dilation);
+  const int64_t pitch = pixels * channels + Bytes::WINDOW, row = std::max<int64_t>((wide + 2 * padding[1]) * channels, 1);
   const Bytes m = check_bytes(bytes, outputs, kernel[0] * pitch, x, "x");
   if (bias) check_floats(*bias, "bias", {outputs}, x, "x");
   Tensor y = fresh({batch, outputs, size[0], size[1]}, x);
   if (y.numel() == 0) return y;
 
-  const int64_t behind = row ? (pitch + Bytes::WINDOW + row - 1) / row : 1;  // rows that the last window may read
+  const int64_t behind = (pitch + Bytes::WINDOW) / row + 1;  // rows that the last window may read
   const Tensor images = at::full({batch, high + 2 * padding[0] + behind, row}, zero_of(m), x.options().dtype(at::kChar));
   const Tensor given = x.contiguous();
   std::vector<float> scales(batch * size[1]);
