@@ -208,7 +208,7 @@ ROOM = 64  # inputs behind each row of a convolution's kernel, the widest window
 
 
 def kernel_inputs(channels: int, kernel, dilation) -> int:
-    """Of kernel_rows."""
+    """How many inputs kernel_rows makes of an output."""
     return kernel[0] * ((dilation[1] * (kernel[1] - 1) + 1) * channels + ROOM)
 
 

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from test_sparse import built, instructions, random_matrix, transducer_arguments, two_threads  # noqa: F401
+from test_sparse import LSTMS, built, instructions, random_matrix, transducer_arguments, two_threads  # noqa: F401
 from torch import nn
 
 import lottery
@@ -182,10 +182,7 @@ def test_convolution_equals_reference(of, instructions, lanes):  # noqa: F811
     for remaining in (0.0, 0.3, 1.0):
         tensors, dense = a_convolution(of, remaining, lanes)
         for batch in (0, 1, 3):
-            x, bias = (
-                torch.randn(batch, channels, *size) * torch.tensor([1.0, 1e-20, 1e10])[:batch, None, None, None],
-                None,
-            )
+            x = torch.randn(batch, channels, *size) * torch.tensor([1.0, 1e-20, 1e10])[:batch, None, None, None]
             for bias in (None, torch.randn(outputs)):
                 given = x, tensors, bias, outputs, *window
                 wanted = sparse.reference_sparse_conv2d_in_bytes(*given)
@@ -243,16 +240,7 @@ def test_on_two_threads_an_image(two_threads, lanes):  # noqa: F811
 
 @built
 def test_lstm_equals_reference(instructions, lanes):  # noqa: F811
-    for hidden, batch, frames in (
-        (1, 1, 1),
-        (5, 3, 4),
-        (16, 1, 3),
-        (37, 2, 6),
-        (9, 16, 3),
-        (19, 17, 18),
-        (3, 0, 2),
-        (150, 2, 3),
-    ):
+    for hidden, batch, frames in LSTMS:
         tensors, _ = in_bytes(4 * hidden, hidden, 0.3, lanes)
         projections, (h0, c0) = torch.randn(batch, frames, 4 * hidden), torch.randn(2, batch, hidden)
         for ends in (None, torch.arange(batch).clamp(max=frames)):

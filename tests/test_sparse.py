@@ -254,19 +254,16 @@ def check_lstm(hidden, batch, frames, layout, dtype="float32", remaining=0.1):
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+LSTMS = (  # hidden, batch, frames
+    (1, 1, 1), (5, 3, 4), (16, 1, 3), (37, 2, 6), (9, 16, 3), (19, 17, 18), (3, 0, 2), (150, 2, 3),
+)  # fmt: skip
+
+
 @built
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_lstm_equals_reference(layout, instructions):
     for dtype in DTYPES:
-        for hidden, batch, frames in (
-            (1, 1, 1),
-            (5, 3, 4),
-            (16, 1, 3),
-            (37, 2, 6),
-            (9, 16, 3),
-            (19, 17, 18),
-            (3, 0, 2),
-        ):
+        for hidden, batch, frames in LSTMS:
             check_lstm(hidden, batch, frames, layout, dtype)
 
 

@@ -282,15 +282,6 @@ void some_columns(void (*by)(const Bytes&, const Start*, const Columns&, int64_t
 }
 #endif
 
-// Lanes that this processor multiplies fast, or 0.
-int64_t lanes_of_bytes() {
-#ifdef AUDIO_LOTTERY_AVX512
-  return has_vnni() ? 16 : kernels().lanes >= 8 ? 8 : 0;
-#else
-  return 0;
-#endif
-}
-
 template <typename Start>
 void some_groups(const Bytes& m, const Start* starts, Columns c, int64_t n, int64_t first, int64_t last) {
 #ifdef AUDIO_LOTTERY_AVX512

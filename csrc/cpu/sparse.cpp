@@ -676,7 +676,13 @@ std::string sparse_instructions(const std::string& name) {
   return chosen().exchange(wanted)->name;
 }
 
-int64_t byte_lanes() { return lanes_of_bytes(); }
+int64_t byte_lanes() {
+#ifdef AUDIO_LOTTERY_AVX512
+  return has_vnni() ? 16 : kernels().lanes >= 8 ? 8 : 0;
+#else
+  return 0;
+#endif
+}
 
 TORCH_LIBRARY_IMPL(audio_lottery, CPU, m) {
   m.impl("sparse_linear", &sparse_linear);
