@@ -29,7 +29,7 @@ from torch import Tensor, nn
 try:
     import _lottery  # registers torch.ops.audio_lottery
 
-    torch.ops.audio_lottery.sparse_lstm_in_bytes.default  # noqa: B018  AttributeError: an older build, as lottery.py says
+    torch.ops.audio_lottery.sparse_lstm_layer_in_bytes.default  # noqa: B018  AttributeError: an older build, as lottery.py says
     COMPILED_ON = {"cpu", "cuda"} if _lottery.build_facts()["cuda"] else {"cpu"}
 except (ImportError, AttributeError):
     COMPILED_ON = set()

@@ -26,6 +26,7 @@ from audio_lottery.sparse import (
     sparse_linear_in_bytes,
     sparse_lstm,
     sparse_lstm_in_bytes,
+    sparse_lstm_layer_in_bytes,
     sparse_transducer,
     to_bytes,
     to_dense,
@@ -203,6 +204,14 @@ class RecurrentInBytes(InBytes):
     ) -> tuple[Tensor, Tensor, Tensor]:
         return sparse_lstm_in_bytes(projections, self.bytes(), h, c, lengths, reverse)
 
+    def after(
+        self, product: InBytes, x: Tensor, h: Tensor, c: Tensor, reverse: bool, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """forward(product(x), ...), which never has all projections in memory."""
+        check_width(x, product.inputs)
+        bias = product._parameters["bias"]
+        return sparse_lstm_layer_in_bytes(x, product.bytes(), bias, self.bytes(), h, c, lengths, reverse)
+
 
 class DenseProduct(Layer):
     """x -> x W^T + bias with nothing left out, W as oneDNN likes it for so many columns."""
@@ -375,8 +384,11 @@ class Lstm(Fixed):
         h_last, c_last, outs = [], [], []
         for i, (product, recurrent) in enumerate(zip(inputs, recurrents)):
             reverse = i % self.directions == 1
-            projections = (product(x) if self.dtype is FLOAT32 else in_float32(product, x)).float()  # autocast's too
-            out, h, c = recurrent(projections, state[0][i], state[1][i], reverse, lengths)
+            if isinstance(product, InBytes) and isinstance(recurrent, RecurrentInBytes) and self.dtype is FLOAT32:
+                out, h, c = recurrent.after(product, x, state[0][i], state[1][i], reverse, lengths)
+            else:
+                projections = product(x) if self.dtype is FLOAT32 else in_float32(product, x)
+                out, h, c = recurrent(projections.float(), state[0][i], state[1][i], reverse, lengths)  # autocast's too
             h_last.append(h)
             c_last.append(c)
             outs.append(out)

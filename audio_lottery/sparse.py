@@ -133,6 +133,7 @@ class Bytes(NamedTuple):
 
 
 EACH = 4
+ALIGN = 32  # csrc/cpu/bytes.h keeps columns so that it reads windows at its multiples fastest
 
 
 def byte_lanes() -> int:
@@ -144,20 +145,21 @@ def byte_lanes() -> int:
     return _lottery.byte_lanes()
 
 
-def to_bytes(matrix: Matrix, lanes: int | None = None) -> Bytes:
+def to_bytes(matrix: Matrix, lanes: int | None = None, align: int = ALIGN) -> Bytes:
     """`matrix`, of layout "unstructured" and int8, with at most 65,536 inputs, as Bytes.
 
     lanes: 8 or 16; by default as many as this processor is fast with, 16 where that is neither.
+    align: what the starts of windows are multiples of, with 16 lanes.
     Rows with many weights come first, or all stay in their order where that takes hardly more steps: then a group's
     outputs are neighbours, and cost as much as some five steps less.
     """
     counts, lanes = matrix.offsets.long().diff(), lanes or byte_lanes() or 16
     orders = counts.argsort(descending=True, stable=True), torch.arange(len(counts))
-    ways = [in_steps(matrix, rows, lanes) for rows in orders]
+    ways = [in_steps(matrix, rows, lanes, align if lanes == 16 else 1) for rows in orders]
     return min(ways, key=lambda way: len(way.values) + 5 * len(way.rows) * (way is ways[0]))
 
 
-def in_steps(matrix: Matrix, rows: Tensor, lanes: int) -> Bytes:
+def in_steps(matrix: Matrix, rows: Tensor, lanes: int, align: int) -> Bytes:
     """rows: the order of the outputs, `lanes` of them a group."""
     values, columns = (F.pad(x, (0, 1)) for x in (matrix.values.flatten(), matrix.columns.long()))  # none: the last
     begins, outputs, none = matrix.offsets.long(), len(matrix.offsets) - 1, len(values) - 1
@@ -166,6 +168,7 @@ def in_steps(matrix: Matrix, rows: Tensor, lanes: int) -> Bytes:
     taken, places, starts = [], [], []  # (groups, lanes, EACH) twice and (groups,) a step
     while bool((at < end).any()):
         first = torch.where(at < end, columns[at], 1 << 30).amin(1, keepdim=True)
+        first -= first % align
         some = []
         for _ in range(EACH):
             takes = (at < end) & (columns[at] < first + lanes * EACH)
@@ -235,7 +238,8 @@ def conv_bytes(matrix: Matrix, shape: tuple[int, ...], dilation, lanes: int | No
     """
     integers = to_dense(*matrix[:3], None, shape[0], math.prod(shape[1:])).view(shape)
     rows = kernel_rows(integers, dilation)
-    return to_bytes(to_matrix(rows, rows != 0, "unstructured", "int8")._replace(scales=matrix.scales), lanes)
+    matrix = to_matrix(rows, rows != 0, "unstructured", "int8")._replace(scales=matrix.scales)
+    return to_bytes(matrix, lanes, 1)  # a window would begin in the row before
 
 
 def whole(weight: Tensor) -> Matrix:
@@ -344,6 +348,13 @@ def reference_sparse_lstm_in_bytes(projections, bytes, h0, c0, lengths, reverse:
     return over_time(product, projections, h0, c0, lengths, reverse)
 
 
+def reference_sparse_lstm_layer_in_bytes(x, inputs, bias, recurrent, h0, c0, lengths, reverse: bool):
+    """reference_sparse_lstm_in_bytes by `recurrent` over W_ih x + bias, x (B, T, inputs), W_ih the Bytes `inputs`."""
+    check_devices("x", x, inputs=inputs, bias=bias, recurrent=recurrent, h0=h0, c0=c0, lengths=lengths)
+    projections = reference_sparse_linear_in_bytes(x, inputs, bias, 4 * h0.shape[1])
+    return reference_sparse_lstm_in_bytes(projections, recurrent, h0, c0, lengths, reverse)
+
+
 def reference_sparse_lstm(projections, values, columns, offsets, scales, h0, c0, lengths, reverse: bool, windows):
     """The LSTM's recurrence over projections (B, T, 4 H), which hold W_ih x and both biases.
 
@@ -421,6 +432,7 @@ if not lottery.ops.compiled:
     sparse_lstm, sparse_transducer = reference_sparse_lstm, reference_sparse_transducer
     sparse_linear_in_bytes, sparse_lstm_in_bytes = reference_sparse_linear_in_bytes, reference_sparse_lstm_in_bytes
     sparse_conv2d_in_bytes = reference_sparse_conv2d_in_bytes
+    sparse_lstm_layer_in_bytes = reference_sparse_lstm_layer_in_bytes
 else:
     sparse_linear, sparse_conv2d = torch.ops.audio_lottery.sparse_linear, torch.ops.audio_lottery.sparse_conv2d
     sparse_lstm, sparse_transducer = torch.ops.audio_lottery.sparse_lstm, torch.ops.audio_lottery.sparse_transducer
@@ -428,6 +440,7 @@ else:
     sparse_linear_in_bytes = torch.ops.audio_lottery.sparse_linear_in_bytes
     sparse_conv2d_in_bytes = torch.ops.audio_lottery.sparse_conv2d_in_bytes
     sparse_lstm_in_bytes = torch.ops.audio_lottery.sparse_lstm_in_bytes
+    sparse_lstm_layer_in_bytes = torch.ops.audio_lottery.sparse_lstm_layer_in_bytes
 
     @torch.library.register_fake("audio_lottery::sparse_linear_in_bytes")
     def fake_linear_in_bytes(x, bytes, bias, outputs):
@@ -445,6 +458,11 @@ else:
         check_devices("projections", projections, bytes=bytes, h0=h0, c0=c0, lengths=lengths)
         sizes = (*projections.shape[:2], h0.shape[1]), h0.shape, c0.shape
         return tuple(projections.new_empty(size) for size in sizes)
+
+    @torch.library.register_fake("audio_lottery::sparse_lstm_layer_in_bytes")
+    def fake_lstm_layer_in_bytes(x, inputs, bias, recurrent, h0, c0, lengths, reverse):
+        check_devices("x", x, inputs=inputs, bias=bias, recurrent=recurrent, h0=h0, c0=c0, lengths=lengths)
+        return tuple(x.new_empty(size) for size in ((*x.shape[:2], h0.shape[1]), h0.shape, c0.shape))
 
     @torch.library.register_fake("audio_lottery::sparse_linear")
     def fake_linear(x, values, columns, offsets, scales, bias, outputs):

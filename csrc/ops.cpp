@@ -57,6 +57,10 @@ TORCH_LIBRARY(audio_lottery, m) {
   m.def(
       "sparse_lstm_in_bytes(Tensor projections, Tensor[] bytes, Tensor h0, Tensor c0, Tensor? lengths, bool reverse) "
       "-> (Tensor, Tensor, Tensor)");
+  // The same after sparse_linear_in_bytes(x, inputs, bias), W_ih and both biases, whose results never are in memory at once.
+  m.def(
+      "sparse_lstm_layer_in_bytes(Tensor x, Tensor[] inputs, Tensor? bias, Tensor[] recurrent, Tensor h0, Tensor c0, "
+      "Tensor? lengths, bool reverse) -> (Tensor, Tensor, Tensor)");
   // A Conformer's GLU of x (batch, 2 * channels, time), depthwise convolution by weight (channels, an odd kernel) and SiLU:
   // (batch, channels, time), zeros behind each end.
   m.def("gated_convolution(Tensor x, Tensor weight, Tensor bias, Tensor? lengths) -> Tensor");
@@ -68,7 +72,8 @@ TORCH_LIBRARY(audio_lottery, m) {
 // The operators of inference: backward through one is an error that names it, where torch would leave its part out.
 TORCH_LIBRARY_IMPL(audio_lottery, Autograd, m) {
   for (const char* name : {"sparse_linear", "sparse_conv2d", "sparse_lstm", "sparse_transducer", "gated_convolution",
-                           "rotary_heads", "sparse_linear_in_bytes", "sparse_conv2d_in_bytes", "sparse_lstm_in_bytes"}) {
+                           "rotary_heads", "sparse_linear_in_bytes", "sparse_conv2d_in_bytes", "sparse_lstm_in_bytes",
+                           "sparse_lstm_layer_in_bytes"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

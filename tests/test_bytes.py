@@ -33,7 +33,7 @@ def test_to_bytes_by_hand():
     mask[0, 70] = mask[1, [3, 5, 7, 66, 67, 199]] = True
     weight = torch.arange(1.0, 401).view(2, 200)
     matrix = sparse.to_matrix(weight, mask, "unstructured", "int8")
-    found = sparse.in_steps(matrix, torch.tensor([1, 0]), 16)
+    found = sparse.in_steps(matrix, torch.tensor([1, 0]), 16, 1)
     assert found.rows.tolist() == [[1, 0, *[2] * 14]] and found.offsets.tolist() == [0, 3]
     assert found.starts.tolist() == [3, 67, 199]
     assert found.places[:, :2].tolist() == [[[0, 2, 4, 63], [0] * 4], [[0] * 4, [3, 0, 0, 0]], [[0] * 4, [0] * 4]]
@@ -42,7 +42,14 @@ def test_to_bytes_by_hand():
     assert not found.values[:, 2:].any() and found.values.dtype == torch.int8
     assert found.sums.tolist()[0][1:] == [127, *[0] * 14]
     torch.testing.assert_close(found.scales, torch.tensor([[400 / 127, 71 / 127, *[0.0] * 14]]))
-    of_eight = sparse.in_steps(matrix, torch.tensor([1, 0]), 8)
+    aligned = sparse.in_steps(matrix, torch.tensor([1, 0]), 16, 32)
+    assert aligned.starts.tolist() == [0, 64, 192] and aligned.offsets.tolist() == [0, 3]
+    assert aligned.places[:, :2].tolist() == [
+        [[3, 5, 7, 0], [0] * 4],
+        [[2, 3, 0, 0], [6, 0, 0, 0]],
+        [[7, 0, 0, 0], [0] * 4],
+    ]
+    of_eight = sparse.in_steps(matrix, torch.tensor([1, 0]), 8, 1)
     assert of_eight.rows.tolist() == [[1, 0, *[2] * 6]] and of_eight.starts.tolist() == [3, 66, 199]
     assert of_eight.places[:, :2].tolist() == [
         [[0, 2, 4, 0], [0] * 4],
@@ -82,7 +89,7 @@ def test_linear_equals_reference(instructions, lanes):  # noqa: F811
     for outputs, inputs in SIZES:
         for remaining in (0.0, 0.1, 1.0):
             tensors, dense = in_bytes(outputs, inputs, remaining, lanes)
-            for n in (1, 2, 3, 7, 16, 37):
+            for n in (1, 2, 3, 7, 16, 37, 300):  # 256 of them at a time
                 x, bias = torch.randn(n, inputs) * torch.logspace(-20, 20, n)[:, None], torch.randn(outputs)
                 for b in (None, bias):
                     got = sparse.sparse_linear_in_bytes(x, tensors, b, outputs)
@@ -255,6 +262,58 @@ def test_lstm_equals_reference(instructions, lanes):  # noqa: F811
 
 
 @built
+def test_lstm_layer_equals_its_parts(instructions, lanes, two_threads):  # noqa: F811
+    """To the bit: projections that are made some frames at a time, for two threads too, and when utterances end."""
+    for hidden, inputs, batch, frames in ((9, 21, 3, 70), (40, 7, 300, 4), (301, 64, 2, 5), (5, 8, 0, 3), (5, 8, 2, 0)):
+        recurrent, of_inputs = in_bytes(4 * hidden, hidden, 0.3, lanes)[0], in_bytes(4 * hidden, inputs, 0.3, lanes)[0]
+        x, bias, state = torch.randn(batch, frames, inputs), torch.randn(4 * hidden), torch.randn(2, batch, hidden)
+        for b, ends, reverse in ((None, None, False), (bias, torch.randint(0, frames + 1, (batch,)), True)):
+            torch.set_num_threads(1)
+            projections = sparse.sparse_linear_in_bytes(x, of_inputs, b, 4 * hidden)
+            wanted = sparse.sparse_lstm_in_bytes(projections, recurrent, *state, ends, reverse)
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                got = sparse.sparse_lstm_layer_in_bytes(x, of_inputs, b, recurrent, *state, ends, reverse)
+                assert all(map(torch.equal, got, wanted)) and len(got) == 3
+
+
+def test_lstm_layer_reference_is_its_parts(lanes):
+    recurrent, of_inputs = in_bytes(36, 9, 0.3, lanes)[0], in_bytes(36, 21, 0.3, lanes)[0]
+    x, bias, state = torch.randn(2, 3, 21), torch.randn(36), torch.randn(2, 2, 9)
+    projections = sparse.reference_sparse_linear_in_bytes(x, of_inputs, bias, 36)
+    wanted = sparse.reference_sparse_lstm_in_bytes(projections, recurrent, *state, None, True)
+    got = sparse.reference_sparse_lstm_layer_in_bytes(x, of_inputs, bias, recurrent, *state, None, True)
+    assert all(map(torch.equal, got, wanted))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_an_lstm_in_bytes_makes_no_projections(bidirectional, monkeypatch):
+    """Where W_ih and W_hh are both in bytes, an Lstm is its parts one after the other, to the bit."""
+    torch.manual_seed(0)
+    lstm = nn.LSTM(12, 9, 2, batch_first=True, bidirectional=bidirectional)
+    places = [f"_l{layer}{way}" for layer in range(2) for way in ("", "_reverse")[: 1 + bidirectional]]
+
+    def part(kind, place):
+        weight = getattr(lstm, f"weight_{kind}{place}").detach()
+        return sparse.to_matrix(weight, weight != 0, "unstructured", "int8"), tuple(weight.shape)
+
+    biases = [(getattr(lstm, "bias_ih" + p) + getattr(lstm, "bias_hh" + p)).detach() for p in places]
+    inputs = [layers.InBytes(part("ih", p)[0], b, part("ih", p)[1]) for p, b in zip(places, biases)]
+    ours = layers.Lstm(lstm, inputs, [layers.RecurrentInBytes(*part("hh", p)) for p in places])
+    x = torch.randn(3, 5, 12)
+    with torch.no_grad():
+        wanted, _ = lstm(x)
+        in_one, state = ours(x)
+        torch.testing.assert_close(in_one, wanted, rtol=0, atol=0.05)
+        monkeypatch.setattr(layers, "RecurrentInBytes", type("Other", (), {}))
+        apart, after = ours(x)
+    assert torch.equal(in_one, apart) and all(map(torch.equal, state, after))
+    with pytest.raises(ValueError, match=r"input must be \(..., 12\), got \[3, 5, 11\]"):
+        monkeypatch.undo()
+        ours(x[:, :, 1:])
+
+
+@built
 def test_on_two_threads(two_threads, lanes):  # noqa: F811
     tensors, _ = in_bytes(1204, 301, 0.4, lanes)
     x, projections, (h0, c0) = torch.randn(300, 301), torch.randn(17, 4, 1204), torch.randn(2, 17, 301)
@@ -296,6 +355,21 @@ def test_refuses(lanes):
         sparse.sparse_linear_in_bytes(torch.zeros(2, 70).double(), tensors, None, 37)
     with pytest.raises(ValueError, match="h0 must be"):
         sparse.sparse_lstm_in_bytes(torch.zeros(1, 2, 36), in_bytes(36, 9)[0], *torch.zeros(2, 2, 9), None, False)
+    of_inputs, recurrent = in_bytes(36, 5, 0.5, lanes)[0], in_bytes(36, 9, 0.5, lanes)[0]
+
+    def layer(x=torch.zeros(2, 3, 5), inputs=of_inputs, bias=None, h=torch.zeros(2, 9), ends=None):  # noqa: B008
+        return sparse.sparse_lstm_layer_in_bytes(x, inputs, bias, recurrent, h, torch.zeros(2, 9), ends, False)
+
+    for message, kind, change in (
+        ("x must be float32, got Double", TypeError, {"x": torch.zeros(2, 3, 5).double()}),
+        (r"x must be \(batch, time, inputs\), got", ValueError, {"x": torch.zeros(3, 5)}),
+        (r"h0 must be \(batch, hidden\), got", ValueError, {"h": torch.zeros(9)}),
+        (r"h0 must be \[2, 9\], got", ValueError, {"h": torch.zeros(1, 9)}),
+        (r"bias must be \[36\], got", ValueError, {"bias": torch.zeros(35)}),
+        ("lengths must be between 0 and the 3 frames, got 4", ValueError, {"ends": torch.tensor([4, 1])}),
+    ):
+        with pytest.raises(kind, match=message):
+            layer(**change)
 
 
 @built

@@ -550,7 +550,7 @@ def test_conv2d_refuses_more_inputs_than_there_are_numbers():
 
 OPERATORS = [
     "sparse_linear", "sparse_conv2d", "sparse_lstm", "sparse_transducer",
-    "sparse_linear_in_bytes", "sparse_lstm_in_bytes",
+    "sparse_linear_in_bytes", "sparse_lstm_in_bytes", "sparse_lstm_layer_in_bytes",
 ]  # fmt: skip
 
 
@@ -583,6 +583,11 @@ def operators(implementation):
         "sparse_lstm_in_bytes": {
             "projections": torch.randn(2, 3, 32), "bytes": list(sparse.to_bytes(single)), "h0": torch.zeros(2, 8),
             "c0": torch.zeros(2, 8), "lengths": torch.tensor([3, 2]), "reverse": False,
+        },
+        "sparse_lstm_layer_in_bytes": {
+            "x": torch.randn(2, 3, 8), "inputs": list(sparse.to_bytes(single)), "bias": torch.zeros(32),
+            "recurrent": list(sparse.to_bytes(single)), "h0": torch.zeros(2, 8), "c0": torch.zeros(2, 8),
+            "lengths": torch.tensor([3, 2]), "reverse": False,
         },
         "sparse_transducer": {
             "encoder_out": encoder_out, "inputs": inputs, "recurrent": recurrent, "projection": projection,
@@ -669,6 +674,8 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.audio_lottery.sparse_conv2d_in_bytes, arguments)
     arguments = torch.randn(2, 3, 32), in_bytes, torch.zeros(2, 8), torch.zeros(2, 8), torch.tensor([3, 2]), True
     torch.library.opcheck(torch.ops.audio_lottery.sparse_lstm_in_bytes, arguments)
+    arguments = torch.randn(2, 3, 8), in_bytes, torch.randn(32), in_bytes, *arguments[2:]
+    torch.library.opcheck(torch.ops.audio_lottery.sparse_lstm_layer_in_bytes, arguments)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = *transducer_arguments("1x4", "float32"), []
     torch.library.opcheck(torch.ops.audio_lottery.sparse_transducer, arguments, test_utils=tests)

@@ -16,9 +16,9 @@ struct Bytes {
   int64_t outputs, inputs, groups, lanes;
 
   static constexpr int64_t EACH = 4, LANES = 16, WINDOW = 64;  // the most lanes, and their window
+  static constexpr int64_t ALIGN = 32;  // starts of such windows are multiples of it, or slower
 
   int64_t slots() const { return lanes * EACH; }  // of a step; as many as its window has inputs
-  int64_t wide() const { return (inputs + WINDOW + 63) / 64 * 64; }  // of a column of bytes
 };
 
 Bytes check_bytes(at::TensorList t, int64_t outputs, int64_t inputs, const Tensor& x, const char* first) {
@@ -95,9 +95,8 @@ inline void put_lanes(const Bytes& m, int64_t group, const float* products, cons
   for (int64_t lane = 0; lane < lanes; ++lane) to[rows[lane]] = from[rows[lane]] + products[lane];
 }
 
-// starts: where each step's window is in a column, Bytes' own, or others where a column is no row of memory.
-template <typename Start>
-void columns_in_bytes(const Bytes& m, const Start* starts, const Columns& c, int64_t n, int64_t first, int64_t last) {
+// starts: where each step's window is in a column, as it stands in memory.
+void columns_in_bytes(const Bytes& m, const int32_t* starts, const Columns& c, int64_t n, int64_t first, int64_t last) {
   for (int64_t group = first; group < last; ++group) {
     for (int64_t i = 0; i < n; ++i) {
       uint32_t sums[Bytes::LANES] = {};  // as int32, but that they may overflow, as crafted values can
@@ -150,8 +149,8 @@ BY_AVX2 float to_bytes_by_avx2(const float* x, int64_t n, int8_t* to) {
 }
 
 // C columns, each read of the weights for all of them.
-template <int C, typename Start>
-BY_AVX2 void columns_by_avx2(const Bytes& m, const Start* starts, const Columns& c, int64_t first, int64_t last) {
+template <int C>
+BY_AVX2 void columns_by_avx2(const Bytes& m, const int32_t* starts, const Columns& c, int64_t first, int64_t last) {
   const __m256i ones = _mm256_set1_epi16(1), without_sign = _mm256_set1_epi8(0x7f);
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   for (int64_t group = first; group < last; ++group) {
@@ -231,8 +230,8 @@ VNNI float to_bytes_by_vnni(const float* x, int64_t n, int8_t* to) {
 }
 
 // C columns, each read of the weights for all of them. A single one has two chains of sums, which wait for each other less.
-template <int C, typename Start>
-VNNI void columns_by_vnni(const Bytes& m, const Start* starts, const Columns& c, int64_t first, int64_t last) {
+template <int C>
+VNNI void columns_by_vnni(const Bytes& m, const int32_t* starts, const Columns& c, int64_t first, int64_t last) {
   constexpr int CHAINS = C == 1 ? 2 : 1, AHEAD = 4, SLOTS = Bytes::LANES * Bytes::EACH;
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (int64_t group = first; group < last; ++group) {
@@ -247,7 +246,9 @@ VNNI void columns_by_vnni(const Bytes& m, const Start* starts, const Columns& c,
         const int8_t* window = c.x + starts[step + chain];
         for (int i = 0; i < C; ++i) {
           const __m512i taken = _mm512_permutexvar_epi8(places, _mm512_loadu_si512(window + i * c.apart));
-          sums[i + chain] = _mm512_dpbusd_epi32(sums[i + chain], taken, values);
+          __m512i sum = sums[i + chain];
+          asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(taken), "v"(values));  // GCC 12 would move each sum twice
+          sums[i + chain] = sum;
         }
       }
     }
@@ -272,9 +273,9 @@ VNNI void columns_by_vnni(const Bytes& m, const Start* starts, const Columns& c,
 }
 
 // `by`, C columns at a time, while there are so many.
-template <int C, typename Start>
-void some_columns(void (*by)(const Bytes&, const Start*, const Columns&, int64_t, int64_t), const Bytes& m,
-                  const Start* starts, Columns& c, int64_t& n, int64_t first, int64_t last) {
+template <int C>
+void some_columns(void (*by)(const Bytes&, const int32_t*, const Columns&, int64_t, int64_t), const Bytes& m,
+                  const int32_t* starts, Columns& c, int64_t& n, int64_t first, int64_t last) {
   for (; n >= C; n -= C) {
     by(m, starts, c, first, last);
     c = {c.x + C * c.apart, c.apart, c.scales + C, c.from + C, c.to + C};
@@ -282,21 +283,19 @@ void some_columns(void (*by)(const Bytes&, const Start*, const Columns&, int64_t
 }
 #endif
 
-template <typename Start>
-void some_groups(const Bytes& m, const Start* starts, Columns c, int64_t n, int64_t first, int64_t last) {
+void some_groups(const Bytes& m, const int32_t* starts, Columns c, int64_t n, int64_t first, int64_t last) {
 #ifdef AUDIO_LOTTERY_AVX512
   if (by_vnni(m)) {
-    some_columns<16>(columns_by_vnni<16, Start>, m, starts, c, n, first, last);
-    some_columns<8>(columns_by_vnni<8, Start>, m, starts, c, n, first, last);
-    some_columns<4>(columns_by_vnni<4, Start>, m, starts, c, n, first, last);
-    some_columns<2>(columns_by_vnni<2, Start>, m, starts, c, n, first, last);
-    some_columns<1>(columns_by_vnni<1, Start>, m, starts, c, n, first, last);
+    some_columns<8>(columns_by_vnni<8>, m, starts, c, n, first, last);
+    some_columns<4>(columns_by_vnni<4>, m, starts, c, n, first, last);
+    some_columns<2>(columns_by_vnni<2>, m, starts, c, n, first, last);
+    some_columns<1>(columns_by_vnni<1>, m, starts, c, n, first, last);
     return;
   }
   if (by_avx2(m)) {
-    some_columns<4>(columns_by_avx2<4, Start>, m, starts, c, n, first, last);
-    some_columns<2>(columns_by_avx2<2, Start>, m, starts, c, n, first, last);
-    some_columns<1>(columns_by_avx2<1, Start>, m, starts, c, n, first, last);
+    some_columns<4>(columns_by_avx2<4>, m, starts, c, n, first, last);
+    some_columns<2>(columns_by_avx2<2>, m, starts, c, n, first, last);
+    some_columns<1>(columns_by_avx2<1>, m, starts, c, n, first, last);
     return;
   }
 #endif
@@ -305,8 +304,7 @@ void some_groups(const Bytes& m, const Start* starts, Columns c, int64_t n, int6
 
 // Y = X W^T and what is added, of n columns in bytes and groups [first, last): as many groups at a time as stay near while
 // the columns pass by.
-template <typename Start>
-void in_bytes(const Bytes& m, const Start* starts, const Columns& c, int64_t n, int64_t first, int64_t last) {
+void in_bytes(const Bytes& m, const int32_t* starts, const Columns& c, int64_t n, int64_t first, int64_t last) {
   constexpr int64_t NEAR = 1 << 17;  // bytes, of the second cache
   const int64_t some = n == 1 ? m.offsets[m.groups] : NEAR / (2 * m.slots());  // steps
   while (first < last) {
@@ -335,6 +333,33 @@ float in_eight_bits(const Bytes& m, const float* x, int64_t n, int8_t* to) {
   return to_bytes(x, n, to);
 }
 
+// How a column stands in memory. For VNNI it stands there twice, the second time ALIGN inputs further on: so a window that
+// starts at a multiple of ALIGN is a cache line of one or the other. (To read from two lines takes half as long again.)
+struct Standing {
+  int64_t copies = 1, wide;     // of so many bytes
+  std::vector<int32_t> starts;  // (steps): where each step's window is
+
+  explicit Standing(const Bytes& m) : wide((m.inputs + m.WINDOW + 63) / 64 * 64), starts(m.offsets[m.groups]) {
+#ifdef AUDIO_LOTTERY_AVX512
+    if (by_vnni(m)) copies = 2;
+#endif
+    const uint32_t further = copies == 2 ? wide - m.ALIGN : 0, align = m.ALIGN;
+    for (size_t i = 0; i < starts.size(); ++i) starts[i] = m.starts[i] + (-(m.starts[i] / align & 1) & further);
+  }
+
+  int64_t bytes() const { return copies * wide; }
+
+  // Of n columns, each at a cache line of its own.
+  Tensor room(int64_t n, const Tensor& like) const { return at::zeros({n, bytes()}, like.options().dtype(at::kChar)); }
+
+  // Puts a column there. Returns its scale.
+  float put(const Bytes& m, const float* x, int8_t* to) const {
+    const float scale = in_eight_bits(m, x, m.inputs, to);
+    if (copies == 2) std::memcpy(to + wide, to + m.ALIGN, wide - m.ALIGN);
+    return scale;
+  }
+};
+
 int64_t threads_for(const Bytes& m, int64_t columns) {
   const int64_t work = m.offsets[m.groups] * m.slots() * columns / (4 * THREAD_VALUES);
   return at::in_parallel_region() ? 1 : std::clamp<int64_t>(work, 1, at::get_num_threads());
@@ -349,22 +374,30 @@ Tensor sparse_linear_in_bytes(const Tensor& x, at::TensorList bytes, const std::
   sizes.back() = outputs;
   Tensor y = fresh(sizes, x);
   if (y.numel() == 0) return y;
-  const int64_t n = y.numel() / outputs, wide = m.wide(), threads = threads_for(m, n);
-  const Tensor given = x.contiguous();
+  constexpr int64_t SOME = 256;  // columns that stay in the second cache
+  const int64_t n = y.numel() / outputs, threads = threads_for(m, n), grain = (SOME + threads - 1) / threads;
+  const Standing standing(m);
+  const Tensor given = x.contiguous(), columns = standing.room(std::min(n, SOME), x);
   const auto* in = given.const_data_ptr<float>();
-  std::vector<int8_t> columns(n * wide);
+  auto* const at_columns = columns.data_ptr<int8_t>();
   std::vector<float> scales(n);
-  at::parallel_for(0, n, threads > 1 ? (n + threads - 1) / threads : n, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) scales[i] = in_eight_bits(m, in + i * m.inputs, m.inputs, &columns[i * wide]);
-  });
   const std::vector<float> biases = padded_bias(bias, outputs);
   const std::vector<const float*> from(n, biases.data());
   std::vector<float*> to(n);
   for (int64_t i = 0; i < n; ++i) to[i] = y.data_ptr<float>() + i * outputs;
   const auto begin = share(m.offsets, m.groups, threads);
-  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    in_bytes(m, m.starts, {columns.data(), wide, scales.data(), from.data(), to.data()}, n, begin[first], begin[last]);
-  });
+  for (int64_t at = 0; at < n; at += SOME) {
+    const int64_t some = std::min(SOME, n - at);
+    at::parallel_for(0, some, grain, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        scales[at + i] = standing.put(m, in + (at + i) * m.inputs, at_columns + i * standing.bytes());
+      }
+    });
+    const Columns these{at_columns, standing.bytes(), &scales[at], &from[at], &to[at]};
+    at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+      in_bytes(m, standing.starts.data(), these, some, begin[first], begin[last]);
+    });
+  }
   return y;
 }
 
@@ -403,7 +436,9 @@ Tensor sparse_conv2d_in_bytes(const Tensor& x, at::TensorList bytes, const std::
       }
     }
   });
-  std::vector<int64_t> starts(m.offsets[m.groups]);
+  TORCH_CHECK_VALUE(images.stride(0) < SIZES, "an image in bytes must have fewer than 2^31, padding counted, got ",
+                    images.stride(0));
+  std::vector<int32_t> starts(m.offsets[m.groups]);
   for (size_t i = 0; i < starts.size(); ++i) starts[i] = m.starts[i] / pitch * dilation[0] * row + m.starts[i] % pitch;
   const std::vector<float> biases = padded_bias(bias, outputs);
   const std::vector<const float*> from(size[1], biases.data());

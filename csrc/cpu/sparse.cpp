@@ -1,6 +1,6 @@
 // sparse_linear, sparse_conv2d, sparse_lstm and sparse_transducer on CPU: products with a matrix of kept blocks, of
-// vectors and of images, an LSTM over time that holds one, and the transducer's greedy loop, which holds three. The first
-// two in bytes, and the products of the third, are bytes.h's.
+// vectors and of images, an LSTM over time that holds one, and the transducer's greedy loop, which holds three. Products in
+// bytes are bytes.h's, what goes on over time is lstm.h's.
 //
 // A matrix of (outputs, inputs) is cut into blocks r x c. Block row g covers outputs g * r ... and lists its kept blocks
 // from left to right at offsets[g] ... offsets[g + 1] - 1: `columns` has the place of each (its first input / c) and
@@ -45,6 +45,7 @@ constexpr int64_t LINE = 16;             // floats of a cache line; a multiple o
 constexpr int64_t PANEL = 1 << 17;       // floats that stay in the second cache
 constexpr int64_t SIZES = int64_t{1} << 31;  // numbers of a window are below: then nothing overflows
 constexpr int64_t BEHIND = 31;           // floats behind a state's last that a window may read
+constexpr int64_t FRAMES = 64;           // at most, of an LSTM whose projections are made together
 constexpr int64_t FEW_COLUMNS = 4;       // below this, one at a time
 constexpr int64_t THREAD_VALUES = 1 << 15;  // multiplications that are worth a thread
 
@@ -419,253 +420,7 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const Tensor& column
   return y;
 }
 
-// An LSTM over time whose W_hh is m, with its windows if there are (w.groups >= 0), or else `bytes`.
-std::tuple<Tensor, Tensor, Tensor> lstm(const Tensor& projections, const Matrix* m, const Windows& w, const Bytes* bytes,
-                                        const Tensor& h0, const Tensor& c0, const std::optional<Tensor>& lengths,
-                                        bool reverse) {
-  const int64_t batch = projections.size(0), time = projections.size(1), hidden = h0.size(1), outputs = 4 * hidden;
-  std::vector<int64_t> ends(batch, time);
-  if (lengths) {
-    check_device(*lengths, "lengths", projections, "projections");
-    TORCH_CHECK_TYPE(lengths->scalar_type() == at::kLong, "lengths must be int64, got ", lengths->scalar_type());
-    TORCH_CHECK_VALUE(lengths->dim() == 1 && lengths->size(0) == batch, "lengths must be (", batch, "), got ",
-                      lengths->sizes());
-    for (int64_t b = 0; b < batch; ++b) {
-      ends[b] = (*lengths)[b].item<int64_t>();
-      TORCH_CHECK_VALUE(ends[b] >= 0 && ends[b] <= time, "lengths must be between 0 and the ", time, " frames, got ",
-                        ends[b]);
-    }
-  }
-  // The longest come first, so that those that have not ended are the first of them at every step.
-  std::vector<int64_t> order(batch);
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return ends[a] > ends[b]; });
-  Tensor out = fresh({batch, time, hidden}, projections);
-  for (int64_t b = 0; b < batch; ++b) {
-    if (ends[b] < time) out.select(0, b).narrow(0, ends[b], time - ends[b]).zero_();
-  }
-
-  // States and gates, an utterance a row, with room for whole vectors; behind `hidden` the state stays 0, so that blocks
-  // 1 x 4 and windows may read it. Many utterances are columns of one product, so that a step reads the matrix once:
-  // `turned` is h as (hidden, utterances).
-  const int64_t vectors = (hidden + 15) / 16, wide = round_up(hidden + BEHIND, LINE), width = round_up(batch, LINE);
-  const Tensor states = at::zeros({2, batch, wide}, projections.options());  // at cache lines, as no std::vector is
-  float *const h = states.data_ptr<float>(), *const c = h + batch * wide;
-  std::vector<float> gates(batch * 4 * hidden + 16);
-  std::vector<float> turned(batch < FEW_COLUMNS || !m ? 0 : wide * width), zeros(round_up(outputs, BAND));
-  std::vector<int64_t> places(wide);
-  for (int64_t i = 0; i < wide; ++i) places[i] = i * width;
-  const Tensor given = projections.contiguous(), h_given = h0.contiguous(), c_given = c0.contiguous();
-  for (int64_t i = 0; i < batch; ++i) {
-    std::memcpy(&h[i * wide], h_given.const_data_ptr<float>() + order[i] * hidden, hidden * sizeof(float));
-    std::memcpy(&c[i * wide], c_given.const_data_ptr<float>() + order[i] * hidden, hidden * sizeof(float));
-  }
-  if (!turned.empty()) kernels().transpose(h, wide, batch, hidden, turned.data(), width);
-  const auto* projection = given.const_data_ptr<float>();
-  auto* out_data = out.data_ptr<float>();
-  const int64_t threads = m ? threads_for(*m, batch) : threads_for(*bytes, batch);
-  const auto begin = !m ? share(bytes->offsets, bytes->groups, threads)
-                        : w.groups < 0 ? share(m->offsets, m->groups, threads) : share(w.offsets, w.groups, threads);
-  const auto bands = m ? share_bands(*m, threads) : std::vector<int64_t>(threads + 1);
-  Barrier barrier;
-  const auto run = [&](int64_t thread, int64_t of) {  // this thread's share of every step
-    const int64_t first = begin[thread * threads / of], last = begin[(thread + 1) * threads / of];
-    const int64_t band = bands[thread * threads / of], band_end = bands[(thread + 1) * threads / of];
-    const int64_t unit = vectors * thread / of * 16, units = std::min(vectors * (thread + 1) / of * 16, hidden) - unit;
-    const auto frame = [&](int64_t i, int64_t step) {
-      return order[i] * time + (reverse ? ends[order[i]] - 1 - step : step);
-    };
-    const int64_t in_bytes_wide = m ? 0 : bytes->wide();
-    std::vector<int8_t> columns(batch * in_bytes_wide);  // states in bytes; each thread makes all of them
-    std::vector<float> scales(batch);
-    std::vector<const float*> added(batch);
-    std::vector<float*> sums(batch);
-    int64_t n = batch;  // utterances that have not ended
-    for (int64_t step = 0;; ++step) {
-      while (n > 0 && ends[order[n - 1]] <= step) --n;
-      if (n == 0) break;
-      if (bytes) {
-        for (int64_t i = 0; i < n; ++i) {
-          scales[i] = in_eight_bits(*bytes, &h[i * wide], hidden, &columns[i * in_bytes_wide]);
-          added[i] = projection + frame(i, step) * outputs;
-          sums[i] = &gates[i * outputs];
-        }
-        in_bytes(*bytes, bytes->starts, {columns.data(), in_bytes_wide, scales.data(), added.data(), sums.data()}, n, first, last);
-      } else if (n < FEW_COLUMNS) {
-        for (int64_t i = 0; i < n; ++i) {
-          const float *from = projection + frame(i, step) * outputs, *own = &h[i * wide];
-          float* to = &gates[i * outputs];
-          if (w.groups >= 0) {
-            kernels().in_windows(w, own, from, to, first, last);
-          } else if (first < last) {  // an empty share may lie behind the outputs
-            std::copy(from + first * m->r, from + std::min(last * m->r, outputs), to + first * m->r);
-            kernels().one_column(*m, own, to, first, last);
-          }
-        }
-      } else {
-        kernels().many_columns(*m, turned.data(), places.data(), zeros.data(), gates.data(), n, band, band_end);
-        for (int64_t i = 0; i < n; ++i) {
-          const float* from = projection + frame(i, step) * outputs;
-          float* to = &gates[i * outputs];
-          for (int64_t row = band * BAND; row < std::min(band_end * BAND, outputs); ++row) to[row] += from[row];
-        }
-      }
-      barrier.wait(of);
-      if (units > 0) {
-        for (int64_t i = 0; i < n; ++i) {
-          float* own = &h[i * wide];
-          kernels().lstm_cell(&gates[i * outputs], &c[i * wide], own, hidden, unit, unit + units);
-          std::memcpy(out_data + frame(i, step) * hidden + unit, own + unit, units * sizeof(float));
-          if (unit + units == hidden) std::fill(own + hidden, own + wide, 0.0f);
-        }
-        if (m && n >= FEW_COLUMNS) kernels().transpose(&h[unit], wide, n, units, &turned[unit * width], width);
-      }
-      barrier.wait(of);
-    }
-  };
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  run(omp_get_thread_num(), omp_get_num_threads());
-#else
-  run(0, 1);
-#endif
-  const auto last_state = [&](const float* from) {
-    Tensor state = at::empty({batch, hidden}, projections.options());
-    for (int64_t i = 0; i < batch; ++i) {
-      std::memcpy(state.data_ptr<float>() + order[i] * hidden, &from[i * wide], hidden * sizeof(float));
-    }
-    return state;
-  };
-  return {out, last_state(h), last_state(c)};
-}
-
-// What sparse_lstm and sparse_lstm_in_bytes are both given.
-int64_t check_lstm(const Tensor& projections, const Tensor& h0, const Tensor& c0) {
-  TORCH_CHECK_TYPE(projections.scalar_type() == at::kFloat, "projections must be float32, got ",
-                   projections.scalar_type());
-  TORCH_CHECK_VALUE(projections.dim() == 3 && projections.size(2) % 4 == 0,
-                    "projections must be (batch, time, 4 * hidden), got ", projections.sizes());
-  const int64_t batch = projections.size(0), hidden = projections.size(2) / 4;
-  check_floats(h0, "h0", {batch, hidden}, projections, "projections");
-  check_floats(c0, "c0", {batch, hidden}, projections, "projections");
-  return hidden;
-}
-
-std::tuple<Tensor, Tensor, Tensor> sparse_lstm(const Tensor& projections, const Tensor& values, const Tensor& columns,
-                                               const Tensor& offsets, const std::optional<Tensor>& scales,
-                                               const Tensor& h0, const Tensor& c0, const std::optional<Tensor>& lengths,
-                                               bool reverse, at::TensorList windows) {
-  const int64_t hidden = check_lstm(projections, h0, c0);
-  const Matrix m = check_matrix(values, columns, offsets, scales, 4 * hidden, hidden, projections, "projections");
-  return lstm(projections, &m, check_windows(windows, m, projections, "projections"), nullptr, h0, c0, lengths, reverse);
-}
-
-std::tuple<Tensor, Tensor, Tensor> sparse_lstm_in_bytes(const Tensor& projections, at::TensorList bytes, const Tensor& h0,
-                                                        const Tensor& c0, const std::optional<Tensor>& lengths,
-                                                        bool reverse) {
-  const int64_t hidden = check_lstm(projections, h0, c0);
-  const Bytes m = check_bytes(bytes, 4 * hidden, hidden, projections, "projections");
-  return lstm(projections, nullptr, {}, &m, h0, c0, lengths, reverse);
-}
-
-// Greedy decoding of one utterance: at each frame tokens are emitted until the blank, token 0, wins.
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sparse_transducer(
-    const Tensor& encoder_out, const Tensor& inputs, at::TensorList recurrent, at::TensorList projection,
-    at::TensorList output, const std::optional<Tensor>& bias, int64_t max_symbols, at::TensorList state,
-    at::TensorList windows) {
-  for (const auto& [x, name] : {std::pair(&encoder_out, "encoder_out"), std::pair(&inputs, "inputs")}) {
-    TORCH_CHECK_TYPE(x->scalar_type() == at::kFloat, name, " must be float32, got ", x->scalar_type());
-    TORCH_CHECK_VALUE(x->dim() == 2, name, " must have two dimensions, got ", x->sizes());
-  }
-  const int64_t frames = encoder_out.size(0), joiner = encoder_out.size(1), tokens = inputs.size(0);
-  TORCH_CHECK_VALUE(tokens > 0 && inputs.size(1) % 4 == 0, "inputs must be (tokens, 4 * hidden), got ", inputs.sizes());
-  check_device(inputs, "inputs", encoder_out, "encoder_out");
-  const int64_t hidden = inputs.size(1) / 4;
-  if (bias) check_floats(*bias, "bias", {tokens}, encoder_out, "encoder_out");
-  const auto matrix = [&](const char* name, at::TensorList t, int64_t outputs, int64_t inputs) {
-    TORCH_CHECK_VALUE(t.size() == 3 || t.size() == 4, name, " must be values, columns, offsets and scales if any, got ",
-                      t.size(), " tensors");
-    const auto scales = t.size() == 4 ? std::optional<Tensor>(t[3]) : std::nullopt;
-    for (const auto& tensor : t) check_device(tensor, name, encoder_out, "encoder_out");
-    return check_matrix(t[0], t[1], t[2], scales, outputs, inputs, encoder_out, "encoder_out");
-  };
-  const Matrix w_hh = matrix("recurrent", recurrent, 4 * hidden, hidden);
-  const bool bytes = windows.size() == 7;  // W_hh in that form
-  const Windows in_windows = check_windows(bytes ? at::TensorList() : windows, w_hh, encoder_out, "encoder_out");
-  const Bytes of_bytes = bytes ? check_bytes(windows, 4 * hidden, hidden, encoder_out, "encoder_out") : Bytes();
-  const Matrix projects = matrix("projection", projection, joiner, hidden), out = matrix("output", output, tokens, joiner);
-  TORCH_CHECK_VALUE(state.empty() || state.size() == 3, "state must be predictor_out, h and c, or nothing, got ",
-                    state.size(), " tensors");
-
-  const Tensor encoded = encoder_out.contiguous(), given = inputs.contiguous();
-  const Tensor states = at::zeros({2, round_up(hidden + BEHIND, LINE)}, encoder_out.options());
-  float *const h = states.data_ptr<float>(), *const c = h + states.size(1);
-  std::vector<float> gates(4 * hidden + 16);
-  std::vector<float> predicted(joiner), joined(round_up(joiner, 4)), logits(tokens);
-  const std::vector<float> biases = padded_bias(bias, tokens);
-  std::vector<int64_t> emitted, at_frame;
-  std::vector<float> probability;
-  const int64_t threads = bytes ? threads_for(of_bytes, 1) : threads_for(w_hh, 1);
-  const auto begin = bytes ? share(of_bytes.offsets, of_bytes.groups, threads)
-                     : in_windows.groups < 0 ? std::vector<int64_t>() : share(in_windows.offsets, in_windows.groups, threads);
-  std::vector<int8_t> column(bytes ? of_bytes.wide() : 0);
-  const auto below = [](float a, float b) { return a < b || (a == a && b != b); };  // a NaN is most, as in argmax
-  const auto predict = [&](int64_t token) {
-    const float* input = given.const_data_ptr<float>() + token * 4 * hidden;
-    if (bytes) {
-      const float scale = in_eight_bits(of_bytes, h, hidden, column.data());
-      float* to = gates.data();
-      at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-        in_bytes(of_bytes, of_bytes.starts, {column.data(), 0, &scale, &input, &to}, 1, begin[first], begin[last]);
-      });
-    } else if (in_windows.groups < 0) {
-      std::memcpy(gates.data(), input, 4 * hidden * sizeof(float));
-      few_columns(w_hh, h, 0, gates.data(), 1);
-    } else {
-      at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-        kernels().in_windows(in_windows, h, input, gates.data(), begin[first], begin[last]);
-      });
-    }
-    kernels().lstm_cell(gates.data(), c, h, hidden, 0, hidden);
-    std::fill(h + hidden, c, 0.0f);  // blocks 1 x 4 and windows may read it
-    std::fill(predicted.begin(), predicted.end(), 0.0f);
-    few_columns(projects, h, 0, predicted.data(), 1);
-  };
-  const std::tuple<const char*, float*, int64_t> parts[] = {
-      {"predictor_out", predicted.data(), joiner}, {"h", h, hidden}, {"c", c, hidden}};
-  if (state.empty()) {
-    predict(0);
-  } else {
-    for (int i = 0; i < 3; ++i) {
-      const auto& [name, to, size] = parts[i];
-      check_floats(state[i], name, {size}, encoder_out, "encoder_out");
-      std::memcpy(to, state[i].contiguous().const_data_ptr<float>(), size * sizeof(float));
-    }
-  }
-  for (int64_t t = 0; t < frames; ++t) {
-    const float* frame = encoded.const_data_ptr<float>() + t * joiner;
-    for (int64_t symbols = 0; symbols < max_symbols; ++symbols) {
-      for (int64_t j = 0; j < joiner; ++j) joined[j] = std::tanh(frame[j] + predicted[j]);
-      logits = biases;
-      few_columns(out, joined.data(), 0, logits.data(), 1);
-      const int64_t best = std::max_element(logits.begin(), logits.end(), below) - logits.begin();
-      if (best == 0) break;
-      emitted.push_back(best);
-      at_frame.push_back(t);
-      double sum = 0;
-      for (const float logit : logits) sum += std::exp(static_cast<double>(logit) - logits[best]);
-      probability.push_back(static_cast<float>(1 / sum));
-      predict(best);
-    }
-  }
-  const auto longs = encoder_out.options().dtype(at::kLong);
-  std::vector<Tensor> after;
-  for (const auto& [name, from, size] : parts) {
-    after.push_back(at::empty({size}, encoder_out.options()));
-    std::memcpy(after.back().data_ptr<float>(), from, size * sizeof(float));
-  }
-  return {at::tensor(emitted, longs), at::tensor(at_frame, longs), at::tensor(probability, encoder_out.options()), after};
-}
+#include "lstm.h"
 
 }  // namespace
 
@@ -692,6 +447,7 @@ TORCH_LIBRARY_IMPL(audio_lottery, CPU, m) {
   m.impl("sparse_linear_in_bytes", &sparse_linear_in_bytes);
   m.impl("sparse_conv2d_in_bytes", &sparse_conv2d_in_bytes);
   m.impl("sparse_lstm_in_bytes", &sparse_lstm_in_bytes);
+  m.impl("sparse_lstm_layer_in_bytes", &sparse_lstm_layer_in_bytes);
 }
 
 }  // namespace audio_lottery
