@@ -183,7 +183,7 @@ def test_a_command_line():
 AN4 = {
     "cnn-lstm": {"epochs": 80},
     "rnnt": {"epochs": 60, "lr": 0.0025, "dropout": 0.3, "ctc_weight": 1.0},
-    "conformer": {"epochs": 40},
+    "conformer": {"epochs": 60, "dropout": 0.3},
 }
 
 
