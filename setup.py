@@ -75,17 +75,17 @@ def extensions() -> list:
         os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or "7.5;8.0;9.0+PTX"
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    sources = ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
+    sources, headers = ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp"))], glob("csrc/**/*.h", recursive=True)
     version = re.search(r'^__version__ = "(.*)"', open("audio_lottery/__init__.py").read(), re.M)[1]
     threads = openmp(compiler)
     name = f'-DAUDIO_LOTTERY_VERSION="{version}"'
     flags = ["-O3", *threads, "-Wall", name, *os.environ.get("CXXFLAGS", "").split()]
     if not home:
-        return [CppExtension("_lottery", sources, extra_compile_args=flags, extra_link_args=threads)]
+        return [CppExtension("_lottery", sources, extra_compile_args=flags, extra_link_args=threads, depends=headers)]
     define = f'-DAUDIO_LOTTERY_CUDA="{os.environ["TORCH_CUDA_ARCH_LIST"]}"'
     return [
         CUDAExtension(
-            "_lottery", sources + sorted(glob("csrc/cuda/*.cu")), extra_link_args=threads,
+            "_lottery", sources + sorted(glob("csrc/cuda/*.cu")), extra_link_args=threads, depends=headers,
             extra_compile_args={"cxx": [*flags, define], "nvcc": ["-O3", "--extra-device-vectorization"]},
         )
     ]  # fmt: skip

@@ -209,8 +209,13 @@ class RecurrentInBytes(InBytes):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """forward(product(x), ...), which never has all projections in memory."""
         check_width(x, product.inputs)
-        bias = product._parameters["bias"]
+        bias = None if product.bias is None else product.bias.float()
         return sparse_lstm_layer_in_bytes(x, product.bytes(), bias, self.bytes(), h, c, lengths, reverse)
+
+
+def as_made(layer: nn.Module, kind: type) -> bool:
+    """Is it of this kind, without hooks and without a forward of its own, so that another may compute in its place?"""
+    return type(layer) is kind and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
 class DenseProduct(Layer):
@@ -384,7 +389,7 @@ class Lstm(Fixed):
         h_last, c_last, outs = [], [], []
         for i, (product, recurrent) in enumerate(zip(inputs, recurrents)):
             reverse = i % self.directions == 1
-            if isinstance(product, InBytes) and isinstance(recurrent, RecurrentInBytes) and self.dtype is FLOAT32:
+            if as_made(product, InBytes) and as_made(recurrent, RecurrentInBytes):
                 out, h, c = recurrent.after(product, x, state[0][i], state[1][i], reverse, lengths)
             else:
                 projections = product(x) if self.dtype is FLOAT32 else in_float32(product, x)

@@ -125,7 +125,7 @@ class Bytes(NamedTuple):
 
     values: Tensor  # (steps, lanes, EACH) int8: 0 where a lane takes less
     places: Tensor  # the same, uint8: where in the window each input is
-    starts: Tensor  # (steps,) uint16: each step's first input
+    starts: Tensor  # (steps,) uint16: where each step's window begins, at or before its first input
     offsets: Tensor  # (groups + 1,) int32: each group's first step
     rows: Tensor  # (groups, lanes) int32: each lane's output; as many as there are outputs where there is none
     sums: Tensor  # (groups, lanes) int32: of each lane's values, which VNNI takes off
@@ -149,7 +149,7 @@ def to_bytes(matrix: Matrix, lanes: int | None = None, align: int = ALIGN) -> By
     """`matrix`, of layout "unstructured" and int8, with at most 65,536 inputs, as Bytes.
 
     lanes: 8 or 16; by default as many as this processor is fast with, 16 where that is neither.
-    align: what the starts of windows are multiples of, with 16 lanes.
+    align: what the starts of windows are multiples of, with 16 lanes; at most 64.
     Rows with many weights come first, or all stay in their order where that takes hardly more steps: then a group's
     outputs are neighbours, and cost as much as some five steps less.
     """

@@ -264,8 +264,9 @@ def test_lstm_equals_reference(instructions, lanes):  # noqa: F811
 @built
 def test_lstm_layer_equals_its_parts(instructions, lanes, two_threads):  # noqa: F811
     """To the bit: projections that are made some frames at a time, for two threads too, and when utterances end."""
-    for hidden, inputs, batch, frames in ((9, 21, 3, 70), (40, 7, 300, 4), (301, 64, 2, 5), (5, 8, 0, 3), (5, 8, 2, 0)):
-        recurrent, of_inputs = in_bytes(4 * hidden, hidden, 0.3, lanes)[0], in_bytes(4 * hidden, inputs, 0.3, lanes)[0]
+    sizes = (9, 21, 3, 70), (40, 300, 1, 70), (40, 7, 300, 4), (301, 64, 2, 5), (301, 400, 17, 9), (5, 8, 0, 3), (5, 8, 2, 0)
+    for hidden, inputs, batch, frames in sizes:
+        recurrent, of_inputs = in_bytes(4 * hidden, hidden, 0.3, lanes)[0], in_bytes(4 * hidden, inputs, 0.3, 8)[0]
         x, bias, state = torch.randn(batch, frames, inputs), torch.randn(4 * hidden), torch.randn(2, batch, hidden)
         for b, ends, reverse in ((None, None, False), (bias, torch.randint(0, frames + 1, (batch,)), True)):
             torch.set_num_threads(1)
@@ -288,7 +289,7 @@ def test_lstm_layer_reference_is_its_parts(lanes):
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_an_lstm_in_bytes_makes_no_projections(bidirectional, monkeypatch):
-    """Where W_ih and W_hh are both in bytes, an Lstm is its parts one after the other, to the bit."""
+    """Where W_ih and W_hh are both in bytes, nobody asks for them, and the numbers are the same, to the bit."""
     torch.manual_seed(0)
     lstm = nn.LSTM(12, 9, 2, batch_first=True, bidirectional=bidirectional)
     places = [f"_l{layer}{way}" for layer in range(2) for way in ("", "_reverse")[: 1 + bidirectional]]
@@ -300,16 +301,24 @@ def test_an_lstm_in_bytes_makes_no_projections(bidirectional, monkeypatch):
     biases = [(getattr(lstm, "bias_ih" + p) + getattr(lstm, "bias_hh" + p)).detach() for p in places]
     inputs = [layers.InBytes(part("ih", p)[0], b, part("ih", p)[1]) for p, b in zip(places, biases)]
     ours = layers.Lstm(lstm, inputs, [layers.RecurrentInBytes(*part("hh", p)) for p in places])
-    x = torch.randn(3, 5, 12)
+    x, by_parts = torch.randn(3, 5, 12), layers.sparse_lstm_in_bytes
     with torch.no_grad():
         wanted, _ = lstm(x)
         in_one, state = ours(x)
         torch.testing.assert_close(in_one, wanted, rtol=0, atol=0.05)
-        monkeypatch.setattr(layers, "RecurrentInBytes", type("Other", (), {}))
-        apart, after = ours(x)
-    assert torch.equal(in_one, apart) and all(map(torch.equal, state, after))
+        calls = []
+        monkeypatch.setattr(layers, "sparse_lstm_in_bytes", lambda *given: calls.append(given) or by_parts(*given))
+        assert torch.equal(ours(x)[0], in_one) and not calls  # projections were nowhere
+        ours.inputs.half()  # of which the biases alone are rounded
+        torch.testing.assert_close(ours(x)[0], in_one, rtol=0, atol=0.02)
+        assert not calls
+        ours.inputs.float()
+        for product, bias in zip(ours.inputs, biases):
+            product.bias.copy_(bias)
+        ours.inputs[0].register_forward_hook(lambda *given: None)
+        apart, after = ours(x)  # a hook sees the projections
+    assert len(calls) == 1 and torch.equal(in_one, apart) and all(map(torch.equal, state, after))
     with pytest.raises(ValueError, match=r"input must be \(..., 12\), got \[3, 5, 11\]"):
-        monkeypatch.undo()
         ours(x[:, :, 1:])
 
 
@@ -349,7 +358,7 @@ def test_refuses(lanes):
     refused("bytes: rows must have each of the 37 outputs once, got 37", rows=torch.full_like(tensors[4], 37))
     refused("bytes: rows must have each of the 37 outputs once, got 0", rows=torch.zeros_like(tensors[4]))
     refused(rf"bytes: scales must be \[{groups}, {lanes}\], got", scales=tensors[6][:1])
-    with pytest.raises(ValueError, match="inputs must be at most 65536 for products in bytes, got 70000"):
+    with pytest.raises(ValueError, match="bytes: inputs must be at most 65536, got 70000"):
         sparse.sparse_linear_in_bytes(torch.zeros(1, 70_000), tensors, None, 37)
     with pytest.raises(TypeError, match="x must be float32, got Double"):
         sparse.sparse_linear_in_bytes(torch.zeros(2, 70).double(), tensors, None, 37)
@@ -357,7 +366,11 @@ def test_refuses(lanes):
         sparse.sparse_lstm_in_bytes(torch.zeros(1, 2, 36), in_bytes(36, 9)[0], *torch.zeros(2, 2, 9), None, False)
     of_inputs, recurrent = in_bytes(36, 5, 0.5, lanes)[0], in_bytes(36, 9, 0.5, lanes)[0]
 
-    def layer(x=torch.zeros(2, 3, 5), inputs=of_inputs, bias=None, h=torch.zeros(2, 9), ends=None):  # noqa: B008
+    crafted = [*recurrent[:4], torch.zeros_like(recurrent[4]), *recurrent[5:]]
+
+    def layer(
+        x=torch.zeros(2, 3, 5), inputs=of_inputs, bias=None, recurrent=recurrent, h=torch.zeros(2, 9), ends=None  # noqa: B008
+    ):  # fmt: skip
         return sparse.sparse_lstm_layer_in_bytes(x, inputs, bias, recurrent, h, torch.zeros(2, 9), ends, False)
 
     for message, kind, change in (
@@ -365,6 +378,9 @@ def test_refuses(lanes):
         (r"x must be \(batch, time, inputs\), got", ValueError, {"x": torch.zeros(3, 5)}),
         (r"h0 must be \(batch, hidden\), got", ValueError, {"h": torch.zeros(9)}),
         (r"h0 must be \[2, 9\], got", ValueError, {"h": torch.zeros(1, 9)}),
+        ("hidden must be at most 65536, got 2305843009213693952", ValueError, {"h": torch.zeros(0, 1 << 61)}),
+        ("inputs must be values, places, starts, .* got 6 tensors", ValueError, {"inputs": of_inputs[:6]}),
+        ("recurrent: rows must have each of the 36 outputs once", ValueError, {"recurrent": crafted}),
         (r"bias must be \[36\], got", ValueError, {"bias": torch.zeros(35)}),
         ("lengths must be between 0 and the 3 frames, got 4", ValueError, {"ends": torch.tensor([4, 1])}),
     ):
@@ -383,8 +399,9 @@ def test_any_places_and_starts_stay_inside(instructions, lanes):  # noqa: F811
     )  # behind x there are zeros
     within = sparse.sparse_linear_in_bytes(F.pad(x, (0, 4 * lanes)), tensors, None, 37)
     torch.testing.assert_close(within, wanted, rtol=1e-5, atol=1e-5)
-    tensors[2] = torch.full_like(tensors[2].int(), 69).to(torch.uint16)
-    assert sparse.sparse_linear_in_bytes(x, tensors, None, 37).isfinite().all()
+    for inputs in (70, 64, 96):  # the last window of either copy of a column
+        tensors[2] = torch.full_like(tensors[2].int(), inputs - 1).to(torch.uint16)
+        assert sparse.sparse_linear_in_bytes(torch.randn(5, inputs), tensors, None, 37).isfinite().all()
 
 
 @built

@@ -21,11 +21,12 @@ struct Bytes {
   int64_t slots() const { return lanes * EACH; }  // of a step; as many as its window has inputs
 };
 
-Bytes check_bytes(at::TensorList t, int64_t outputs, int64_t inputs, const Tensor& x, const char* first) {
+Bytes check_bytes(at::TensorList t, int64_t outputs, int64_t inputs, const Tensor& x, const char* first,
+                  const char* name = "bytes") {
   TORCH_CHECK_VALUE(outputs >= 0 && outputs < SIZES, "outputs must be at least 0 and below 2^31, got ", outputs);
-  TORCH_CHECK_VALUE(inputs <= 1 << 16, "inputs must be at most 65536 for products in bytes, got ", inputs);
+  TORCH_CHECK_VALUE(inputs <= 1 << 16, name, ": inputs must be at most 65536, got ", inputs);
   const char* names[] = {"values", "places", "starts", "offsets", "rows", "sums", "scales"};
-  TORCH_CHECK_VALUE(t.size() == 7, "bytes must be values, places, starts, offsets, rows, sums and scales, got ", t.size(),
+  TORCH_CHECK_VALUE(t.size() == 7, name, " must be values, places, starts, offsets, rows, sums and scales, got ", t.size(),
                     " tensors");
   const int64_t steps = t[0].dim() ? t[0].size(0) : 0, lanes = t[0].dim() == 3 && t[0].size(1) == 8 ? 8 : Bytes::LANES;
   const int64_t groups = (outputs + lanes - 1) / lanes;
@@ -33,22 +34,22 @@ Bytes check_bytes(at::TensorList t, int64_t outputs, int64_t inputs, const Tenso
   const std::vector<int64_t> slots{steps, lanes, Bytes::EACH}, of_lanes{groups, lanes};
   const std::vector<int64_t> sizes[] = {slots, slots, {steps}, {groups + 1}, of_lanes, of_lanes, of_lanes};
   for (int i = 0; i < 7; ++i) {
-    check_device(t[i], "bytes", x, first);
-    TORCH_CHECK_TYPE(t[i].scalar_type() == types[i], "bytes: ", names[i], " must be ", types[i], ", got ",
+    check_device(t[i], name, x, first);
+    TORCH_CHECK_TYPE(t[i].scalar_type() == types[i], name, ": ", names[i], " must be ", types[i], ", got ",
                      t[i].scalar_type());
-    TORCH_CHECK_VALUE(t[i].sizes() == at::IntArrayRef(sizes[i]) && t[i].is_contiguous(), "bytes: ", names[i], " must be ",
+    TORCH_CHECK_VALUE(t[i].sizes() == at::IntArrayRef(sizes[i]) && t[i].is_contiguous(), name, ": ", names[i], " must be ",
                       at::IntArrayRef(sizes[i]), ", got ", t[i].sizes());
   }
   const auto* starts = static_cast<const uint16_t*>(t[2].const_data_ptr());
   const auto *offsets = t[3].const_data_ptr<int32_t>(), *rows = t[4].const_data_ptr<int32_t>();
   TORCH_CHECK_VALUE(offsets[0] == 0 && offsets[groups] == steps && std::is_sorted(offsets, offsets + groups + 1),
-                    "bytes: offsets must rise from 0 to the ", steps, " steps");
+                    name, ": offsets must rise from 0 to the ", steps, " steps");
   const int64_t most = steps ? kernels().largest(starts, steps) : 0;
-  TORCH_CHECK_VALUE(most < std::max<int64_t>(inputs, 1), "bytes: starts must be below the ", inputs, " inputs, got ", most);
+  TORCH_CHECK_VALUE(most < std::max<int64_t>(inputs, 1), name, ": starts must be below the ", inputs, " inputs, got ", most);
   std::vector<bool> seen(outputs);
   for (int64_t i = 0; i < outputs; ++i) {
     const bool fits = rows[i] >= 0 && rows[i] < outputs && !seen[rows[i]];
-    TORCH_CHECK_VALUE(fits, "bytes: rows must have each of the ", outputs, " outputs once, got ", rows[i]);
+    TORCH_CHECK_VALUE(fits, name, ": rows must have each of the ", outputs, " outputs once, got ", rows[i]);
     seen[rows[i]] = true;
   }
   return {t[0].const_data_ptr<int8_t>(), static_cast<const uint8_t*>(t[1].const_data_ptr()), starts, offsets, rows,
@@ -95,13 +96,14 @@ inline void put_lanes(const Bytes& m, int64_t group, const float* products, cons
   for (int64_t lane = 0; lane < lanes; ++lane) to[rows[lane]] = from[rows[lane]] + products[lane];
 }
 
-// starts: where each step's window is in a column, as it stands in memory.
-void columns_in_bytes(const Bytes& m, const int32_t* starts, const Columns& c, int64_t n, int64_t first, int64_t last) {
+// place(step): where the step's window is in a column, as it stands in memory: Standing, or InImage.
+template <typename Place>
+void columns_in_bytes(const Bytes& m, const Place& place, const Columns& c, int64_t n, int64_t first, int64_t last) {
   for (int64_t group = first; group < last; ++group) {
     for (int64_t i = 0; i < n; ++i) {
       uint32_t sums[Bytes::LANES] = {};  // as int32, but that they may overflow, as crafted values can
       for (int64_t step = m.offsets[group]; step < m.offsets[group + 1]; ++step) {
-        const int8_t* window = c.x + i * c.apart + starts[step];
+        const int8_t* window = c.x + i * c.apart + place(step);
         for (int64_t slot = 0; slot < m.slots(); ++slot) {
           const int64_t at = step * m.slots() + slot;
           sums[slot / Bytes::EACH] += static_cast<uint32_t>(m.values[at] * window[m.places[at] & (m.slots() - 1)]);
@@ -149,8 +151,8 @@ BY_AVX2 float to_bytes_by_avx2(const float* x, int64_t n, int8_t* to) {
 }
 
 // C columns, each read of the weights for all of them.
-template <int C>
-BY_AVX2 void columns_by_avx2(const Bytes& m, const int32_t* starts, const Columns& c, int64_t first, int64_t last) {
+template <int C, typename Place>
+BY_AVX2 void columns_by_avx2(const Bytes& m, const Place& place, const Columns& c, int64_t first, int64_t last) {
   const __m256i ones = _mm256_set1_epi16(1), without_sign = _mm256_set1_epi8(0x7f);
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   for (int64_t group = first; group < last; ++group) {
@@ -161,7 +163,7 @@ BY_AVX2 void columns_by_avx2(const Bytes& m, const int32_t* starts, const Column
       const __m256i given = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(m.places) + step);
       const __m256i places = _mm256_and_si256(given, without_sign), magnitudes = _mm256_abs_epi8(values);
       const __m256i upper = _mm256_slli_epi16(places, 3);  // whether in the upper half, as each byte's first bit
-      const int8_t* window = c.x + starts[step];
+      const int8_t* window = c.x + place(step);
 #pragma GCC unroll 8
       for (int i = 0; i < C; ++i) {
         const auto* halves = reinterpret_cast<const __m128i*>(window + i * c.apart);
@@ -230,8 +232,8 @@ VNNI float to_bytes_by_vnni(const float* x, int64_t n, int8_t* to) {
 }
 
 // C columns, each read of the weights for all of them. A single one has two chains of sums, which wait for each other less.
-template <int C>
-VNNI void columns_by_vnni(const Bytes& m, const int32_t* starts, const Columns& c, int64_t first, int64_t last) {
+template <int C, typename Place>
+VNNI void columns_by_vnni(const Bytes& m, const Place& place, const Columns& c, int64_t first, int64_t last) {
   constexpr int CHAINS = C == 1 ? 2 : 1, AHEAD = 4, SLOTS = Bytes::LANES * Bytes::EACH;
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (int64_t group = first; group < last; ++group) {
@@ -243,7 +245,7 @@ VNNI void columns_by_vnni(const Bytes& m, const int32_t* starts, const Columns& 
       for (int chain = 0; chain < CHAINS && step + chain < end; ++chain) {
         const __m512i places = _mm512_loadu_si512(m.places + (step + chain) * SLOTS);
         const __m512i values = _mm512_loadu_si512(m.values + (step + chain) * SLOTS);
-        const int8_t* window = c.x + starts[step + chain];
+        const int8_t* window = c.x + place(step + chain);
         for (int i = 0; i < C; ++i) {
           const __m512i taken = _mm512_permutexvar_epi8(places, _mm512_loadu_si512(window + i * c.apart));
           __m512i sum = sums[i + chain];
@@ -273,45 +275,47 @@ VNNI void columns_by_vnni(const Bytes& m, const int32_t* starts, const Columns& 
 }
 
 // `by`, C columns at a time, while there are so many.
-template <int C>
-void some_columns(void (*by)(const Bytes&, const int32_t*, const Columns&, int64_t, int64_t), const Bytes& m,
-                  const int32_t* starts, Columns& c, int64_t& n, int64_t first, int64_t last) {
+template <int C, typename Place>
+void some_columns(void (*by)(const Bytes&, const Place&, const Columns&, int64_t, int64_t), const Bytes& m,
+                  const Place& place, Columns& c, int64_t& n, int64_t first, int64_t last) {
   for (; n >= C; n -= C) {
-    by(m, starts, c, first, last);
+    by(m, place, c, first, last);
     c = {c.x + C * c.apart, c.apart, c.scales + C, c.from + C, c.to + C};
   }
 }
 #endif
 
-void some_groups(const Bytes& m, const int32_t* starts, Columns c, int64_t n, int64_t first, int64_t last) {
+template <typename Place>
+void some_groups(const Bytes& m, const Place& place, Columns c, int64_t n, int64_t first, int64_t last) {
 #ifdef AUDIO_LOTTERY_AVX512
   if (by_vnni(m)) {
-    some_columns<8>(columns_by_vnni<8>, m, starts, c, n, first, last);
-    some_columns<4>(columns_by_vnni<4>, m, starts, c, n, first, last);
-    some_columns<2>(columns_by_vnni<2>, m, starts, c, n, first, last);
-    some_columns<1>(columns_by_vnni<1>, m, starts, c, n, first, last);
+    some_columns<8>(columns_by_vnni<8, Place>, m, place, c, n, first, last);
+    some_columns<4>(columns_by_vnni<4, Place>, m, place, c, n, first, last);
+    some_columns<2>(columns_by_vnni<2, Place>, m, place, c, n, first, last);
+    some_columns<1>(columns_by_vnni<1, Place>, m, place, c, n, first, last);
     return;
   }
   if (by_avx2(m)) {
-    some_columns<4>(columns_by_avx2<4>, m, starts, c, n, first, last);
-    some_columns<2>(columns_by_avx2<2>, m, starts, c, n, first, last);
-    some_columns<1>(columns_by_avx2<1>, m, starts, c, n, first, last);
+    some_columns<4>(columns_by_avx2<4, Place>, m, place, c, n, first, last);
+    some_columns<2>(columns_by_avx2<2, Place>, m, place, c, n, first, last);
+    some_columns<1>(columns_by_avx2<1, Place>, m, place, c, n, first, last);
     return;
   }
 #endif
-  columns_in_bytes(m, starts, c, n, first, last);
+  columns_in_bytes(m, place, c, n, first, last);
 }
 
 // Y = X W^T and what is added, of n columns in bytes and groups [first, last): as many groups at a time as stay near while
 // the columns pass by.
-void in_bytes(const Bytes& m, const int32_t* starts, const Columns& c, int64_t n, int64_t first, int64_t last) {
+template <typename Place>
+void in_bytes(const Bytes& m, const Place& place, const Columns& c, int64_t n, int64_t first, int64_t last) {
   constexpr int64_t NEAR = 1 << 17;  // bytes, of the second cache
   const int64_t some = n == 1 ? m.offsets[m.groups] : NEAR / (2 * m.slots());  // steps
   while (first < last) {
     const int64_t most = m.offsets[first] + some;
     const int32_t* beyond = std::upper_bound(m.offsets + first + 2, m.offsets + last + 1, most);
     const int64_t next = beyond - m.offsets - 1;
-    some_groups(m, starts, c, n, first, next);
+    some_groups(m, place, c, n, first, next);
     first = next;
   }
 }
@@ -336,18 +340,22 @@ float in_eight_bits(const Bytes& m, const float* x, int64_t n, int8_t* to) {
 // How a column stands in memory. For VNNI it stands there twice, the second time ALIGN inputs further on: so a window that
 // starts at a multiple of ALIGN is a cache line of one or the other. (To read from two lines takes half as long again.)
 struct Standing {
-  int64_t copies = 1, wide;     // of so many bytes
-  std::vector<int32_t> starts;  // (steps): where each step's window is
+  const uint16_t* starts;
+  int64_t wide, copies = 1;  // bytes of a copy
+  uint32_t second = 0;       // how much further on the second one has a window
 
-  explicit Standing(const Bytes& m) : wide((m.inputs + m.WINDOW + 63) / 64 * 64), starts(m.offsets[m.groups]) {
+  explicit Standing(const Bytes& m) : starts(m.starts), wide((m.inputs + m.WINDOW + 63) / 64 * 64) {
 #ifdef AUDIO_LOTTERY_AVX512
-    if (by_vnni(m)) copies = 2;
+    if (by_vnni(m)) copies = 2, second = wide - m.ALIGN;
 #endif
-    const uint32_t further = copies == 2 ? wide - m.ALIGN : 0, align = m.ALIGN;
-    for (size_t i = 0; i < starts.size(); ++i) starts[i] = m.starts[i] + (-(m.starts[i] / align & 1) & further);
   }
 
   int64_t bytes() const { return copies * wide; }
+
+  uint32_t operator()(int64_t step) const {
+    const uint32_t start = starts[step];
+    return start + (-(start / static_cast<uint32_t>(Bytes::ALIGN) & 1) & second);
+  }
 
   // Of n columns, each at a cache line of its own.
   Tensor room(int64_t n, const Tensor& like) const { return at::zeros({n, bytes()}, like.options().dtype(at::kChar)); }
@@ -374,32 +382,38 @@ Tensor sparse_linear_in_bytes(const Tensor& x, at::TensorList bytes, const std::
   sizes.back() = outputs;
   Tensor y = fresh(sizes, x);
   if (y.numel() == 0) return y;
-  constexpr int64_t SOME = 256;  // columns that stay in the second cache
-  const int64_t n = y.numel() / outputs, threads = threads_for(m, n), grain = (SOME + threads - 1) / threads;
+  const int64_t n = y.numel() / outputs, threads = threads_for(m, n);
+  const int64_t most = std::min<int64_t>(n, 256), grain = (most + threads - 1) / threads;  // columns that stay near
   const Standing standing(m);
-  const Tensor given = x.contiguous(), columns = standing.room(std::min(n, SOME), x);
+  const Tensor given = x.contiguous(), columns = standing.room(most, x);
   const auto* in = given.const_data_ptr<float>();
   auto* const at_columns = columns.data_ptr<int8_t>();
-  std::vector<float> scales(n);
+  std::vector<float> scales(most);
   const std::vector<float> biases = padded_bias(bias, outputs);
-  const std::vector<const float*> from(n, biases.data());
-  std::vector<float*> to(n);
-  for (int64_t i = 0; i < n; ++i) to[i] = y.data_ptr<float>() + i * outputs;
+  const std::vector<const float*> from(most, biases.data());
+  std::vector<float*> to(most);
+  const Columns these{at_columns, standing.bytes(), scales.data(), from.data(), to.data()};
   const auto begin = share(m.offsets, m.groups, threads);
-  for (int64_t at = 0; at < n; at += SOME) {
-    const int64_t some = std::min(SOME, n - at);
+  for (int64_t at = 0; at < n; at += most) {
+    const int64_t some = std::min(most, n - at);
     at::parallel_for(0, some, grain, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        scales[at + i] = standing.put(m, in + (at + i) * m.inputs, at_columns + i * standing.bytes());
+        scales[i] = standing.put(m, in + (at + i) * m.inputs, at_columns + i * standing.bytes());
+        to[i] = y.data_ptr<float>() + (at + i) * outputs;
       }
     });
-    const Columns these{at_columns, standing.bytes(), &scales[at], &from[at], &to[at]};
     at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-      in_bytes(m, standing.starts.data(), these, some, begin[first], begin[last]);
+      in_bytes(m, standing, these, some, begin[first], begin[last]);
     });
   }
   return y;
 }
+
+struct InImage {
+  const int64_t* starts;  // (steps)
+
+  int64_t operator()(int64_t step) const { return starts[step]; }
+};
 
 // Columns of a convolution are parts of an image whose pixels hold their channels: kernel[0] rows of `pixels`.
 // Among its inputs there are WINDOW more behind each, so that no step reaches from one row into the next.
@@ -436,9 +450,7 @@ Tensor sparse_conv2d_in_bytes(const Tensor& x, at::TensorList bytes, const std::
       }
     }
   });
-  TORCH_CHECK_VALUE(images.stride(0) < SIZES, "an image in bytes must have fewer than 2^31, padding counted, got ",
-                    images.stride(0));
-  std::vector<int32_t> starts(m.offsets[m.groups]);
+  std::vector<int64_t> starts(m.offsets[m.groups]);
   for (size_t i = 0; i < starts.size(); ++i) starts[i] = m.starts[i] / pitch * dilation[0] * row + m.starts[i] % pitch;
   const std::vector<float> biases = padded_bias(bias, outputs);
   const std::vector<const float*> from(size[1], biases.data());
@@ -451,7 +463,7 @@ Tensor sparse_conv2d_in_bytes(const Tensor& x, at::TensorList bytes, const std::
       const int64_t b = at / size[0], i = at % size[0];
       const int8_t* in = images.const_data_ptr<int8_t>() + b * images.stride(0) + i * stride[0] * row;
       const Columns columns{in, stride[1] * channels, &scales[b * size[1]], from.data(), to.data()};
-      in_bytes(m, starts.data(), columns, size[1], 0, m.groups);
+      in_bytes(m, InImage{starts.data()}, columns, size[1], 0, m.groups);
       float* out = y.data_ptr<float>() + (b * outputs * size[0] + i) * size[1];
       kernels().transpose(band.data(), outputs, size[1], outputs, out, size[0] * size[1]);
     }

@@ -34,8 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm(const Tensor& x, const Matrix* m, const 
   const int64_t vectors = (hidden + 15) / 16, wide = round_up(hidden + BEHIND, LINE), width = round_up(batch, LINE);
   const Tensor states = at::zeros({2, batch, wide}, x.options());  // at cache lines, as no std::vector is
   float *const h = states.data_ptr<float>(), *const c = h + batch * wide;
-  const int64_t pitch = bytes ? outputs + 16 : outputs;  // rows of a power of two share a few places of the first cache
-  std::vector<float> gates(batch * pitch + 16);
+  std::vector<float> gates(batch * outputs + 16);
   std::vector<float> turned(batch < FEW_COLUMNS || !m ? 0 : wide * width), zeros(round_up(outputs, BAND));
   std::vector<int64_t> places(wide);
   for (int64_t i = 0; i < wide; ++i) places[i] = i * width;
@@ -52,16 +51,21 @@ std::tuple<Tensor, Tensor, Tensor> lstm(const Tensor& x, const Matrix* m, const 
                         : w.groups < 0 ? share(m->offsets, m->groups, threads) : share(w.offsets, w.groups, threads);
   const auto bands = m ? share_bands(*m, threads) : std::vector<int64_t>(threads + 1);
   // Projections that are made here stay in the second cache, those of some frames at a time.
-  const int64_t fit = PANEL / std::max<int64_t>(batch * outputs, 1);
-  const int64_t some = inputs ? std::max<int64_t>(std::min({fit, FRAMES, time}), 1) : 0;
-  std::vector<float> made(some * batch * pitch);
-  const auto input_begin = inputs ? share(inputs->offsets, inputs->groups, threads) : std::vector<int64_t>();
-  // Columns in bytes, all of them by each thread.
   std::optional<Standing> standing, input_standing;
   if (bytes) standing.emplace(*bytes);
   if (inputs) input_standing.emplace(*inputs);
+  const int64_t of_state = bytes ? standing->bytes() : 0, of_input = inputs ? input_standing->bytes() : 0;
+  const int64_t fit = 4 * PANEL / std::max<int64_t>(batch * (4 * outputs + of_input), 1);
+  const int64_t some = inputs ? std::max<int64_t>(std::min({fit, FRAMES, time}), 1) : 0;
+  std::vector<float> made(some * batch * outputs);
+  const auto input_begin = inputs ? share(inputs->offsets, inputs->groups, threads) : std::vector<int64_t>();
+  // Columns in bytes, all of them by each thread.
+  const int64_t most = std::max<int64_t>(some, 1) * batch;
   const Tensor states_in_bytes = bytes ? standing->room(threads * batch, x) : Tensor();
-  const Tensor inputs_in_bytes = inputs ? input_standing->room(threads * some * batch, x) : Tensor();
+  const Tensor inputs_in_bytes = inputs ? input_standing->room(threads * most, x) : Tensor();
+  std::vector<float> all_scales(threads * most);
+  std::vector<const float*> all_added(threads * most);
+  std::vector<float*> all_sums(threads * most);
   Barrier barrier;
   const auto run = [&](int64_t thread, int64_t of) {  // this thread's share of every step
     const int64_t first = begin[thread * threads / of], last = begin[(thread + 1) * threads / of];
@@ -71,14 +75,13 @@ std::tuple<Tensor, Tensor, Tensor> lstm(const Tensor& x, const Matrix* m, const 
       return order[i] * time + (reverse ? ends[order[i]] - 1 - step : step);
     };
     const auto projection = [&](int64_t i, int64_t step) {
-      return inputs ? &made[(step % some * batch + i) * pitch] : in + frame(i, step) * outputs;
+      return inputs ? &made[(step % some * batch + i) * outputs] : in + frame(i, step) * outputs;
     };
-    const int64_t of_state = bytes ? standing->bytes() : 0, of_input = inputs ? input_standing->bytes() : 0;
     auto* const own_states = bytes ? states_in_bytes.data_ptr<int8_t>() + thread * batch * of_state : nullptr;
-    auto* const own_inputs = inputs ? inputs_in_bytes.data_ptr<int8_t>() + thread * some * batch * of_input : nullptr;
-    std::vector<float> scales(batch * std::max<int64_t>(some, 1));
-    std::vector<const float*> added(scales.size());
-    std::vector<float*> sums(scales.size());
+    auto* const own_inputs = inputs ? inputs_in_bytes.data_ptr<int8_t>() + thread * most * of_input : nullptr;
+    float* const scales = all_scales.data() + thread * most;
+    const float** const added = all_added.data() + thread * most;
+    float** const sums = all_sums.data() + thread * most;
     int64_t n = batch;  // utterances that have not ended
     for (int64_t step = 0;; ++step) {
       while (n > 0 && ends[order[n - 1]] <= step) --n;
@@ -90,26 +93,24 @@ std::tuple<Tensor, Tensor, Tensor> lstm(const Tensor& x, const Matrix* m, const 
             const float* from = in + frame(i, later) * inputs->inputs;
             scales[made_now] = input_standing->put(*inputs, from, own_inputs + made_now * of_input);
             added[made_now] = biases;
-            sums[made_now] = &made[(later % some * batch + i) * pitch];
+            sums[made_now] = &made[(later % some * batch + i) * outputs];
           }
         }
         const int64_t from_group = input_begin[thread * threads / of], to_group = input_begin[(thread + 1) * threads / of];
-        const Columns columns{own_inputs, of_input, scales.data(), added.data(), sums.data()};
-        in_bytes(*inputs, input_standing->starts.data(), columns, made_now, from_group, to_group);
+        in_bytes(*inputs, *input_standing, {own_inputs, of_input, scales, added, sums}, made_now, from_group, to_group);
         barrier.wait(of);
       }
       if (bytes) {
         for (int64_t i = 0; i < n; ++i) {
           scales[i] = standing->put(*bytes, &h[i * wide], own_states + i * of_state);
           added[i] = projection(i, step);
-          sums[i] = &gates[i * pitch];
+          sums[i] = &gates[i * outputs];
         }
-        const Columns columns{own_states, of_state, scales.data(), added.data(), sums.data()};
-        in_bytes(*bytes, standing->starts.data(), columns, n, first, last);
+        in_bytes(*bytes, *standing, {own_states, of_state, scales, added, sums}, n, first, last);
       } else if (n < FEW_COLUMNS) {
         for (int64_t i = 0; i < n; ++i) {
           const float *from = projection(i, step), *own = &h[i * wide];
-          float* to = &gates[i * pitch];
+          float* to = &gates[i * outputs];
           if (w.groups >= 0) {
             kernels().in_windows(w, own, from, to, first, last);
           } else if (first < last) {  // an empty share may lie behind the outputs
@@ -121,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm(const Tensor& x, const Matrix* m, const 
         kernels().many_columns(*m, turned.data(), places.data(), zeros.data(), gates.data(), n, band, band_end);
         for (int64_t i = 0; i < n; ++i) {
           const float* from = projection(i, step);
-          float* to = &gates[i * pitch];
+          float* to = &gates[i * outputs];
           for (int64_t row = band * BAND; row < std::min(band_end * BAND, outputs); ++row) to[row] += from[row];
         }
       }
@@ -129,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm(const Tensor& x, const Matrix* m, const 
       if (units > 0) {
         for (int64_t i = 0; i < n; ++i) {
           float* own = &h[i * wide];
-          kernels().lstm_cell(&gates[i * pitch], &c[i * wide], own, hidden, unit, unit + units);
+          kernels().lstm_cell(&gates[i * outputs], &c[i * wide], own, hidden, unit, unit + units);
           std::memcpy(out_data + frame(i, step) * hidden + unit, own + unit, units * sizeof(float));
           if (unit + units == hidden) std::fill(own + hidden, own + wide, 0.0f);
         }
@@ -191,11 +192,15 @@ std::tuple<Tensor, Tensor, Tensor> sparse_lstm_layer_in_bytes(const Tensor& x, a
   TORCH_CHECK_VALUE(x.dim() == 3, "x must be (batch, time, inputs), got ", x.sizes());
   TORCH_CHECK_VALUE(h0.dim() == 2, "h0 must be (batch, hidden), got ", h0.sizes());
   const int64_t batch = x.size(0), hidden = h0.size(1);
+  TORCH_CHECK_VALUE(hidden <= 1 << 16, "hidden must be at most 65536, got ", hidden);
   check_floats(h0, "h0", {batch, hidden}, x, "x");
   check_floats(c0, "c0", {batch, hidden}, x, "x");
   if (bias) check_floats(*bias, "bias", {4 * hidden}, x, "x");
-  const Bytes of_inputs = check_bytes(inputs, 4 * hidden, x.size(2), x, "x");
-  const Bytes m = check_bytes(recurrent, 4 * hidden, hidden, x, "x");
+  const Bytes of_inputs = check_bytes(inputs, 4 * hidden, x.size(2), x, "x", "inputs");
+  const Bytes m = check_bytes(recurrent, 4 * hidden, hidden, x, "x", "recurrent");
+  if (threads_for(of_inputs, batch * x.size(1)) > threads_for(m, batch)) {  // more threads make them faster than one cache
+    return sparse_lstm_in_bytes(sparse_linear_in_bytes(x, inputs, bias, 4 * hidden), recurrent, h0, c0, lengths, reverse);
+  }
   const std::vector<float> biases = padded_bias(bias, 4 * hidden);
   return lstm(x, nullptr, {}, &m, h0, c0, lengths, reverse, &of_inputs, biases.data());
 }
@@ -251,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> sparse_transducer(
       const float scale = standing->put(of_bytes, h, at_column);
       float* to = gates.data();
       at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-        in_bytes(of_bytes, standing->starts.data(), {at_column, 0, &scale, &input, &to}, 1, begin[first], begin[last]);
+        in_bytes(of_bytes, *standing, {at_column, 0, &scale, &input, &to}, 1, begin[first], begin[last]);
       });
     } else if (in_windows.groups < 0) {
       std::memcpy(gates.data(), input, 4 * hidden * sizeof(float));
