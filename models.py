@@ -88,13 +88,17 @@ def on_rows(layer, x: Tensor, rows: Tensor) -> Tensor:
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch norm of (N, C) or (N, C, L). Where torch.distributed runs, its statistics are of all processes together,
-    less those that do not count (processes.count_in_statistics).
+    """Batch norm of (N, C, ...). Where torch.distributed runs, its statistics are of all processes together, less those
+    that do not count (processes.count_in_statistics).
 
     torch's SyncBatchNorm is that for CUDA alone.
     """
 
     counted = True  # does this process's batch count?
+
+    def _check_input_dim(self, input: Tensor) -> None:  # torch's has a class for each number of dimensions
+        if input.dim() < 2:
+            raise ValueError(f"input must be (N, C, ...), got {list(input.shape)}")
 
     def forward(self, x: Tensor) -> Tensor:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -226,11 +230,15 @@ class CnnLstm(nn.Module):
         x = without_padding(features, input_lengths).transpose(1, 2)[:, None]  # (B, 1, F, T)
         lengths = input_lengths
         for conv, norm, stride in zip(self.convs, self.conv_norms, self.time_strides):
-            x = conv(images(x, self.training)).permute(0, 3, 1, 2)  # (B, T', C, F')
+            x = conv(images(x, self.training))  # (B, C, F', T')
             lengths = (lengths - 1) // stride + 1
-            rows = valid_rows(lengths, x.shape[1])
-            x = on_rows(lambda frames: F.hardtanh(norm(frames), 0.0, 20.0), x, rows)  # noqa: B023
-            x = x.permute(0, 2, 3, 1)  # (B, C, F', T')
+            rows = valid_rows(lengths, x.shape[3])
+            frames = x.permute(0, 3, 1, 2)  # (B, T', C, F')
+            if unpadded(frames, rows):
+                x = F.hardtanh(norm(x), 0.0, 20.0)  # an exported graph has it beside its convolution, as runtimes want it
+            else:
+                frames = on_rows(lambda some: F.hardtanh(norm(some), 0.0, 20.0), frames, rows)  # noqa: B023
+                x = frames.permute(0, 2, 3, 1)
         x = x.permute(0, 3, 1, 2).flatten(2)  # (B, T', C * F')
         for lstm, norm in zip(self.lstms, self.lstm_norms):
             x = self.dropout(on_rows(norm, lstm(x, lengths, rows), rows))  # (B, T', hidden)
