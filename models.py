@@ -235,7 +235,7 @@ class CnnLstm(nn.Module):
             rows = valid_rows(lengths, x.shape[3])
             frames = x.permute(0, 3, 1, 2)  # (B, T', C, F')
             if unpadded(frames, rows):
-                x = F.hardtanh(norm(x), 0.0, 20.0)  # an exported graph has it beside its convolution, as runtimes want it
+                x = F.hardtanh(norm(x), 0.0, 20.0)  # as it stands; exported, it follows its convolution
             else:
                 frames = on_rows(lambda some: F.hardtanh(norm(some), 0.0, 20.0), frames, rows)  # noqa: B023
                 x = frames.permute(0, 2, 3, 1)
