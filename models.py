@@ -89,16 +89,13 @@ def on_rows(layer, x: Tensor, rows: Tensor) -> Tensor:
 
 class BatchNorm(nn.BatchNorm1d):
     """Batch norm of (N, C, ...). Where torch.distributed runs, its statistics are of all processes together, less those
-    that do not count (processes.count_in_statistics).
-
-    torch's SyncBatchNorm is that for CUDA alone.
+    that do not count (processes.count_in_statistics). (torch's SyncBatchNorm is that for CUDA alone.)
     """
 
     counted = True  # does this process's batch count?
 
-    def _check_input_dim(self, input: Tensor) -> None:  # torch's has a class for each number of dimensions
-        if input.dim() < 2:
-            raise ValueError(f"input must be (N, C, ...), got {list(input.shape)}")
+    def _check_input_dim(self, input: Tensor) -> None:  # torch has a class for each number of dimensions
+        pass
 
     def forward(self, x: Tensor) -> Tensor:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -232,13 +229,11 @@ class CnnLstm(nn.Module):
         for conv, norm, stride in zip(self.convs, self.conv_norms, self.time_strides):
             x = conv(images(x, self.training))  # (B, C, F', T')
             lengths = (lengths - 1) // stride + 1
-            rows = valid_rows(lengths, x.shape[3])
-            frames = x.permute(0, 3, 1, 2)  # (B, T', C, F')
+            rows, frames = valid_rows(lengths, x.shape[3]), x.permute(0, 3, 1, 2)  # (B, T', C, F')
             if unpadded(frames, rows):
                 x = F.hardtanh(norm(x), 0.0, 20.0)  # as it stands; exported, it follows its convolution
             else:
-                frames = on_rows(lambda some: F.hardtanh(norm(some), 0.0, 20.0), frames, rows)  # noqa: B023
-                x = frames.permute(0, 2, 3, 1)
+                x = on_rows(lambda some: F.hardtanh(norm(some), 0.0, 20.0), frames, rows).permute(0, 2, 3, 1)  # noqa: B023
         x = x.permute(0, 3, 1, 2).flatten(2)  # (B, T', C * F')
         for lstm, norm in zip(self.lstms, self.lstm_norms):
             x = self.dropout(on_rows(norm, lstm(x, lengths, rows), rows))  # (B, T', hidden)
