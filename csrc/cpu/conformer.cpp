@@ -98,7 +98,7 @@ Tensor gated_convolution(const Tensor& x, const Tensor& weight, const Tensor& bi
   std::vector<int64_t> ends(batch, time);
   if (lengths) {
     const Tensor given = lengths->contiguous();
-    std::memcpy(ends.data(), given.const_data_ptr<int64_t>(), batch * sizeof(int64_t));
+    std::copy_n(given.const_data_ptr<int64_t>(), batch, ends.begin());  // of no utterance it is null
     for (const int64_t end : ends) {
       TORCH_CHECK_VALUE(end >= 0 && end <= time, "lengths must be between 0 and the ", time, " frames, got ", end);
     }
