@@ -341,16 +341,16 @@ float in_eight_bits(const Bytes& m, const float* x, int64_t n, int8_t* to) {
 // starts at a multiple of ALIGN is a cache line of one or the other. (To read from two lines takes half as long again.)
 struct Standing {
   const uint16_t* starts;
-  int64_t wide, copies = 1;  // bytes of a copy
-  uint32_t second = 0;       // how much further on the second one has a window
+  int64_t wide;         // bytes of a copy
+  uint32_t second = 0;  // how much further on the second one has a window, if there is one
 
   explicit Standing(const Bytes& m) : starts(m.starts), wide((m.inputs + m.WINDOW + 63) / 64 * 64) {
 #ifdef AUDIO_LOTTERY_AVX512
-    if (by_vnni(m)) copies = 2, second = wide - m.ALIGN;
+    if (by_vnni(m)) second = wide - m.ALIGN;
 #endif
   }
 
-  int64_t bytes() const { return copies * wide; }
+  int64_t bytes() const { return second ? 2 * wide : wide; }
 
   uint32_t operator()(int64_t step) const {
     const uint32_t start = starts[step];
@@ -363,7 +363,7 @@ struct Standing {
   // Puts a column there. Returns its scale.
   float put(const Bytes& m, const float* x, int8_t* to) const {
     const float scale = in_eight_bits(m, x, m.inputs, to);
-    if (copies == 2) std::memcpy(to + wide, to + m.ALIGN, wide - m.ALIGN);
+    if (second) std::memcpy(to + wide, to + m.ALIGN, wide - m.ALIGN);
     return scale;
   }
 };
