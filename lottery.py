@@ -244,7 +244,7 @@ def choose_ops() -> Ops:
     try:
         import _lottery  # registers torch.ops.audio_lottery
 
-        torch.ops.audio_lottery.sparse_lstm_layer_in_bytes.default  # noqa: B018  the newest: an older build has it not
+        torch.ops.audio_lottery.rotary_attention.default  # noqa: B018  the newest: an older build has it not
     except (ImportError, AttributeError) as error:
         ours = reference_hold_ticket_, reference_global_magnitude_masks, reference_block_norms
         return Ops(*ours, False, f"pure PyTorch ({error})")

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 try:
     import _lottery  # registers torch.ops.audio_lottery
 
-    torch.ops.audio_lottery.sparse_lstm_layer_in_bytes.default  # noqa: B018  AttributeError: an older build, as lottery.py says
+    torch.ops.audio_lottery.rotary_attention.default  # noqa: B018  AttributeError: an older build, as lottery.py says
     COMPILED_ON = {"cpu", "cuda"} if _lottery.build_facts()["cuda"] else {"cpu"}
 except (ImportError, AttributeError):
     COMPILED_ON = set()
@@ -231,7 +231,7 @@ class CnnLstm(nn.Module):
             lengths = (lengths - 1) // stride + 1
             rows, frames = valid_rows(lengths, x.shape[3]), x.permute(0, 3, 1, 2)  # (B, T', C, F')
             if unpadded(frames, rows):
-                x = F.hardtanh(norm(x), 0.0, 20.0)  # as it stands; exported, it follows its convolution
+                x = F.hardtanh_(norm(x), 0.0, 20.0)  # as it stands; exported, it follows its convolution
             else:
                 x = on_rows(lambda some: F.hardtanh(norm(some), 0.0, 20.0), frames, rows).permute(0, 2, 3, 1)  # noqa: B023
         x = x.permute(0, 3, 1, 2).flatten(2)  # (B, T', C * F')
@@ -531,10 +531,10 @@ class ConformerBlock(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor, rows: Tensor) -> Tensor:
         """x: (B, T, width), valid: (B, T) bool, rows: its indices -> (B, T, width)."""
-        x = x + 0.5 * self.feed_forward1(x)
+        x = x.add(self.feed_forward1(x), alpha=0.5)
         x = x + self.drop(self.attention(self.attention_norm(x), valid))
         x = x + self.convolution(x, valid, rows)
-        return self.norm(x + 0.5 * self.feed_forward2(x))
+        return self.norm(x.add(self.feed_forward2(x), alpha=0.5))
 
 
 class ConformerCtc(nn.Module):
@@ -572,9 +572,11 @@ class ConformerCtc(nn.Module):
     def forward(self, features: Tensor, input_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, 80), (B,) -> log_probs (B, T', V), lengths (B,), T' = ceil(T / 4)."""
         x = without_padding(features, input_lengths).transpose(1, 2)[:, None]
-        x = self.conv1(images(x, self.training)).relu()  # (B, C, 40, ceil(T / 2))
-        x = x * valid_frames((input_lengths - 1) // 2 + 1, x.shape[3])[:, None, None]
-        x = self.conv2(x).relu()  # (B, C, 20, T')
+        x = self.conv1(images(x, self.training)).relu_()  # (B, C, 40, ceil(T / 2))
+        halves = (input_lengths - 1) // 2 + 1
+        if not unpadded(x.permute(0, 3, 1, 2), valid_rows(halves, x.shape[3])):
+            x = x * valid_frames(halves, x.shape[3])[:, None, None]
+        x = self.conv2(x).relu_()  # (B, C, 20, T')
         lengths = self.output_lengths(input_lengths)
         valid, rows = valid_frames(lengths, x.shape[3]), valid_rows(lengths, x.shape[3])
         x = self.dropout(self.input(x.permute(0, 3, 1, 2).flatten(2)))  # (B, T', width)

@@ -31,32 +31,37 @@ def reference_gated_convolution(x: Tensor, weight: Tensor, bias: Tensor, lengths
     return F.silu(sums).where(valid, 0.0)
 
 
-def reference_rotary_heads(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    """qkv (B, T, 3 * heads * d) -> (3, B, heads, T, d): queries and keys turned by rotary positions, and values.
+def reference_rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor | None, heads: int) -> Tensor:
+    """Attention of qkv (B, T, 3 * heads * d), queries and keys turned by rotary positions -> (B, T, heads * d).
 
-    cos, sin: (T, d / 2), of the angle of each pair (i, d / 2 + i).
+    cos, sin: (T, d / 2), of the angle of each pair (i, d / 2 + i).  lengths: (B,) int64 or None. What stands behind an
+    end is no key. Without a key what comes is zeros.
     """
-    check_devices("qkv", qkv, cos=cos, sin=sin)
+    check_devices("qkv", qkv, cos=cos, sin=sin, lengths=lengths)
+    lengths = qkv.new_full((len(qkv),), qkv.shape[1]) if lengths is None else lengths
+    valid = (torch.arange(qkv.shape[1], device=qkv.device) < lengths[:, None])[:, None, None]  # (B, 1, 1, T)
     q, k, v = qkv.unflatten(2, (3, heads, qkv.shape[2] // (3 * heads))).permute(2, 0, 3, 1, 4)  # (B, heads, T, d) each
     pairs = (x.chunk(2, -1) for x in (q, k))
     turned = [torch.cat((a * cos - b * sin, a * sin + b * cos), -1) for a, b in pairs]
-    return torch.stack((*turned, v))
+    y = F.scaled_dot_product_attention(*turned, v, valid).where(lengths[:, None, None, None] > 0, 0.0)
+    return y.transpose(1, 2).flatten(2)
 
 
 if not lottery.ops.compiled:
-    gated_convolution, rotary_heads = reference_gated_convolution, reference_rotary_heads
+    gated_convolution, rotary_attention = reference_gated_convolution, reference_rotary_attention
 else:
-    gated_convolution, rotary_heads = torch.ops.audio_lottery.gated_convolution, torch.ops.audio_lottery.rotary_heads
+    gated_convolution = torch.ops.audio_lottery.gated_convolution
+    rotary_attention = torch.ops.audio_lottery.rotary_attention
 
     @torch.library.register_fake("audio_lottery::gated_convolution")
     def fake_gated_convolution(x, weight, bias, lengths):
         check_devices("x", x, weight=weight, bias=bias, lengths=lengths)
-        return x.new_empty(len(x), len(weight), x.shape[2])
+        return x.new_empty(len(x), x.shape[2], len(weight)).transpose(1, 2)  # frame by frame
 
-    @torch.library.register_fake("audio_lottery::rotary_heads")
-    def fake_rotary_heads(qkv, cos, sin, heads):
-        check_devices("qkv", qkv, cos=cos, sin=sin)
-        return qkv.new_empty(3, len(qkv), heads, qkv.shape[1], qkv.shape[2] // (3 * heads))
+    @torch.library.register_fake("audio_lottery::rotary_attention")
+    def fake_rotary_attention(qkv, cos, sin, lengths, heads):
+        check_devices("qkv", qkv, cos=cos, sin=sin, lengths=lengths)
+        return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
 
 
 def fused(heads: int, depthwise: nn.Conv1d, norm: nn.BatchNorm1d) -> "tuple[RotaryAttention, GatedConvolution]":
@@ -108,10 +113,8 @@ class RotaryAttention(nn.Module):
     def forward(self, qkv: Tensor, valid: Tensor) -> Tensor:
         """qkv (B, T, 3 * width), valid (B, T) bool -> (B, T, width)."""
         cos, sin = (table.to(qkv.device) for table in turns(qkv.shape[1], qkv.shape[2] // (6 * self.heads)))
-        by_heads = rotary_heads if qkv.device.type == "cpu" else reference_rotary_heads
-        q, k, v = by_heads(qkv.to(FLOAT32), cos, sin, self.heads).to(qkv.dtype)
-        mask = None if valid.all() else valid[:, None, None]  # none is faster
-        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        attention = rotary_attention if qkv.device.type == "cpu" else reference_rotary_attention
+        return attention(qkv.to(FLOAT32), cos, sin, valid.sum(1), self.heads).to(qkv.dtype)
 
 
 class GatedConvolution(Fixed):

@@ -308,13 +308,38 @@ class ConvInBytes(Conv):
         return sparse_conv2d_in_bytes(x, self.bytes(), bias, self.outputs, *self.window)
 
 
+class Pointwise(Layer):
+    """A Conv1d of kernel 1 as a product of each frame: without a copy where frames stand one by one in memory."""
+
+    def __init__(self, conv: nn.Conv1d, frames: Product | InBytes, bias: Tensor | None):
+        super().__init__(bias, conv)
+        self.frames = frames  # (outputs, inputs), without a bias
+
+    @property
+    def weight(self) -> Tensor:
+        """weight * mask, dense, of the shape it had."""
+        return self.frames.weight.to(self.dtype)[..., None]
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """([B,] C, T) -> ([B,] C', T)."""
+        if x.dim() not in (2, 3) or x.shape[-2] != self.in_channels:
+            raise ValueError(f"input must be ([B,] {self.in_channels}, T), got {list(x.shape)}")
+        return self.frames.product(x.transpose(-2, -1), bias).transpose(-2, -1)
+
+
 def convolutions(
-    conv: nn.Conv1d | nn.Conv2d, matrices: dict[str, Matrix], bias: Tensor | None, in_bytes: bool
-) -> dict[str, Conv]:
-    """The convolution in every sparse way there is; in bytes where these have places for its inputs."""
+    conv: nn.Conv1d | nn.Conv2d, matrices: dict[str, Matrix], bias: Tensor | None, in_bytes: bool, x: Tensor
+) -> dict[str, Layer]:
+    """The convolution in every sparse way there is; in bytes where these have places for its inputs. x: one of them."""
+    (outputs, inputs, *kernel), in_bytes = conv.weight.shape, in_bytes and "unstructured" in matrices
+    if kernel == [1] and conv.stride == (1,) and conv.padding == (0,) and x.transpose(-2, -1).is_contiguous():
+        products = {layout: Product(matrix, None, (outputs, inputs)) for layout, matrix in matrices.items()}
+        if in_bytes:
+            products["bytes"] = InBytes(matrices["unstructured"], None, (outputs, inputs))
+        return {layout: Pointwise(conv, product, bias) for layout, product in products.items()}
     ways = {layout: Conv(conv, matrix, bias) for layout, matrix in matrices.items()}
     kernel, *_, dilation = window_of(conv)
-    if in_bytes and "unstructured" in matrices and kernel_inputs(conv.in_channels, kernel, dilation) <= 1 << 16:
+    if in_bytes and kernel_inputs(conv.in_channels, kernel, dilation) <= 1 << 16:
         ways["bytes"] = ConvInBytes(conv, matrices["unstructured"], bias)
     return ways
 

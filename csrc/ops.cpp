@@ -64,15 +64,15 @@ TORCH_LIBRARY(audio_lottery, m) {
   // A Conformer's GLU of x (batch, 2 * channels, time), depthwise convolution by weight (channels, an odd kernel) and SiLU:
   // (batch, channels, time), zeros behind each end.
   m.def("gated_convolution(Tensor x, Tensor weight, Tensor bias, Tensor? lengths) -> Tensor");
-  // qkv (batch, time, 3 * heads * size) -> queries and keys turned by rotary positions, cos and sin (time, size / 2), and
-  // values: (3, batch, heads, time, size).
-  m.def("rotary_heads(Tensor qkv, Tensor cos, Tensor sin, int heads) -> Tensor");
+  // Attention of qkv (batch, time, 3 * heads * size), queries and keys turned by rotary positions, cos and sin (time, size /
+  // 2), to the keys before each end: (batch, time, heads * size), zeros for an utterance of no frames.
+  m.def("rotary_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? lengths, int heads) -> Tensor");
 }
 
 // The operators of inference: backward through one is an error that names it, where torch would leave its part out.
 TORCH_LIBRARY_IMPL(audio_lottery, Autograd, m) {
   for (const char* name : {"sparse_linear", "sparse_conv2d", "sparse_lstm", "sparse_transducer", "gated_convolution",
-                           "rotary_heads", "sparse_linear_in_bytes", "sparse_conv2d_in_bytes", "sparse_lstm_in_bytes",
+                           "rotary_attention", "sparse_linear_in_bytes", "sparse_conv2d_in_bytes", "sparse_lstm_in_bytes",
                            "sparse_lstm_layer_in_bytes"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }

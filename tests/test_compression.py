@@ -179,6 +179,27 @@ def test_convolutions_without_a_batch(always):
             close(compressed(x), network(x))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["unstructured", "16x1"])
+def test_a_convolution_of_single_frames_takes_them_as_they_stand(form, always):
+    always(form)
+    model, masks = pruned(nn.Sequential(nn.Conv1d(20, 33, 1)))
+    frames, channels = torch.randn(2, 11, 20).transpose(1, 2), torch.randn(2, 20, 11)
+    by_frames, _ = compress(model, masks, lambda m: m(frames))
+    by_channels, _ = compress(model, masks, lambda m: m(channels))
+    assert type(by_frames[0]) is layers.Pointwise and type(by_channels[0]) is layers.Conv
+    assert by_frames(frames).transpose(1, 2).is_contiguous() and by_channels(channels).is_contiguous()
+    for x in (frames, channels, frames[0], frames[:, :, ::2]):
+        for compressed in (by_frames, pickle.loads(pickle.dumps(by_frames)), by_channels):
+            close(compressed(x), model(x))
+    assert torch.equal(by_frames[0].weight, model[0].weight) and by_frames[0].kernel_size == (1,)
+    half = by_frames.half()
+    assert half[0].weight.dtype == half[0].bias.dtype == half(frames.half()).dtype == torch.half
+    for wrong in (torch.randn(2, 19, 11), torch.randn(20), torch.randn(1, 2, 20, 11)):
+        with pytest.raises(ValueError, match=r"input must be \(\[B,\] 20, T\), got \["):
+            by_frames(wrong)
+
+
 # ---------------------------------------------------------------------------- casts, copies, other processes
 
 

@@ -28,8 +28,8 @@ def test_a_norm_of_another_kind_is_refused():
 
 def test_a_traced_graph_leaves_no_stand_in_behind():
     attention, shape = fused.RotaryAttention(2), (1, 7, 24)
-    with FakeTensorMode(), pytest.raises(Exception, match=r"aten._local_scalar_dense|[Dd]ata"):
-        attention(torch.empty(shape), torch.ones(1, 7, dtype=torch.bool))
+    with FakeTensorMode():
+        assert attention(torch.empty(shape), torch.ones(1, 7, dtype=torch.bool)).shape == (1, 7, 8)
     assert attention(torch.randn(shape), torch.ones(1, 7, dtype=torch.bool)).shape == (1, 7, 8)
     for frames in range(1, 20):
         fused.turns(frames, 2)
@@ -119,24 +119,47 @@ def test_what_it_refuses(change, error, message):
         fused.gated_convolution(*(usual | change).values())
 
 
-def test_heads_by_hand():
-    """Two frames, one head of two numbers: the second frame's are turned by a right angle."""
-    qkv = torch.tensor([[[1.0, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]]])
-    found = fused.rotary_heads(qkv, torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]]), 1)
-    assert found[:, 0, 0].tolist() == [[[1, 2], [-2, 1]], [[3, 4], [-4, 3]], [[5, 6], [5, 6]]]
+def test_attention_by_hand():
+    """Two frames, one head of two numbers. The second frame's query and key are turned by a right angle."""
+    qkv = torch.tensor([[[2.0, 0, 1, 0, 5, 6], [2, 0, 1, 0, 7, 8]]])
+    cos, sin = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])
+    share = torch.sigmoid(torch.tensor(2 / 2**0.5))  # of a query's own frame: products are 2 and 0, over sqrt(2)
+    found = fused.rotary_attention(qkv, cos, sin, None, 1)
+    own, other = torch.tensor([[5.0, 6], [7, 8]]), torch.tensor([[7.0, 8], [5, 6]])
+    torch.testing.assert_close(found[0], share * own + (1 - share) * other)
+    found = fused.rotary_attention(qkv, cos, sin, torch.tensor([1]), 1)
+    torch.testing.assert_close(found[0], torch.tensor([[5.0, 6], [5, 6]]))
+    assert not fused.rotary_attention(qkv, cos, sin, torch.tensor([0]), 1).any()
 
 
 @built
 @pytest.mark.parametrize("batch, time, heads, size", [
-    (1, 1, 1, 2), (2, 7, 3, 6), (3, 33, 8, 52), (1, 1000, 4, 32), (2, 5, 2, 70), (0, 4, 2, 4), (2, 0, 2, 4),
+    (1, 1, 1, 2), (2, 7, 3, 6), (3, 33, 8, 52), (1, 1000, 4, 32), (2, 256, 2, 70), (1, 17, 1, 16), (0, 4, 2, 4), (2, 0, 2, 4),
 ])  # fmt: skip
-def test_heads_are_their_reference(batch, time, heads, size, threads):
-    qkv, (cos, sin) = drawn(batch, time, 3 * heads * size), fused.turns(time, size // 2)
-    found = fused.rotary_heads(qkv, cos, sin, heads)
-    assert found.shape == (3, batch, heads, time, size)
-    torch.testing.assert_close(found, fused.reference_rotary_heads(qkv, cos, sin, heads))
-    turned = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (qkv, cos, sin))
-    assert torch.equal(fused.rotary_heads(*turned, heads), found)
+def test_attention_is_its_reference(batch, time, heads, size, threads):
+    qkv, (cos, sin) = 2 * drawn(batch, time, 3 * heads * size), fused.turns(time, size // 2)
+    ends = torch.tensor([(7 * i + 3) % (time + 1) for i in range(batch)], dtype=torch.int64)
+    for lengths in (None, ends, torch.full((batch,), time)):
+        found = fused.rotary_attention(qkv, cos, sin, lengths, heads)
+        assert found.shape == (batch, time, heads * size)
+        wanted = fused.reference_rotary_attention(qkv, cos, sin, lengths, heads)
+        torch.testing.assert_close(found, wanted, atol=5e-5, rtol=1e-4)
+        turned = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (qkv, cos, sin))
+        assert torch.equal(fused.rotary_attention(*turned, lengths, heads), found)
+
+
+@built
+def test_attention_of_large_numbers_and_nan():
+    qkv, (cos, sin) = drawn(2, 9, 12), fused.turns(9, 2)
+    found = fused.rotary_attention(1e3 * qkv, cos, sin, None, 1)  # all but the largest score is nothing
+    torch.testing.assert_close(found, fused.reference_rotary_attention(1e3 * qkv, cos, sin, None, 1), atol=1e-2, rtol=1e-3)
+    ends, (cos, sin) = torch.tensor([9, 4]), fused.turns(9, 2)
+    found = fused.rotary_attention(qkv, cos, sin, ends, 1)
+    assert torch.equal(found[1:, :4], fused.rotary_attention(qkv[1:, :4], cos[:4], sin[:4], None, 1))
+    qkv[1, 4:] = torch.nan  # what is behind an end is no key
+    assert torch.equal(fused.rotary_attention(qkv, cos, sin, ends, 1)[1, :4], found[1, :4])
+    qkv[0, 2] = torch.nan
+    assert fused.rotary_attention(qkv, cos, sin, ends, 1)[0].isnan().all()
 
 
 @built
@@ -147,16 +170,20 @@ def test_heads_are_their_reference(batch, time, heads, size, threads):
     (dict(qkv=torch.zeros(1, 2, 18)), ValueError, r"even size a head, got \[1, 2, 18\] for 2 heads"),
     (dict(cos=torch.zeros(2, 2)), ValueError, r"cos must be \[2, 1\], got \[2, 2\]"),
     (dict(sin=torch.zeros(3, 1)), ValueError, r"sin must be \[2, 1\], got \[3, 1\]"),
+    (dict(lengths=torch.tensor([3])), ValueError, "lengths must be between 0 and the 2 frames, got 3"),
+    (dict(lengths=torch.tensor([1, 2])), ValueError, r"lengths must be one an utterance, got \[2\] for qkv of"),
 ])  # fmt: skip
-def test_what_heads_refuse(change, error, message):
-    usual = dict(qkv=torch.zeros(1, 2, 12), cos=torch.zeros(2, 1), sin=torch.zeros(2, 1), heads=2)
+def test_what_attention_refuses(change, error, message):
+    usual = dict(qkv=torch.zeros(1, 2, 12), cos=torch.zeros(2, 1), sin=torch.zeros(2, 1), lengths=None, heads=2)
     with pytest.raises(error, match=message):
-        fused.rotary_heads(*(usual | change).values())
+        fused.rotary_attention(*(usual | change).values())
 
 
 @built
 def test_opcheck():
-    torch.library.opcheck(torch.ops.audio_lottery.rotary_heads, (drawn(2, 5, 24), drawn(5, 2), drawn(5, 2), 2))
+    for lengths in (None, torch.tensor([5, 0])):
+        arguments = drawn(2, 5, 24), drawn(5, 2), drawn(5, 2), lengths, 2
+        torch.library.opcheck(torch.ops.audio_lottery.rotary_attention, arguments)
     for lengths in (None, torch.tensor([9, 4])):
         arguments = drawn(2, 6, 9), drawn(3, 5), drawn(3), lengths
         torch.library.opcheck(torch.ops.audio_lottery.gated_convolution, arguments)

@@ -70,15 +70,8 @@ float scale_of(const float* x, int64_t n) {
   return largest / 127 < std::numeric_limits<float>::min() ? 0.0f : largest / 127;
 }
 
-// The column in bytes. Returns its scale.
-float to_bytes(const float* x, int64_t n, int8_t* to) {
-  const float scale = scale_of(x, n);
-  if (!(scale > 0)) {
-    std::memset(to, 0, n);
-    return scale;
-  }
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<int8_t>(std::lrintf(x[i] / scale));
-  return scale;
+void round_to_bytes(const float* x, int64_t n, float by, int8_t* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<int8_t>(std::lrintf(x[i] * by));
 }
 
 struct Columns {
@@ -124,7 +117,7 @@ void columns_in_bytes(const Bytes& m, const Place& place, const Columns& c, int6
 
 bool by_avx2(const Bytes& m) { return m.lanes == 8 && kernels().lanes >= 8; }
 
-BY_AVX2 float to_bytes_by_avx2(const float* x, int64_t n, int8_t* to) {
+BY_AVX2 float scale_by_avx2(const float* x, int64_t n) {
   __m256i most = _mm256_setzero_si256();
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
   const int64_t whole = n / 8 * 8;
@@ -135,19 +128,18 @@ BY_AVX2 float to_bytes_by_avx2(const float* x, int64_t n, int8_t* to) {
   float largest[8 + 7];
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(largest), most);
   std::copy(x + whole, x + n, largest + 8);
-  const float scale = scale_of(largest, 8 + n - whole);
-  if (!(scale > 0)) {
-    std::memset(to, 0, n);
-    return scale;
-  }
-  const __m256 by = _mm256_set1_ps(scale);
+  return scale_of(largest, 8 + n - whole);
+}
+
+BY_AVX2 void round_by_avx2(const float* x, int64_t n, float by, int8_t* to) {
+  const __m256 factor = _mm256_set1_ps(by);
+  const int64_t whole = n / 8 * 8;
   for (int64_t i = 0; i < whole; i += 8) {
-    const __m256i rounded = _mm256_cvtps_epi32(_mm256_div_ps(_mm256_loadu_ps(x + i), by));
+    const __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), factor));
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(to + i), _mm_packs_epi16(words, words));
   }
-  for (int64_t i = whole; i < n; ++i) to[i] = static_cast<int8_t>(std::lrintf(x[i] / scale));
-  return scale;
+  round_to_bytes(x + whole, n - whole, by, to + whole);
 }
 
 // C columns, each read of the weights for all of them.
@@ -206,7 +198,7 @@ bool by_vnni(const Bytes& m) { return m.lanes == 16 && has_vnni(); }
 
 constexpr int32_t ZERO = 128;  // what stands for an input of 0: one factor of the instruction has no sign
 
-VNNI float to_bytes_by_vnni(const float* x, int64_t n, int8_t* to) {
+VNNI float scale_by_vnni(const float* x, int64_t n) {
   __m512i most = _mm512_setzero_si512();
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   for (int64_t i = 0; i < n; i += 16) {
@@ -216,19 +208,17 @@ VNNI float to_bytes_by_vnni(const float* x, int64_t n, int8_t* to) {
   const uint32_t bits = _mm512_reduce_max_epu32(most);
   float largest;
   std::memcpy(&largest, &bits, sizeof largest);
-  const float scale = scale_of(&largest, 1);
-  if (!(scale > 0)) {
-    std::memset(to, ZERO, n);
-    return scale;
-  }
-  const __m512 by = _mm512_set1_ps(scale);
+  return scale_of(&largest, 1);
+}
+
+VNNI void round_by_vnni(const float* x, int64_t n, float by, int8_t* to) {
+  const __m512 factor = _mm512_set1_ps(by);
   const __m512i zero = _mm512_set1_epi32(ZERO);
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 in = n - i < 16 ? (1u << (n - i)) - 1 : 0xffff;
-    const __m512i rounded = _mm512_cvtps_epi32(_mm512_div_ps(_mm512_maskz_loadu_ps(in, x + i), by));
+    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(in, x + i), factor));
     _mm_mask_storeu_epi8(to + i, in, _mm512_cvtepi32_epi8(_mm512_add_epi32(rounded, zero)));
   }
-  return scale;
 }
 
 // C columns, each read of the weights for all of them. A single one has two chains of sums, which wait for each other less.
@@ -328,13 +318,26 @@ int8_t zero_of(const Bytes& m) {
   return 0;
 }
 
-// n floats in bytes, as in_bytes takes them. Returns their scale.
-float in_eight_bits(const Bytes& m, const float* x, int64_t n, int8_t* to) {
+float scale_of(const Bytes& m, const float* x, int64_t n) {
 #ifdef AUDIO_LOTTERY_AVX512
-  if (by_vnni(m)) return to_bytes_by_vnni(x, n, to);
-  if (by_avx2(m)) return to_bytes_by_avx2(x, n, to);
+  if (by_vnni(m)) return scale_by_vnni(x, n);
+  if (by_avx2(m)) return scale_by_avx2(x, n);
 #endif
-  return to_bytes(x, n, to);
+  return scale_of(x, n);
+}
+
+// n floats in bytes by a scale of theirs, as in_bytes takes them.
+void in_eight_bits(const Bytes& m, const float* x, int64_t n, float scale, int8_t* to) {
+  if (!(scale > 0)) {
+    std::memset(to, zero_of(m), n);
+    return;
+  }
+  const float by = 1 / scale;  // a division takes four times as long
+#ifdef AUDIO_LOTTERY_AVX512
+  if (by_vnni(m)) return round_by_vnni(x, n, by, to);
+  if (by_avx2(m)) return round_by_avx2(x, n, by, to);
+#endif
+  round_to_bytes(x, n, by, to);
 }
 
 // How a column stands in memory. For VNNI it stands there twice, the second time ALIGN inputs further on: so a window that
@@ -358,11 +361,13 @@ struct Standing {
   }
 
   // Of n columns, each at a cache line of its own.
-  Tensor room(int64_t n, const Tensor& like) const { return at::zeros({n, bytes()}, like.options().dtype(at::kChar)); }
+  Tensor room(int64_t n, const Tensor& like) const { return at::empty({n, bytes()}, like.options().dtype(at::kChar)); }
 
   // Puts a column there. Returns its scale.
   float put(const Bytes& m, const float* x, int8_t* to) const {
-    const float scale = in_eight_bits(m, x, m.inputs, to);
+    const float scale = scale_of(m, x, m.inputs);
+    in_eight_bits(m, x, m.inputs, scale, to);
+    std::memset(to + m.inputs, 0, wide - m.inputs);  // windows read it, for values of 0
     if (second) std::memcpy(to + wide, to + m.ALIGN, wide - m.ALIGN);
     return scale;
   }
@@ -437,16 +442,18 @@ Tensor sparse_conv2d_in_bytes(const Tensor& x, at::TensorList bytes, const std::
   const Tensor given = x.contiguous();
   std::vector<float> scales(batch * size[1]);
   at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-    std::vector<int8_t> rounded(channels * high * wide);
+    std::vector<float> turned(wide * channels);  // a row of pixels
     for (int64_t b = begin; b < end; ++b) {
-      const auto n = static_cast<int64_t>(rounded.size());
-      std::fill_n(&scales[b * size[1]], size[1], in_eight_bits(m, given.const_data_ptr<float>() + b * n, n, rounded.data()));
+      const float* image = given.const_data_ptr<float>() + b * channels * high * wide;
+      const float scale = scale_of(m, image, channels * high * wide);
+      std::fill_n(&scales[b * size[1]], size[1], scale);
       for (int64_t h = 0; h < high; ++h) {
         int8_t* to = images.data_ptr<int8_t>() + b * images.stride(0) + (h + padding[0]) * row + padding[1] * channels;
-        for (int64_t channel = 0; channel < channels; ++channel) {
-          const int8_t* from = &rounded[(channel * high + h) * wide];
-          for (int64_t w = 0; w < wide; ++w) to[w * channels + channel] = from[w];
+        for (int64_t c = 0; c < channels; c += LINE) {  // a cache line of each pixel: of more channels pages would be too many
+          const int64_t some = std::min(LINE, channels - c);
+          kernels().transpose(image + (c * high + h) * wide, high * wide, some, wide, &turned[c], channels);
         }
+        in_eight_bits(m, turned.data(), wide * channels, scale, to);
       }
     }
   });

@@ -1,14 +1,15 @@
-// gated_convolution and rotary_heads on CPU: parts of a Conformer's block in one pass. A channel's GLU, depthwise
-// convolution and SiLU, while its frames stay in the first cache; a frame's queries and keys, turned and put by heads.
-// Loops are plain, and vectors are the compiler's: of numbers of 32 bits and without branches, so that it makes them
-// without -ffast-math.
+// gated_convolution and rotary_attention on CPU: parts of a Conformer's block in one pass. GLU, depthwise convolution and
+// SiLU of some channels, while their frames stay in the first cache; attention of a head between its projections, with
+// queries and keys turned by their positions and some rows of scores at a time.
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -19,52 +20,81 @@
 namespace audio_lottery {
 namespace {
 
+constexpr int64_t LINE = 16;                  // floats of a cache line; a multiple of every vector
+constexpr int64_t TILE = 2 * LINE;            // channels at a time
+constexpr int64_t SCORES = 1 << 14;           // floats that stay in the caches
+constexpr int64_t ROWS = 8;                   // of which products take several at a time
 constexpr int64_t THREAD_PRODUCTS = 1 << 16;  // multiplications that are worth a thread
 
-template <typename To, typename From>
-AUDIO_LOTTERY_INLINE To bits_of(From from) {
-  To to;
-  static_assert(sizeof to == sizeof from);
-  std::memcpy(&to, &from, sizeof to);
-  return to;
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+struct Head {
+  const float *cos, *sin;  // (frames, size / 2)
+  int64_t frames, size;
+  int64_t between;  // floats from a frame's query to its key, and from that to its value
+};
+
+// Cache lines of a row of keys: at a large power of two all rows would want the same places in the first cache.
+int64_t lines_of(int64_t frames) {
+  const int64_t lines = (frames + LINE - 1) / LINE;
+  return lines % 16 ? lines : lines + 1;
 }
 
-// 1 / (1 + exp(-x)), within 2e-7; exp as in Cephes: a power of 2 times a polynomial. NaN stays NaN.
-AUDIO_LOTTERY_INLINE float sigmoid(float x) {
-  const auto given = bits_of<int32_t>(x);
-  const int32_t size = given & 0x7fffffff, most = 0x42ae0000;  // |x|, and 87: as integers they sort alike
-  const float y = bits_of<float>((size < most ? size : most) | (~given & INT32_MIN));
-  const float shifted = y * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: its last bits hold the rounded exponent
-  const float n = shifted - 12582912.0f, f = y - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = f * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * f * f + f + 1.0f;
-  const auto power = static_cast<int32_t>(static_cast<uint32_t>(bits_of<int32_t>(shifted)) << 23) + 0x3f800000;
-  const auto result = bits_of<int32_t>(1.0f / (1.0f + p * bits_of<float>(power)));
-  return bits_of<float>(result | -static_cast<int32_t>(size > 0x7f800000));
-}
+// What a thread needs.
+struct Scratch {
+  int64_t wide, padded, rows;
+  std::vector<float> queries, keys, values;                 // (frames, size), (size, wide), (frames, padded)
+  std::vector<float> scores, sums, totals, start, zeros;    // of some rows; what scores and sums begin with
 
-// One channel: frames (length) of it and of its gate -> out (length). padded: length + kernel - 1 floats, zero outside
-// of the length in their middle.  sums: length floats.
-AUDIO_LOTTERY_CLONES
-void convolve(const float* frames, const float* gates, const float* weights, float bias, float* __restrict padded,
-              float* __restrict sums, float* __restrict out, int64_t length, int64_t kernel) {
-  for (int64_t t = 0; t < length; ++t) padded[kernel / 2 + t] = frames[t] * sigmoid(gates[t]);
-  for (int64_t t = 0; t < length; ++t) sums[t] = bias;
-  int64_t k = 0;
-  for (; k + 4 <= kernel; k += 4) {  // four at once, so that sums are read and written a fourth as often
-    const float *w = weights + k, *x = padded + k;
-    const float w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
-    for (int64_t t = 0; t < length; ++t) sums[t] += w0 * x[t] + w1 * x[t + 1] + w2 * x[t + 2] + w3 * x[t + 3];
-  }
-  for (; k < kernel; ++k) {
-    const float w = weights[k];
-    for (int64_t t = 0; t < length; ++t) sums[t] += w * padded[k + t];
-  }
-  for (int64_t t = 0; t < length; ++t) out[t] = sums[t] * sigmoid(sums[t]);
+  Scratch(int64_t frames, int64_t size)
+      : wide(lines_of(frames) * LINE),
+        padded(round_up(size, LINE)),
+        rows(std::clamp<int64_t>(SCORES / wide / ROWS * ROWS, ROWS, 64)),
+        queries((frames + ROWS) * size),
+        keys(size * wide),
+        values(frames * padded),
+        scores(rows * wide),
+        sums(rows * padded),
+        totals(rows),
+        start(wide),
+        zeros(padded) {}
+};
+
+struct Kernels {
+  void (*convolve)(const float*, const float*, const float*, float*, int64_t, int64_t, int64_t, int64_t, float*);
+  void (*attend)(const Head&, const float*, int64_t, int64_t, float*, int64_t, Scratch&);
+};
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the baseline's are not passed beyond this file
+
+#define CONFORMER_ISA baseline
+#define KERNEL
+#define LANES 4
+#include "conformer_kernels.h"
+
+#ifdef AUDIO_LOTTERY_AVX512
+#define CONFORMER_ISA avx2
+#define KERNEL __attribute__((target("avx2,fma")))
+#define LANES 8
+#include "conformer_kernels.h"
+
+#define CONFORMER_ISA avx512
+#define KERNEL __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#define LANES 16
+#include "conformer_kernels.h"
+#endif
+
+// What torch itself takes here; ATEN_CPU_CAPABILITY=avx2 or default asks for less, of both.
+const Kernels& kernels() {
+  static const Kernels& chosen = [&]() -> const Kernels& {
+#ifdef AUDIO_LOTTERY_AVX512
+    const std::string name = at::get_cpu_capability();
+    if (name == "AVX512") return avx512::KERNELS;
+    if (name == "AVX2") return avx2::KERNELS;
+#endif
+    return baseline::KERNELS;
+  }();
+  return chosen;
 }
 
 void check_floats(const Tensor& tensor, const char* name, int64_t dim, const Tensor& first, const char* first_name) {
@@ -74,7 +104,24 @@ void check_floats(const Tensor& tensor, const char* name, int64_t dim, const Ten
                     tensor.device(), " and ", first.device());
 }
 
-void check(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& lengths) {
+// How many frames each of x's utterances has.
+std::vector<int64_t> ends_of(const std::optional<Tensor>& lengths, const Tensor& x, const char* name, int64_t time) {
+  std::vector<int64_t> ends(x.size(0), time);
+  if (!lengths) return ends;
+  TORCH_CHECK_TYPE(lengths->scalar_type() == at::kLong, "lengths must be int64, got ", lengths->scalar_type());
+  TORCH_CHECK_VALUE(lengths->dim() == 1 && lengths->size(0) == x.size(0), "lengths must be one an utterance, got ",
+                    lengths->sizes(), " for ", name, " of ", x.sizes());
+  TORCH_CHECK_VALUE(lengths->device() == x.device(), "lengths must be on the device of ", name, ", got ", lengths->device(),
+                    " and ", x.device());
+  const Tensor given = lengths->contiguous();
+  std::copy_n(given.const_data_ptr<int64_t>(), x.size(0), ends.begin());  // of no utterance it is null
+  for (const int64_t end : ends) {
+    TORCH_CHECK_VALUE(end >= 0 && end <= time, "lengths must be between 0 and the ", time, " frames, got ", end);
+  }
+  return ends;
+}
+
+Tensor gated_convolution(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& lengths) {
   for (const auto& [tensor, name, dim] :
        {std::tuple(&x, "x", 3), std::tuple(&weight, "weight", 2), std::tuple(&bias, "bias", 1)}) {
     check_floats(*tensor, name, dim, x, "x");
@@ -83,85 +130,56 @@ void check(const Tensor& x, const Tensor& weight, const Tensor& bias, const std:
                     "x must have two channels a row of weight, and bias a number, got ", x.sizes(), ", ", weight.sizes(),
                     " and ", bias.sizes());
   TORCH_CHECK_VALUE(weight.size(1) % 2 == 1, "weight must be of an odd kernel, got ", weight.sizes());
-  if (!lengths) return;
-  TORCH_CHECK_TYPE(lengths->scalar_type() == at::kLong, "lengths must be int64, got ", lengths->scalar_type());
-  TORCH_CHECK_VALUE(lengths->dim() == 1 && lengths->size(0) == x.size(0), "lengths must be one an utterance, got ",
-                    lengths->sizes(), " for x of ", x.sizes());
-  TORCH_CHECK_VALUE(lengths->device() == x.device(), "lengths must be on the device of x, got ", lengths->device(), " and ",
-                    x.device());
-}
-
-Tensor gated_convolution(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& lengths) {
-  check(x, weight, bias, lengths);
   const int64_t batch = x.size(0), channels = weight.size(0), time = x.size(2), kernel = weight.size(1);
-  const Tensor in = x.contiguous(), weights = weight.contiguous(), biases = bias.contiguous();
-  std::vector<int64_t> ends(batch, time);
-  if (lengths) {
-    const Tensor given = lengths->contiguous();
-    std::copy_n(given.const_data_ptr<int64_t>(), batch, ends.begin());  // of no utterance it is null
-    for (const int64_t end : ends) {
-      TORCH_CHECK_VALUE(end >= 0 && end <= time, "lengths must be between 0 and the ", time, " frames, got ", end);
-    }
-  }
-  Tensor out = at::empty({batch, channels, time}, x.options());
-  if (out.numel() == 0) return out;
-  const float *from = in.const_data_ptr<float>(), *w = weights.const_data_ptr<float>();
-  const float* b = biases.const_data_ptr<float>();
+  const std::vector<int64_t> ends = ends_of(lengths, x, "x", time);
+  // Frame by frame, as a product of frames leaves them and another one takes them: no copy, where x is such a view.
+  const Tensor in = x.transpose(1, 2).contiguous(), weights = weight.contiguous(), biases = bias.contiguous();
+  const Tensor out = at::empty({batch, time, channels}, x.options());
+  if (out.numel() == 0) return out.transpose(1, 2);
+  const auto *from = in.const_data_ptr<float>(), *w = weights.const_data_ptr<float>(), *b = biases.const_data_ptr<float>();
   float* to = out.data_ptr<float>();
-  const int64_t grain = std::max<int64_t>(1, THREAD_PRODUCTS / (time * kernel));
-  at::parallel_for(0, batch * channels, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> padded(time + kernel - 1), sums(time);
+  const int64_t tiles = (channels + TILE - 1) / TILE, grain = std::max<int64_t>(1, THREAD_PRODUCTS / (time * kernel * TILE));
+  at::parallel_for(0, batch * tiles, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> room(TILE * (time + 2 * kernel + 4));
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / channels, c = i % channels, length = ends[n];
-      std::fill(padded.begin() + kernel / 2 + length, padded.end(), 0.0f);
-      const float *frames = from + (2 * n * channels + c) * time, *gates = frames + channels * time;
-      convolve(frames, gates, w + c * kernel, b[c], padded.data(), sums.data(), to + i * time, length, kernel);
-      std::fill(to + i * time + length, to + (i + 1) * time, 0.0f);
+      const int64_t n = i / tiles, first = i % tiles * TILE;
+      kernels().convolve(from + 2 * n * time * channels, w, b, to + n * time * channels, channels, ends[n], kernel, first,
+                         room.data());
     }
   });
-  return out;
-}
-
-// One frame's vectors of all heads, each of two halves (a, b) -> (a cos - b sin, a sin + b cos), `apart` floats apart.
-AUDIO_LOTTERY_CLONES
-void turn(const float* x, const float* cos, const float* sin, float* __restrict out, int64_t heads, int64_t half,
-          int64_t apart) {
-  for (int64_t head = 0; head < heads; ++head, x += 2 * half, out += apart) {
-    for (int64_t i = 0; i < half; ++i) out[i] = x[i] * cos[i] - x[half + i] * sin[i];
-    for (int64_t i = 0; i < half; ++i) out[half + i] = x[i] * sin[i] + x[half + i] * cos[i];
+  for (int64_t n = 0; n < batch; ++n) {
+    std::fill(to + (n * time + ends[n]) * channels, to + (n + 1) * time * channels, 0.0f);
   }
+  return out.transpose(1, 2);
 }
 
-Tensor rotary_heads(const Tensor& qkv, const Tensor& cos, const Tensor& sin, int64_t heads) {
+Tensor rotary_attention(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const std::optional<Tensor>& lengths,
+                        int64_t heads) {
   for (const auto& [tensor, name, dim] :
        {std::tuple(&qkv, "qkv", 3), std::tuple(&cos, "cos", 2), std::tuple(&sin, "sin", 2)}) {
     check_floats(*tensor, name, dim, qkv, "qkv");
   }
   TORCH_CHECK_VALUE(heads > 0 && qkv.size(2) % (6 * heads) == 0,
                     "qkv must be three vectors of an even size a head, got ", qkv.sizes(), " for ", heads, " heads");
-  const int64_t batch = qkv.size(0), time = qkv.size(1), size = qkv.size(2) / (3 * heads), half = size / 2;
+  const int64_t batch = qkv.size(0), time = qkv.size(1), width = qkv.size(2) / 3, size = width / heads;
   for (const auto& [tensor, name] : {std::pair(&cos, "cos"), std::pair(&sin, "sin")}) {
-    TORCH_CHECK_VALUE(tensor->size(0) == time && tensor->size(1) == half, name, " must be [", time, ", ", half, "], got ",
-                      tensor->sizes());
+    TORCH_CHECK_VALUE(tensor->size(0) == time && tensor->size(1) == size / 2, name, " must be [", time, ", ", size / 2,
+                      "], got ", tensor->sizes());
   }
+  const std::vector<int64_t> ends = ends_of(lengths, qkv, "qkv", time);
   const Tensor in = qkv.contiguous(), cosines = cos.contiguous(), sines = sin.contiguous();
-  Tensor out = at::empty({3, batch, heads, time, size}, qkv.options());
+  const Tensor out = at::zeros({batch, time, width}, qkv.options());
   if (out.numel() == 0) return out;
-  const float *from = in.const_data_ptr<float>(), *c = cosines.const_data_ptr<float>();
-  const float* s = sines.const_data_ptr<float>();
+  const Head head{cosines.const_data_ptr<float>(), sines.const_data_ptr<float>(), time, size, width};
+  const auto* from = in.const_data_ptr<float>();
   float* to = out.data_ptr<float>();
-  const int64_t apart = time * size, part = batch * heads * apart;
-  const int64_t grain = std::max<int64_t>(1, THREAD_PRODUCTS / qkv.size(2));
-  at::parallel_for(0, batch * time, grain, [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, THREAD_PRODUCTS / (2 * time * time * size));
+  at::parallel_for(0, batch * heads, grain, [&](int64_t begin, int64_t end) {
+    Scratch scratch(time, size);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / time, t = i % time;
-      const float* x = from + i * qkv.size(2);
-      float* y = to + n * heads * apart + t * size;
-      turn(x, c + t * half, s + t * half, y, heads, half, apart);
-      turn(x + heads * size, c + t * half, s + t * half, y + part, heads, half, apart);
-      for (int64_t h = 0; h < heads; ++h) {
-        std::memcpy(y + 2 * part + h * apart, x + (2 * heads + h) * size, size * sizeof(float));
-      }
+      const int64_t n = i / heads, at = n * time * width, of_head = i % heads * size;
+      std::fill_n(scratch.start.begin(), ends[n], 0.0f);
+      if (ends[n]) kernels().attend(head, from + 3 * at + of_head, 3 * width, ends[n], to + at + of_head, width, scratch);
     }
   });
   return out;
@@ -171,7 +189,7 @@ Tensor rotary_heads(const Tensor& qkv, const Tensor& cos, const Tensor& sin, int
 
 TORCH_LIBRARY_IMPL(audio_lottery, CPU, m) {
   m.impl("gated_convolution", &gated_convolution);
-  m.impl("rotary_heads", &rotary_heads);
+  m.impl("rotary_attention", &rotary_attention);
 }
 
 }  // namespace audio_lottery

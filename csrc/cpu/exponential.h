@@ -1,4 +1,4 @@
-// exp of a vector, in sparse_kernels.h and transducer_loss_kernels.h, which include this file once an instruction set.
+// exp of a vector, in sparse_kernels.h and dense_kernels.h, which include this file once an instruction set.
 // (Not include-guarded. As sparse_kernels.h.)
 
 // y = exp(y), y from -87 to 87; as in Cephes: a power of 2 times a polynomial.
@@ -12,4 +12,13 @@ KERNEL inline void exponential(Floats& y) {
   p = p * f + 5.0000001201e-1f;
   p = p * f * f + f + 1.0f;
   y = p * (Floats)(((Ints)shifted << 23) + 0x3f800000);
+}
+
+// 1 / (1 + exp(-x)), within 2e-7.
+KERNEL inline void sigmoid(Floats& x) {
+  Floats y = -x;
+  y = y > 87.0f ? Floats{} + 87.0f : y;
+  y = y < -87.0f ? Floats{} - 87.0f : y;
+  exponential(y);
+  x = 1.0f / (1.0f + y);
 }

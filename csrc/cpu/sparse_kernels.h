@@ -495,15 +495,6 @@ KERNEL void convolution(const Matrix& m, const float* x, const int64_t* places, 
 
 #include "exponential.h"
 
-// 1 / (1 + exp(-x)), within 2e-7.
-KERNEL inline void sigmoid(Floats& x) {
-  Floats y = -x;
-  y = y > 87.0f ? Floats{} + 87.0f : y;
-  y = y < -87.0f ? Floats{} - 87.0f : y;
-  exponential(y);
-  x = 1.0f / (1.0f + y);
-}
-
 // Units [begin, end), begin a multiple of LANES: gates (4, hidden) in the order i, f, g, o. gates and the states are
 // readable and writable up to the next multiple of LANES. Some vectors at a time go as far as the cell's state, and then on:
 // the exponentials of one gate need not wait for another's.
