@@ -505,8 +505,7 @@ class ConformerBlock(nn.Module):
         self.depthwise = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
         self.batch_norm = BatchNorm(width)
         self.pointwise2 = nn.Conv1d(width, width, 1)
-        self.norm, self.drop = nn.LayerNorm(width), drop
-        self.fused = None  # what use_fused was given
+        self.norm, self.drop, self.fused = nn.LayerNorm(width), drop, None  # fused: what use_fused was given
 
     def fused_parts(self) -> dict:
         """What `use_fused` is given other forms of, by the names that their maker takes it under."""
@@ -573,9 +572,8 @@ class ConformerCtc(nn.Module):
         """(B, T, 80), (B,) -> log_probs (B, T', V), lengths (B,), T' = ceil(T / 4)."""
         x = without_padding(features, input_lengths).transpose(1, 2)[:, None]
         x = self.conv1(images(x, self.training)).relu_()  # (B, C, 40, ceil(T / 2))
-        halves = (input_lengths - 1) // 2 + 1
-        if not unpadded(x.permute(0, 3, 1, 2), valid_rows(halves, x.shape[3])):
-            x = x * valid_frames(halves, x.shape[3])[:, None, None]
+        if not unpadded(x.permute(0, 3, 1, 2), valid_rows((input_lengths - 1) // 2 + 1, x.shape[3])):
+            x = x * valid_frames((input_lengths - 1) // 2 + 1, x.shape[3])[:, None, None]
         x = self.conv2(x).relu_()  # (B, C, 20, T')
         lengths = self.output_lengths(input_lengths)
         valid, rows = valid_frames(lengths, x.shape[3]), valid_rows(lengths, x.shape[3])

@@ -427,7 +427,8 @@ def test_transducer_equals_reference(instructions, lanes):  # noqa: F811
 def network():
     torch.manual_seed(0)
     layers = {"over": nn.Conv2d(1, 4, 3, padding=1), "along": nn.Conv1d(160, 40, 3, dilation=2, padding=2)}
-    layers |= {"each": nn.Conv1d(40, 40, 1), "lstm": nn.LSTM(40, 32, 2, bidirectional=True, batch_first=True), "out": nn.Linear(64, 30)}
+    layers |= {"each": nn.Conv1d(40, 40, 1), "out": nn.Linear(64, 30)}
+    layers |= {"lstm": nn.LSTM(40, 32, 2, bidirectional=True, batch_first=True)}
     model = nn.ModuleDict(layers)
     masks = {name: torch.rand(w.shape) < 0.3 for name, w in lottery.prunable(model).items()}
     return model.eval(), masks, torch.randn(2, 20, 40)
@@ -436,7 +437,7 @@ def network():
 def run(x):
     def use(model):
         h = model["over"](x.transpose(1, 2)[:, None]).flatten(1, 2)
-        frames = model["along"](h).transpose(1, 2).contiguous()  # for a convolution of each, which takes them as they stand
+        frames = model["along"](h).transpose(1, 2).contiguous()  # "each" takes them as they stand
         return model["out"](model["lstm"](model["each"](frames.transpose(1, 2)).transpose(1, 2))[0])
 
     return use
