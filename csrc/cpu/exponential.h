@@ -14,11 +14,22 @@ KERNEL inline void exponential(Floats& y) {
   y = p * (Floats)(((Ints)shifted << 23) + 0x3f800000);
 }
 
+// y = 1 / y, y from 1 to 1e38; to float32's rounding. (A division of sixteen takes 16 cycles on an Intel Xeon.)
+KERNEL inline void reciprocal(Floats& y) {
+#if defined(__x86_64__) && LANES == 16
+  const Floats near = (Floats)_mm512_rcp14_ps((__m512)y);
+  y = near * (2.0f - y * near);
+#else
+  y = 1.0f / y;
+#endif
+}
+
 // 1 / (1 + exp(-x)), within 2e-7.
 KERNEL inline void sigmoid(Floats& x) {
   Floats y = -x;
   y = y > 87.0f ? Floats{} + 87.0f : y;
   y = y < -87.0f ? Floats{} - 87.0f : y;
   exponential(y);
-  x = 1.0f / (1.0f + y);
+  x = 1.0f + y;
+  reciprocal(x);
 }
