@@ -155,13 +155,14 @@ class BiLstm(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
         """(B, T, inputs), rows: the valid frames' -> (B, T, hidden); what stands behind an end is undefined."""
+        if getattr(self.back, "takes_ends", False):  # one that compress made, which needs no flip
+            return self.ahead(x)[0] + self.back(x, None, lengths)[0]
         if unpadded(x, rows):
             return self.ahead(x)[0] + self.back(x.flip(1))[0].flip(1)
         time = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         flip = torch.where(time < lengths[:, None], lengths[:, None] - 1 - time, time)[:, :, None]  # (B, T, 1)
-        ahead = self.ahead(x)[0]
         back = self.back(x.gather(1, flip.expand_as(x)))[0]
-        return ahead + back.gather(1, flip.expand_as(back))
+        return self.ahead(x)[0] + back.gather(1, flip.expand_as(back))
 
 
 def widened(shape: dict, factor: int) -> dict:
@@ -395,8 +396,7 @@ class Transducer(nn.Module):
         if self.greedy_loop is not None and len(lengths):
             return self.greedy_by_loop(encoder_out, lengths, state)
         batch, rows = len(lengths), torch.arange(len(lengths), device=encoder_out.device)
-        frame = torch.zeros_like(lengths)  # (B,) where each utterance stands
-        emitted = torch.zeros_like(lengths)  # (B,) tokens out of this frame
+        frame, emitted = lengths.new_zeros(2, batch)  # where each utterance stands, and tokens out of this frame
         if state is None:
             predictor_out, state = self.predict(lengths.new_full((batch, 1), BLANK))
             state = (predictor_out[:, 0], state)

@@ -354,6 +354,7 @@ class Lstm(Fixed):
         super().__init__()
         self.keep_attributes(lstm)
         self.directions = 2 if lstm.bidirectional else 1
+        self.takes_ends = lstm.batch_first and len(inputs) == 1  # of forward()
         self.inputs, self.recurrent = nn.ModuleList(inputs), nn.ModuleList(recurrent)  # a layer's directions in turn
 
     def flatten_parameters(self) -> None:
@@ -374,8 +375,15 @@ class Lstm(Fixed):
             return product.weight
         return torch.zeros_like(product.bias) if kind == "bias_hh" else product.bias
 
-    def forward(self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None):
-        """As nn.LSTM: (B, T, inputs), (T, B, inputs) or (T, inputs), or a PackedSequence -> the same, and (h, c)."""
+    def forward(
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, ends: Tensor | None = None
+    ):
+        """As nn.LSTM: (B, T, inputs), (T, B, inputs) or (T, inputs), or a PackedSequence -> the same, and (h, c).
+
+        ends (B,) int64, where takes_ends is True: (B, T, inputs) is gone over from each one's end to its start.
+        """
+        if ends is not None:
+            return self.steps(input, hx, ends, backwards=True)
         if not isinstance(input, Tensor):
             return self.packed(input, hx)
         if input.dim() == 2:
@@ -397,12 +405,14 @@ class Lstm(Fixed):
             state = tuple(s.index_select(1, input.unsorted_indices) for s in state)
         return input._replace(data=pack_padded_sequence(out, lengths, batch_first=True).data), state
 
-    def steps(self, x: Tensor, state: tuple[Tensor, Tensor] | None, lengths: Tensor | None = None):
+    def steps(
+        self, x: Tensor, state: tuple[Tensor, Tensor] | None, lengths: Tensor | None = None, backwards: bool = False
+    ):
         """(B, T, inputs) -> (B, T, directions * H), (h, c), each (layers * directions, B, H)."""
         dtype = x.dtype
         if dtype is not FLOAT32:  # computed in float32, as Layer does
             check_floating(x)
-            out, state = self.steps(x.float(), state and tuple(s.float() for s in state), lengths)
+            out, state = self.steps(x.float(), state and tuple(s.float() for s in state), lengths, backwards)
             return out.to(dtype), tuple(s.to(dtype) for s in state)
         inputs, recurrents = self._modules["inputs"]._modules.values(), self._modules["recurrent"]._modules.values()
         size = len(inputs), x.shape[0], self.hidden_size
@@ -413,7 +423,7 @@ class Lstm(Fixed):
             raise ValueError(f"h and c must be {list(size)}, got {[list(s.shape) for s in state]}")
         h_last, c_last, outs = [], [], []
         for i, (product, recurrent) in enumerate(zip(inputs, recurrents)):
-            reverse = i % self.directions == 1
+            reverse = backwards or i % self.directions == 1
             if as_made(product, InBytes) and as_made(recurrent, RecurrentInBytes):
                 out, h, c = recurrent.after(product, x, state[0][i], state[1][i], reverse, lengths)
             else:

@@ -148,6 +148,37 @@ def test_an_lstm_takes_what_torchs_takes(batch_first, measured_on, always):
 
 
 @torch.no_grad()
+def test_an_lstm_goes_back_from_each_end(always):
+    model, masks = pruned(nn.Sequential(nn.LSTM(5, 7, batch_first=True)))
+    x, ends = torch.randn(3, 9, 5), torch.tensor([4, 9, 1])
+    compressed, _ = compress(model, masks, lambda m: m(x))
+    assert compressed[0].takes_ends
+    found, (h, c) = compressed[0](x, None, ends)
+    halves = compressed[0](x.bfloat16(), None, ends)[0]
+    for b, end in enumerate(ends.tolist()):
+        wanted, state = model(x[b : b + 1, :end].flip(1))
+        close(found[b, :end], wanted[0].flip(0))
+        close((h[:, b], c[:, b]), tuple(s[:, 0] for s in state))
+        close(halves[b, :end].float(), found[b, :end], 0.05)
+    for form in (dict(), dict(num_layers=2, batch_first=True), dict(bidirectional=True, batch_first=True)):
+        model, masks = pruned(nn.Sequential(nn.LSTM(5, 7, **form)))
+        assert not compress(model, masks, lambda m: m(x))[0][0].takes_ends
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ends", [[20], [20, 20], [20, 7, 1]])
+def test_two_directions_that_are_summed_need_no_flip(ends, always, monkeypatch):
+    model, masks = pruned(models.BiLstm(6, 8))
+    x, lengths = torch.randn(len(ends), 20, 6), torch.tensor(ends)
+    valid, given = models.valid_frames(lengths, 20), (x, lengths, models.valid_rows(lengths, 20))
+    compressed, _ = compress(model, masks, lambda m: m(*given)[valid])
+    wanted = model(*given)[valid]
+    monkeypatch.setattr(torch.Tensor, "flip", None)
+    monkeypatch.setattr(torch.Tensor, "gather", None)
+    close(compressed(*given)[valid], wanted)
+
+
+@torch.no_grad()
 def test_keywords_are_recorded(always):
     class Keyed(nn.Module):
         def __init__(self):
