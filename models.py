@@ -232,7 +232,7 @@ class CnnLstm(nn.Module):
             lengths = (lengths - 1) // stride + 1
             rows, frames = valid_rows(lengths, x.shape[3]), x.permute(0, 3, 1, 2)  # (B, T', C, F')
             if unpadded(frames, rows):
-                x = F.hardtanh_(norm(x), 0.0, 20.0)  # as it stands; exported, it follows its convolution
+                x = F.hardtanh(norm(x), 0.0, 20.0)  # as it stands; exported, it follows its convolution
             else:
                 x = on_rows(lambda some: F.hardtanh(norm(some), 0.0, 20.0), frames, rows).permute(0, 2, 3, 1)  # noqa: B023
         x = x.permute(0, 3, 1, 2).flatten(2)  # (B, T', C * F')
@@ -451,11 +451,10 @@ class Transducer(nn.Module):
 
 def rotate(x: Tensor) -> Tensor:
     """Rotary position embedding (Su et al. 2021). x: (B, heads, T, d), d even."""
-    half = x.shape[-1] // 2
-    rates = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    a, b = x.chunk(2, -1)
+    rates = 10_000.0 ** (-torch.arange(a.shape[-1], device=x.device, dtype=torch.float32) / a.shape[-1])
     angle = torch.outer(torch.arange(x.shape[-2], device=x.device, dtype=torch.float32), rates)  # (T, d / 2)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
@@ -514,7 +513,7 @@ class ConformerBlock(nn.Module):
     def use_fused(self, attention: nn.Module | None, convolution: nn.Module | None) -> None:
         """Compute by these, made of fused_parts, but where in_one_pass says no; None: by its own layers.
 
-        attention(qkv (B, T, 3 * width), valid) -> (B, T, width), before the output projection.
+        attention(qkv (B, T, 3 * width), valid (B, T), True before each end) -> (B, T, width), before the projection.
         convolution(x (B, 2 * width, T), valid) -> (B, width, T): all between the two pointwise convolutions.
         """
         self.attention.fused, self.fused = attention, convolution
@@ -571,10 +570,11 @@ class ConformerCtc(nn.Module):
     def forward(self, features: Tensor, input_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, 80), (B,) -> log_probs (B, T', V), lengths (B,), T' = ceil(T / 4)."""
         x = without_padding(features, input_lengths).transpose(1, 2)[:, None]
-        x = self.conv1(images(x, self.training)).relu_()  # (B, C, 40, ceil(T / 2))
-        if not unpadded(x.permute(0, 3, 1, 2), valid_rows((input_lengths - 1) // 2 + 1, x.shape[3])):
-            x = x * valid_frames((input_lengths - 1) // 2 + 1, x.shape[3])[:, None, None]
-        x = self.conv2(x).relu_()  # (B, C, 20, T')
+        x = self.conv1(images(x, self.training)).relu()  # (B, C, 40, ceil(T / 2))
+        valid = valid_frames((input_lengths - 1) // 2 + 1, x.shape[3])
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or not valid.all():
+            x = x * valid[:, None, None]
+        x = self.conv2(x).relu()  # (B, C, 20, T')
         lengths = self.output_lengths(input_lengths)
         valid, rows = valid_frames(lengths, x.shape[3]), valid_rows(lengths, x.shape[3])
         x = self.dropout(self.input(x.permute(0, 3, 1, 2).flatten(2)))  # (B, T', width)

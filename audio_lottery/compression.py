@@ -235,7 +235,7 @@ def compress_layer(
     if isinstance(layer, nn.Linear):
         candidates = products(weight, bias, matrices, columns, maker.in_bytes, layer)
     else:
-        candidates = {"dense": layer} | layers.convolutions(layer, matrices, bias, maker.in_bytes, calls[0][1][0])
+        candidates = {"dense": layer} | layers.convolutions(layer, matrices, bias, maker.in_bytes, calls)
     become, taken = maker.fastest(f"{name}.weight", mask, columns, candidates, calls)
     return become, [taken]
 

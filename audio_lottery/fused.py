@@ -5,7 +5,8 @@ A block opts in by two methods; compress, which knows no more of it, calls
 
 fused_parts(): heads, depthwise and norm, as the arguments of fused() below.
 use_fused(attention, convolution): takes the two, as submodules, and calls them in evaluation mode without gradients,
-but for an export, a trace or torch.compile: their graphs are of its own layers. Both None: its own always.
+where padding is behind each utterance's end, but for an export, a trace or torch.compile: their graphs are of its own
+layers. Both None: its own always.
 """
 
 import torch
@@ -35,16 +36,17 @@ def reference_rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, lengths: T
     """Attention of qkv (B, T, 3 * heads * d), queries and keys turned by rotary positions -> (B, T, heads * d).
 
     cos, sin: (T, d / 2), of the angle of each pair (i, d / 2 + i).  lengths: (B,) int64 or None. What stands behind an
-    end is no key. Without a key what comes is zeros.
+    end is no key, and is zeros in what comes.
     """
     check_devices("qkv", qkv, cos=cos, sin=sin, lengths=lengths)
     lengths = qkv.new_full((len(qkv),), qkv.shape[1]) if lengths is None else lengths
-    valid = (torch.arange(qkv.shape[1], device=qkv.device) < lengths[:, None])[:, None, None]  # (B, 1, 1, T)
+    valid = torch.arange(qkv.shape[1], device=qkv.device) < lengths[:, None]  # (B, T)
+    qkv, mask = qkv.where(valid[:, :, None], 0.0), None if valid.all() else valid[:, None, None]  # none is faster
     q, k, v = qkv.unflatten(2, (3, heads, qkv.shape[2] // (3 * heads))).permute(2, 0, 3, 1, 4)  # (B, heads, T, d) each
     pairs = (x.chunk(2, -1) for x in (q, k))
-    turned = [torch.cat((a * cos - b * sin, a * sin + b * cos), -1) for a, b in pairs]
-    y = F.scaled_dot_product_attention(*turned, v, valid).where(lengths[:, None, None, None] > 0, 0.0)
-    return y.transpose(1, 2).flatten(2)
+    turned = [torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(v.dtype) for a, b in pairs]
+    y = F.scaled_dot_product_attention(*turned, v, mask).transpose(1, 2).flatten(2)
+    return y.where(valid[:, :, None], 0.0)
 
 
 if not lottery.ops.compiled:
@@ -111,10 +113,11 @@ class RotaryAttention(nn.Module):
         self.heads = heads
 
     def forward(self, qkv: Tensor, valid: Tensor) -> Tensor:
-        """qkv (B, T, 3 * width), valid (B, T) bool -> (B, T, width)."""
+        """qkv (B, T, 3 * width), valid (B, T) bool, True before each end -> (B, T, width)."""
         cos, sin = (table.to(qkv.device) for table in turns(qkv.shape[1], qkv.shape[2] // (6 * self.heads)))
-        attention = rotary_attention if qkv.device.type == "cpu" else reference_rotary_attention
-        return attention(qkv.to(FLOAT32), cos, sin, valid.sum(1), self.heads).to(qkv.dtype)
+        if qkv.device.type != "cpu":
+            return reference_rotary_attention(qkv, cos, sin, valid.sum(1), self.heads)
+        return rotary_attention(qkv.to(FLOAT32), cos, sin, valid.sum(1), self.heads).to(qkv.dtype)
 
 
 class GatedConvolution(Fixed):

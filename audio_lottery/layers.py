@@ -324,15 +324,20 @@ class Pointwise(Layer):
         """([B,] C, T) -> ([B,] C', T)."""
         if x.dim() not in (2, 3) or x.shape[-2] != self.in_channels:
             raise ValueError(f"input must be ([B,] {self.in_channels}, T), got {list(x.shape)}")
-        return self.frames.product(x.transpose(-2, -1), bias).transpose(-2, -1)
+        y = self.frames.product(x.transpose(-2, -1), bias).transpose(-2, -1)
+        return y.contiguous() if x.is_contiguous() else y
 
 
 def convolutions(
-    conv: nn.Conv1d | nn.Conv2d, matrices: dict[str, Matrix], bias: Tensor | None, in_bytes: bool, x: Tensor
+    conv: nn.Conv1d | nn.Conv2d, matrices: dict[str, Matrix], bias: Tensor | None, in_bytes: bool, calls: list
 ) -> dict[str, Layer]:
-    """The convolution in every sparse way there is; in bytes where these have places for its inputs. x: one of them."""
+    """The convolution in every sparse way there is; in bytes where these have places for its inputs.
+
+    calls: how often, and its arguments. Frames that stand one by one in memory are taken as they stand.
+    """
     (outputs, inputs, *kernel), in_bytes = conv.weight.shape, in_bytes and "unstructured" in matrices
-    if kernel == [1] and conv.stride == (1,) and conv.padding == (0,) and x.transpose(-2, -1).is_contiguous():
+    by_frames = kernel == [1] and all(x.transpose(-2, -1).is_contiguous() for _, (x, *_) in calls)
+    if by_frames and conv.stride == (1,) and conv.padding == (0,):
         products = {layout: Product(matrix, None, (outputs, inputs)) for layout, matrix in matrices.items()}
         if in_bytes:
             products["bytes"] = InBytes(matrices["unstructured"], None, (outputs, inputs))
@@ -383,6 +388,8 @@ class Lstm(Fixed):
         ends (B,) int64, where takes_ends is True: (B, T, inputs) is gone over from each one's end to its start.
         """
         if ends is not None:
+            if not self.takes_ends or input.dim() != 3:
+                raise ValueError("ends are for (B, T, inputs), of one layer and direction with batch_first")
             return self.steps(input, hx, ends, backwards=True)
         if not isinstance(input, Tensor):
             return self.packed(input, hx)

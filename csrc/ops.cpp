@@ -65,7 +65,7 @@ TORCH_LIBRARY(audio_lottery, m) {
   // (batch, channels, time), zeros behind each end.
   m.def("gated_convolution(Tensor x, Tensor weight, Tensor bias, Tensor? lengths) -> Tensor");
   // Attention of qkv (batch, time, 3 * heads * size), queries and keys turned by rotary positions, cos and sin (time, size /
-  // 2), to the keys before each end: (batch, time, heads * size), zeros for an utterance of no frames.
+  // 2), to the keys before each end: (batch, time, heads * size), zeros behind it.
   m.def("rotary_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? lengths, int heads) -> Tensor");
 }
 

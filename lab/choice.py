@@ -74,6 +74,7 @@ def key_of(masks: lottery.Masks, dtype: str, use: str) -> dict:
         "torch": torch.__version__, "audio_lottery": __version__, "ops": lottery.ops.path, "values": dtype, "use": use,
         "instructions": torch.backends.cpu.get_cpu_capability(),  # what ATEN_CPU_CAPABILITY leaves of the processor's
         "ways": [*WAYS],  # one more, and all are measured anew
+        "forms": 2,  # of the ways; one more wherever one of them takes another time than before
         "bytes": byte_lanes(),
     }  # fmt: skip
 

@@ -162,7 +162,12 @@ def test_an_lstm_goes_back_from_each_end(always):
         close(halves[b, :end].float(), found[b, :end], 0.05)
     for form in (dict(), dict(num_layers=2, batch_first=True), dict(bidirectional=True, batch_first=True)):
         model, masks = pruned(nn.Sequential(nn.LSTM(5, 7, **form)))
-        assert not compress(model, masks, lambda m: m(x))[0][0].takes_ends
+        other = compress(model, masks, lambda m: m(x))[0][0]
+        assert not other.takes_ends
+        with pytest.raises(ValueError, match="ends are for"):
+            other(x, None, ends)
+    with pytest.raises(ValueError, match="ends are for"):
+        compressed[0](x[0], None, ends[:1])
 
 
 @torch.no_grad()
@@ -219,7 +224,8 @@ def test_a_convolution_of_single_frames_takes_them_as_they_stand(form, always):
     by_frames, _ = compress(model, masks, lambda m: m(frames))
     by_channels, _ = compress(model, masks, lambda m: m(channels))
     assert type(by_frames[0]) is layers.Pointwise and type(by_channels[0]) is layers.Conv
-    assert by_frames(frames).transpose(1, 2).is_contiguous() and by_channels(channels).is_contiguous()
+    assert by_frames(frames).transpose(1, 2).is_contiguous()
+    assert by_frames(channels).is_contiguous() and by_channels(channels).is_contiguous()  # as torch's
     for x in (frames, channels, frames[0], frames[:, :, ::2]):
         for compressed in (by_frames, pickle.loads(pickle.dumps(by_frames)), by_channels):
             close(compressed(x), model(x))

@@ -2,7 +2,11 @@
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +32,7 @@ def test_a_norm_of_another_kind_is_refused():
 
 def test_a_traced_graph_leaves_no_stand_in_behind():
     attention, shape = fused.RotaryAttention(2), (1, 7, 24)
+    fused.KEPT.clear()
     with FakeTensorMode():
         assert attention(torch.empty(shape), torch.ones(1, 7, dtype=torch.bool)).shape == (1, 7, 8)
     assert attention(torch.randn(shape), torch.ones(1, 7, dtype=torch.bool)).shape == (1, 7, 8)
@@ -128,7 +133,7 @@ def test_attention_by_hand():
     own, other = torch.tensor([[5.0, 6], [7, 8]]), torch.tensor([[7.0, 8], [5, 6]])
     torch.testing.assert_close(found[0], share * own + (1 - share) * other)
     found = fused.rotary_attention(qkv, cos, sin, torch.tensor([1]), 1)
-    torch.testing.assert_close(found[0], torch.tensor([[5.0, 6], [5, 6]]))
+    torch.testing.assert_close(found[0], torch.tensor([[5.0, 6], [0, 0]]))
     assert not fused.rotary_attention(qkv, cos, sin, torch.tensor([0]), 1).any()
 
 
@@ -159,9 +164,34 @@ def test_attention_of_large_numbers_and_nan():
     found = fused.rotary_attention(qkv, cos, sin, ends, 1)
     assert torch.equal(found[1:, :4], fused.rotary_attention(qkv[1:, :4], cos[:4], sin[:4], None, 1))
     qkv[1, 4:] = torch.nan  # what is behind an end is no key
-    assert torch.equal(fused.rotary_attention(qkv, cos, sin, ends, 1)[1, :4], found[1, :4])
-    qkv[0, 2] = torch.nan
-    assert fused.rotary_attention(qkv, cos, sin, ends, 1)[0].isnan().all()
+    for attention in (fused.rotary_attention, fused.reference_rotary_attention):
+        torch.testing.assert_close(attention(qkv, cos, sin, ends, 1), found)
+    qkv[0, 7] = torch.nan  # what is not a number stays in its utterance, whatever a thread did before
+    for lost in (torch.nan, torch.inf):
+        qkv[0, 7] = lost
+        again = fused.rotary_attention(qkv, cos, sin, ends, 1)
+        assert again[0].isnan().all() and torch.equal(again[1], found[1])
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+@built
+def test_other_instructions(capability):
+    """What this variable says is taken once, so in a process of its own."""
+    if capability.upper() == torch.backends.cpu.get_cpu_capability():
+        pytest.skip("all other tests are of these")
+    root = Path(fused.__file__).parents[1]
+    paths = os.pathsep.join([str(root), str(root / "tests")])
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": paths}
+    program = """
+import test_fused as here
+for case in (2, 7, 3, 6), (3, 33, 8, 52), (2, 256, 2, 70):
+    here.test_attention_is_its_reference(*case, None)
+for case in (3, 5, 7, 3), (1, 17, 33, 5), (2, 64, 125, 15):
+    here.test_it_is_its_reference(*case, None)
+here.test_attention_of_large_numbers_and_nan()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 @built

@@ -451,7 +451,7 @@ Tensor sparse_conv2d_in_bytes(const Tensor& x, at::TensorList bytes, const std::
         int8_t* to = images.data_ptr<int8_t>() + b * images.stride(0) + (h + padding[0]) * row + padding[1] * channels;
         for (int64_t c = 0; c < channels; c += LINE) {  // a cache line of each pixel: of more channels pages would be too many
           const int64_t some = std::min(LINE, channels - c);
-          kernels().transpose(image + (c * high + h) * wide, high * wide, some, wide, &turned[c], channels);
+          kernels().transpose(image + (c * high + h) * wide, high * wide, some, wide, turned.data() + c, channels);
         }
         in_eight_bits(m, turned.data(), wide * channels, scale, to);
       }

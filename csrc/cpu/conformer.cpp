@@ -9,7 +9,6 @@
 #include <cmath>
 #include <cstring>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -30,8 +29,7 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct Head {
   const float *cos, *sin;  // (frames, size / 2)
-  int64_t frames, size;
-  int64_t between;  // floats from a frame's query to its key, and from that to its value
+  int64_t size, between;   // floats; from a frame's query to its key, and from that to its value
 };
 
 // Cache lines of a row of keys: at a large power of two all rows would want the same places in the first cache.
@@ -84,17 +82,13 @@ struct Kernels {
 #include "conformer_kernels.h"
 #endif
 
-// What torch itself takes here; ATEN_CPU_CAPABILITY=avx2 or default asks for less, of both.
 const Kernels& kernels() {
-  static const Kernels& chosen = [&]() -> const Kernels& {
 #ifdef AUDIO_LOTTERY_AVX512
-    const std::string name = at::get_cpu_capability();
-    if (name == "AVX512") return avx512::KERNELS;
-    if (name == "AVX2") return avx2::KERNELS;
-#endif
-    return baseline::KERNELS;
-  }();
+  static const Kernels& chosen = as_torch_takes(baseline::KERNELS, avx2::KERNELS, avx512::KERNELS);
   return chosen;
+#else
+  return baseline::KERNELS;
+#endif
 }
 
 void check_floats(const Tensor& tensor, const char* name, int64_t dim, const Tensor& first, const char* first_name) {
@@ -159,7 +153,7 @@ Tensor rotary_attention(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
        {std::tuple(&qkv, "qkv", 3), std::tuple(&cos, "cos", 2), std::tuple(&sin, "sin", 2)}) {
     check_floats(*tensor, name, dim, qkv, "qkv");
   }
-  TORCH_CHECK_VALUE(heads > 0 && qkv.size(2) % (6 * heads) == 0,
+  TORCH_CHECK_VALUE(heads > 0 && qkv.size(2) % 6 == 0 && qkv.size(2) / 6 % heads == 0,
                     "qkv must be three vectors of an even size a head, got ", qkv.sizes(), " for ", heads, " heads");
   const int64_t batch = qkv.size(0), time = qkv.size(1), width = qkv.size(2) / 3, size = width / heads;
   for (const auto& [tensor, name] : {std::pair(&cos, "cos"), std::pair(&sin, "sin")}) {
@@ -168,9 +162,9 @@ Tensor rotary_attention(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
   }
   const std::vector<int64_t> ends = ends_of(lengths, qkv, "qkv", time);
   const Tensor in = qkv.contiguous(), cosines = cos.contiguous(), sines = sin.contiguous();
-  const Tensor out = at::zeros({batch, time, width}, qkv.options());
+  const Tensor out = at::empty({batch, time, width}, qkv.options());
   if (out.numel() == 0) return out;
-  const Head head{cosines.const_data_ptr<float>(), sines.const_data_ptr<float>(), time, size, width};
+  const Head head{cosines.const_data_ptr<float>(), sines.const_data_ptr<float>(), size, width};
   const auto* from = in.const_data_ptr<float>();
   float* to = out.data_ptr<float>();
   const int64_t grain = std::max<int64_t>(1, THREAD_PRODUCTS / (2 * time * time * size));
@@ -182,6 +176,9 @@ Tensor rotary_attention(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
       if (ends[n]) kernels().attend(head, from + 3 * at + of_head, 3 * width, ends[n], to + at + of_head, width, scratch);
     }
   });
+  for (int64_t n = 0; n < batch; ++n) {
+    std::fill(to + (n * time + ends[n]) * width, to + (n + 1) * time * width, 0.0f);
+  }
   return out;
 }
 

@@ -21,7 +21,7 @@ KERNEL inline void copy(float* to, const float* from, int64_t count) {
 KERNEL void convolve(const float* x, const float* weight, const float* bias, float* out, int64_t channels, int64_t length,
                      int64_t kernel, int64_t first, float* room) {
   constexpr int V = TILE / LANES;
-  constexpr int64_t SOME = 4;  // frames at a time, whose sums stay in registers
+  constexpr int64_t SOME = LANES / 4;  // frames at a time, whose sums stay in registers: 4, 2 or 1
   const int64_t count = std::min(TILE, channels - first);
   float *const weights = room, *const padded = room + kernel * TILE, *const inside = padded + kernel / 2 * TILE;
   float frames[TILE] = {}, gates[TILE] = {}, biases[TILE] = {};
@@ -112,19 +112,22 @@ KERNEL float exponentials(float* scores, int64_t wide) {
   return lanes[0];
 }
 
-// One head of an utterance: queries, keys and values at x, `apart` floats from frame to frame -> out (frames, head.size),
-// `apart_out` from frame to frame. Only `length` of the frames are keys.
+// One head of an utterance of `length` frames: queries, keys and values at x, `apart` floats from frame to frame -> out
+// (length, head.size), `apart_out` from frame to frame.
 KERNEL void attend(const Head& head, const float* x, int64_t apart, int64_t length, float* out, int64_t apart_out,
                    Scratch& s) {
   const int64_t size = head.size, half = size / 2;
-  turn(x, apart, head.cos, head.sin, head.frames, half, 1 / std::sqrt(static_cast<float>(size)), s.queries.data(), size, 1);
+  turn(x, apart, head.cos, head.sin, length, half, 1 / std::sqrt(static_cast<float>(size)), s.queries.data(), size, 1);
   turn(x + head.between, apart, head.cos, head.sin, length, half, 1.0f, s.keys.data(), 1, s.wide);
+  for (int64_t i = 0; i < size; ++i) {  // what an utterance before left there could be a NaN
+    std::fill(s.keys.data() + i * s.wide + length, s.keys.data() + (i + 1) * s.wide, 0.0f);
+  }
   for (int64_t t = 0; t < length; ++t) {
     std::memcpy(&s.values[t * s.padded], x + t * apart + 2 * head.between, size * sizeof(float));
   }
   std::fill(s.start.begin() + length, s.start.end(), -INFINITY);
-  for (int64_t first = 0; first < head.frames; first += s.rows) {
-    const int64_t rows = std::min(s.rows, head.frames - first), whole = round_up(rows, ROWS);
+  for (int64_t first = 0; first < length; first += s.rows) {
+    const int64_t rows = std::min(s.rows, length - first), whole = round_up(rows, ROWS);
     multiply(&s.queries[first * size], size, 1, s.keys.data(), size, s.start.data(), s.scores.data(), s.wide, whole);
     for (int64_t r = 0; r < rows; ++r) s.totals[r] = exponentials(&s.scores[r * s.wide], s.wide);
     multiply(s.scores.data(), s.wide, 1, s.values.data(), length, s.zeros.data(), s.sums.data(), s.padded, whole);

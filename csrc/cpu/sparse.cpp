@@ -345,8 +345,9 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& column
   const int64_t padded_inputs = round_up(m.inputs, m.c), most = std::max(PANEL / std::max<int64_t>(padded_inputs, 1), 4 * LINE);
   const int64_t panels = (n + most - 1) / most, panel = round_up((n + panels - 1) / panels, LINE);
   const int64_t width = panel / LINE % 2 ? panel : panel + LINE;
-  const Tensor rows = x.contiguous(), turned = at::zeros({padded_inputs, width}, x.options());  // (inputs, columns)
+  const Tensor rows = x.contiguous(), turned = at::empty({padded_inputs, width}, x.options());  // (inputs, columns)
   float* in_turned = turned.data_ptr<float>();
+  std::fill(in_turned + m.inputs * width, in_turned + padded_inputs * width, 0.0f);
   const std::vector<float> biases = padded_bias(bias, round_up(outputs, BAND));
   std::vector<int64_t> places(padded_inputs);
   for (int64_t i = 0; i < padded_inputs; ++i) places[i] = i * width;
@@ -357,6 +358,9 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& column
     at::parallel_for(0, (m.inputs + LINE - 1) / LINE, threads > 1 ? 8 : m.inputs, [&](int64_t first, int64_t last) {
       const int64_t i = first * LINE, end = std::min(last * LINE, m.inputs);
       kernels().transpose(in + i, m.inputs, count, end - i, in_turned + i * width, width);
+      for (int64_t k = i; k < end; ++k) {  // the last vector of columns is read whole
+        std::fill(in_turned + k * width + count, in_turned + k * width + round_up(count, LINE), 0.0f);
+      }
     });
     at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
       kernels().many_columns(m, in_turned, places.data(), biases.data(), out + from * outputs, count, begin[first],

@@ -11,13 +11,11 @@
 // Utterances are dealt to GROUPS, each with its own sums, added in order: the bits do not depend on the threads.
 
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -124,17 +122,13 @@ struct Kernels {
 #include "transducer_loss_kernels.h"
 #endif
 
-// What torch itself takes here; ATEN_CPU_CAPABILITY=avx2 or default asks for less, of both.
 const Kernels& kernels() {
-  static const Kernels& chosen = [&]() -> const Kernels& {
 #ifdef AUDIO_LOTTERY_AVX512
-    const std::string name = at::get_cpu_capability();
-    if (name == "AVX512") return avx512::KERNELS;
-    if (name == "AVX2") return avx2::KERNELS;
-#endif
-    return baseline::KERNELS;
-  }();
+  static const Kernels& chosen = as_torch_takes(baseline::KERNELS, avx2::KERNELS, avx512::KERNELS);
   return chosen;
+#else
+  return baseline::KERNELS;
+#endif
 }
 
 // Rows filled up with `value` to a multiple of LINE.
