@@ -313,7 +313,7 @@ def in_eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
     (..., 1). A row with a NaN or an infinity has NaN there, one whose scale is no normal number 0."""
     scale = x.abs().amax(-1, keepdim=True) / 127 if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
     scale = torch.where(scale.isfinite(), torch.where(scale < torch.finfo(x.dtype).tiny, 0.0, scale), math.nan)
-    return torch.where(scale > 0, (x * (1 / scale)).round(), 0.0).double(), scale  # the operators' product
+    return torch.where(scale > 0, (x * (1 / scale)).round(), 0.0).double(), scale  # as the operators round: a product
 
 
 def reference_sparse_linear_in_bytes(x, bytes, bias, outputs: int) -> Tensor:

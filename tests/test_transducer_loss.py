@@ -162,21 +162,26 @@ def test_same_bits_with_any_number_of_threads():
     assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again))
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_other_instructions(capability):
-    """torch and its operators take what this variable says, once, so in a process of its own."""
+def check_with(capability, program):
+    """Run the program, which finds the tests' modules, by these instructions: torch and its operators take what this
+    variable says, once, so in a process of its own."""
     if capability.upper() == torch.backends.cpu.get_cpu_capability():
         pytest.skip("all other tests are of these")
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_instructions(capability):
     program = """
 import torch, test_transducer_loss as here
 for case in here.CASES[:7]:
     arguments = here.batch(*case)
     here.assert_near(here.compiled(*arguments), here.with_gradients(here.by_recursion, arguments, torch.float64), 5e-6)
 """
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    check_with(capability, program)
 
 
 @pytest.mark.parametrize("device", DEVICES)

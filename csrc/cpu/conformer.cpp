@@ -3,12 +3,14 @@
 // queries and keys turned by their positions and some rows of scores at a time.
 
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -63,32 +65,12 @@ struct Kernels {
   void (*attend)(const Head&, const float*, int64_t, int64_t, float*, int64_t, Scratch&);
 };
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the baseline's are not passed beyond this file
-
-#define CONFORMER_ISA baseline
-#define KERNEL
-#define LANES 4
-#include "conformer_kernels.h"
-
-#ifdef AUDIO_LOTTERY_AVX512
-#define CONFORMER_ISA avx2
-#define KERNEL __attribute__((target("avx2,fma")))
-#define LANES 8
-#include "conformer_kernels.h"
-
-#define CONFORMER_ISA avx512
-#define KERNEL __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
-#define LANES 16
-#include "conformer_kernels.h"
-#endif
+#define KERNELS_FILE "conformer_kernels.h"
+#include "instruction_sets.h"
 
 const Kernels& kernels() {
-#ifdef AUDIO_LOTTERY_AVX512
-  static const Kernels& chosen = as_torch_takes(baseline::KERNELS, avx2::KERNELS, avx512::KERNELS);
+  static const Kernels& chosen = *kernels_named(at::get_cpu_capability());
   return chosen;
-#else
-  return baseline::KERNELS;
-#endif
 }
 
 void check_floats(const Tensor& tensor, const char* name, int64_t dim, const Tensor& first, const char* first_name) {

@@ -1,7 +1,6 @@
-// The inner loops of conformer.cpp, which includes this file once an instruction set: LANES floats to a vector, every
-// function in namespace CONFORMER_ISA with the attribute KERNEL. (Not include-guarded. As sparse_kernels.h.)
+// The inner loops of conformer.cpp, once an instruction set: instruction_sets.h says how.
 
-namespace CONFORMER_ISA {
+namespace ISA {
 
 #include "dense_kernels.h"
 
@@ -140,8 +139,4 @@ KERNEL void attend(const Head& head, const float* x, int64_t apart, int64_t leng
 
 constexpr Kernels KERNELS{convolve, attend};
 
-}  // namespace CONFORMER_ISA
-
-#undef CONFORMER_ISA
-#undef KERNEL
-#undef LANES
+}  // namespace ISA

@@ -1,5 +1,4 @@
-// Vectors, exp and products of dense matrices, in transducer_loss_kernels.h and conformer_kernels.h, which include this
-// file once an instruction set. (Not include-guarded. As sparse_kernels.h.)
+// Vectors and products of dense matrices, in transducer_loss_kernels.h and conformer_kernels.h: instruction_sets.h says how.
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
@@ -8,15 +7,6 @@ KERNEL inline void read(Floats& to, const float* from) { std::memcpy(&to, from, 
 KERNEL inline void write(float* to, const Floats& from) { std::memcpy(to, &from, sizeof from); }
 
 #include "exponential.h"
-
-// exp, of 87 where x is larger; 0 below exp(-87).
-KERNEL inline void probability(Floats& x) {
-  const Ints below = x < -87.0f;
-  x = x > 87.0f ? Floats{} + 87.0f : x;
-  x = below ? Floats{} : x;
-  exponential(x);
-  x = below ? Floats{} : x;
-}
 
 // c (R rows, V vectors, rows `wide` apart) = start, or c where it is null, + a times b (k rows, `wide` apart); a (R, k)
 // has its rows `row` and its columns `column` apart.

@@ -1,5 +1,4 @@
-// exp of a vector, in sparse_kernels.h and dense_kernels.h, which include this file once an instruction set.
-// (Not include-guarded. As sparse_kernels.h.)
+// exp of a vector, in sparse_kernels.h and dense_kernels.h: instruction_sets.h says how.
 
 // y = exp(y), y from -87 to 87; as in Cephes: a power of 2 times a polynomial.
 KERNEL inline void exponential(Floats& y) {

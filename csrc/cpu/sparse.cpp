@@ -94,37 +94,9 @@ struct Kernels {
   uint16_t (*largest)(const uint16_t*, int64_t);
 };
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the baseline's are not passed beyond this file
+#define KERNELS_FILE "sparse_kernels.h"
+#include "instruction_sets.h"
 
-#define SPARSE_ISA baseline
-#define NAME "DEFAULT"
-#define KERNEL
-#define LANES 4
-#include "sparse_kernels.h"
-
-#ifdef AUDIO_LOTTERY_AVX512
-#define SPARSE_ISA avx2
-#define NAME "AVX2"
-#define KERNEL __attribute__((target("avx2,fma")))
-#define LANES 8
-#include "sparse_kernels.h"
-
-#define SPARSE_ISA avx512
-#define NAME "AVX512"
-#define KERNEL __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
-#define LANES 16
-#include "sparse_kernels.h"
-#endif
-
-const Kernels* kernels_named(const std::string& name) {
-#ifdef AUDIO_LOTTERY_AVX512
-  if (name == "AVX512") return &avx512::KERNELS;
-  if (name == "AVX2") return &avx2::KERNELS;
-#endif
-  return &baseline::KERNELS;
-}
-
-// What torch itself takes here; ATEN_CPU_CAPABILITY=avx2 or default asks for less, of both.
 std::atomic<const Kernels*>& chosen() {
   static std::atomic<const Kernels*> chosen{kernels_named(at::get_cpu_capability())};
   return chosen;

@@ -1,8 +1,6 @@
-// The inner loops of sparse.cpp, which includes this file once an instruction set: LANES floats to a vector, every
-// function in namespace SPARSE_ISA with the attribute KERNEL. (Not include-guarded. Clones of one function would not do:
-// the compiler cuts vectors to the baseline's width before it clones.)
+// The inner loops of sparse.cpp, once an instruction set: instruction_sets.h says how.
 
-namespace SPARSE_ISA {
+namespace ISA {
 
 // Vectors of N.
 template <int N>
@@ -536,9 +534,4 @@ KERNEL uint16_t largest(const uint16_t* columns, int64_t n) {
 
 constexpr Kernels KERNELS{NAME, LANES, one_column, in_windows, many_columns, convolution, transpose, lstm_cell, largest};
 
-}  // namespace SPARSE_ISA
-
-#undef SPARSE_ISA
-#undef NAME
-#undef KERNEL
-#undef LANES
+}  // namespace ISA

@@ -11,11 +11,13 @@
 // Utterances are dealt to GROUPS, each with its own sums, added in order: the bits do not depend on the threads.
 
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -103,32 +105,12 @@ struct Kernels {
   void (*gradients)(const Joiner&, const Utterance&, Scratch&);
 };
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors wider than the baseline's are not passed beyond this file
-
-#define LOSS_ISA baseline
-#define KERNEL
-#define LANES 4
-#include "transducer_loss_kernels.h"
-
-#ifdef AUDIO_LOTTERY_AVX512
-#define LOSS_ISA avx2
-#define KERNEL __attribute__((target("avx2,fma")))
-#define LANES 8
-#include "transducer_loss_kernels.h"
-
-#define LOSS_ISA avx512
-#define KERNEL __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
-#define LANES 16
-#include "transducer_loss_kernels.h"
-#endif
+#define KERNELS_FILE "transducer_loss_kernels.h"
+#include "instruction_sets.h"
 
 const Kernels& kernels() {
-#ifdef AUDIO_LOTTERY_AVX512
-  static const Kernels& chosen = as_torch_takes(baseline::KERNELS, avx2::KERNELS, avx512::KERNELS);
+  static const Kernels& chosen = *kernels_named(at::get_cpu_capability());
   return chosen;
-#else
-  return baseline::KERNELS;
-#endif
 }
 
 // Rows filled up with `value` to a multiple of LINE.

@@ -1,9 +1,17 @@
-// The inner loops of transducer_loss.cpp, which includes this file once an instruction set: LANES floats to a vector,
-// every function in namespace LOSS_ISA with the attribute KERNEL. (Not include-guarded. As sparse_kernels.h.)
+// The inner loops of transducer_loss.cpp, once an instruction set: instruction_sets.h says how.
 
-namespace LOSS_ISA {
+namespace ISA {
 
 #include "dense_kernels.h"
+
+// exp, of 87 where x is larger; 0 below exp(-87).
+KERNEL inline void probability(Floats& x) {
+  const Ints below = x < -87.0f;
+  x = x > 87.0f ? Floats{} + 87.0f : x;
+  x = below ? Floats{} : x;
+  exponential(x);
+  x = below ? Floats{} : x;
+}
 
 // tanh as in Eigen: a quotient of polynomials, within 3e-7 of itself.
 KERNEL inline void tangent(Floats& x) {
@@ -142,8 +150,4 @@ KERNEL void gradients(const Joiner& m, const Utterance& x, Scratch& s) {
 
 constexpr Kernels KERNELS{log_probs, gradients};
 
-}  // namespace LOSS_ISA
-
-#undef LOSS_ISA
-#undef KERNEL
-#undef LANES
+}  // namespace ISA

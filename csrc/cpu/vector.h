@@ -3,10 +3,7 @@
 
 #pragma once
 
-#include <ATen/Version.h>
-
 #include <cstdint>
-#include <string>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(AUDIO_LOTTERY_BASELINE)
 #define AUDIO_LOTTERY_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
@@ -20,14 +17,6 @@
 #define AUDIO_LOTTERY_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,popcnt")))
 inline bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-}
-
-// Of an operator's kernels those of the instructions that torch itself takes here; ATEN_CPU_CAPABILITY=avx2 or default asks
-// for less, of both.
-template <typename Kernels>
-const Kernels& as_torch_takes(const Kernels& baseline, const Kernels& avx2, const Kernels& avx512) {
-  const std::string name = at::get_cpu_capability();
-  return name == "AVX512" ? avx512 : name == "AVX2" ? avx2 : baseline;
 }
 #endif
 
