@@ -78,7 +78,7 @@ def print_card(args: argparse.Namespace) -> int:
 def copy(args: argparse.Namespace) -> int:
     file = files.load_ticket(args.ticket)
     rewind = None if args.without_rewind else file.rewind
-    files.save_ticket(args.new, file.masks, rewind, file.trained, file.info)
+    files.save_ticket(args.new, file.masks, rewind, file.trained, file.info, file.rewind_sha256)
     return 0
 
 

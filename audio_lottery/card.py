@@ -54,7 +54,9 @@ def network(info: dict, file: files.TicketFile) -> list[str]:
     if isinstance(info.get("tokens"), list):
         found.append(f"tokens: {len(info['tokens'])}, the blank among them; features: {info.get('features', UNKNOWN)}")
     if file.rewind is None:
-        found.append("rewind state: left out, so that it can be used, and not be rewound")
+        again = is_run(info) and file.rewind_sha256
+        why = "train.py --ticket draws it again from its seed" if again else "it can be used, and not be rewound"
+        found.append(f"rewind state: left out; {why}")
     return found
 
 

@@ -43,7 +43,10 @@ METADATA = checked.record({"about": checked.text(most=HEADER)}, others=False)
 CONTENTS = checked.record({"__metadata__": METADATA})
 OFFSETS = re.compile(rb'"data_offsets":\[\d{1,15},(\d{1,15})\]')  # as safetensors writes them
 MASKS = checked.record({"shapes": SHAPES})
-TICKET = checked.record({"shapes": SHAPES, "mask_sha256": checked.keyed(checked.SHA256), "info": checked.OBJECT})
+TICKET = checked.record(
+    {"shapes": SHAPES, "mask_sha256": checked.keyed(checked.SHA256), "info": checked.OBJECT},
+    {"rewind_sha256": checked.SHA256},
+)
 
 
 # ---------------------------------------------------------------------------- writing
@@ -217,12 +220,16 @@ class TicketFile(NamedTuple):
     rewind: State | None  # full tensors, 0 where pruned; None in a ticket without it
     trained: State
     info: dict
+    rewind_sha256: str | None = None  # of the rewind state, also where it is left out; older files do not say it
 
 
-def save_ticket(path: Path, masks: Masks, rewind: State | None, trained: State, info: dict) -> None:
+def save_ticket(
+    path: Path, masks: Masks, rewind: State | None, trained: State, info: dict, rewind_sha256: str | None = None
+) -> None:
     """Write a ticket: masks as bits, rewind and trained values at kept places only, all else (biases, norms) whole.
 
-    rewind: None leaves it out.  info: whatever rebuilds the model (JSON), kept in the file's metadata.
+    rewind: None leaves it out; rewind_sha256 is then its hash, with 0 where pruned (TicketFile's), if that is known.
+    info: whatever rebuilds the model (JSON), kept in the file's metadata.
     Raises LotteryError, naming it, for what load_ticket would refuse: no mask at all, a mask of no weight, a NaN, an
     infinite value of a masked weight, and info that is no JSON or has a NaN in it. What was there stays then.
     """
@@ -242,8 +249,18 @@ def save_ticket(path: Path, masks: Masks, rewind: State | None, trained: State, 
         "mask_sha256": {name: sha256({name: mask}) for name, mask in masks.items()},
         "info": info,
     }
+    rewind_sha256 = sha256(kept_of(rewind, masks)) if rewind else rewind_sha256
+    about |= {"rewind_sha256": rewind_sha256} if rewind_sha256 else {}
     TICKET(about, f"{path}: its metadata")
     write_sealed(path, "ticket", tensors, about)
+
+
+def kept_of(state: State, masks: Masks) -> State:
+    """The state with 0 where it is pruned, as a file's is read."""
+    return {
+        name: value.masked_fill(~masks[name].to(value.device), 0) if name in masks else value
+        for name, value in state.items()
+    }
 
 
 def ticket_path(path: Path) -> Path:
@@ -345,7 +362,10 @@ def _ticket_of(path: Path, tensors: dict[str, Tensor], about: dict, buffers: Con
         check_finite(path, state, buffers)
         if missing := masks.keys() - state.keys() if state or part == "trained" else ():
             raise LotteryError(f"{path}: not a whole ticket: it has no {part}/{min(missing)}")
-    return TicketFile(masks, states["rewind"] or None, states["trained"], about["info"])
+    rewind, stated = states["rewind"] or None, about.get("rewind_sha256")
+    if rewind and stated not in (None, sha256(rewind)):
+        raise LotteryError(f"{path}: its rewind state does not have the hash the ticket states")
+    return TicketFile(masks, rewind, states["trained"], about["info"], stated)
 
 
 # ---------------------------------------------------------------------------- what a ticket weighs

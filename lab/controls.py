@@ -45,7 +45,8 @@ class Source:
     settings: dict  # the run's
     tokens: list[str]
     masks: dict[int, lottery.Masks]  # by round
-    rewind: lottery.State | None  # whole in a run folder; 0 where pruned in a file
+    rewind: lottery.State | None  # whole in a run folder; 0 where pruned of a file
+    whole: lottery.State | None  # what of it a control needs that keeps other weights: theta_0 as drawn, of a file
     trained: lottery.State  # of the last round
     paths: dict[str, str | None]  # of PATHS; a file does not say them
     dense: dict | None = None  # the run's round 0 in its ledger
@@ -54,9 +55,8 @@ class Source:
         """The "rewind" or "trained" weights."""
         state = self.trained if weights == "trained" else self.rewind
         if state is None:
-            raise lottery.LotteryError(
-                f"{self.path}: it has no rewind state: --ticket-weights trained, or another ticket"
-            )
+            why = "it has no rewind state, nor the hash of the one that its seed draws"
+            raise lottery.LotteryError(f"{self.path}: {why}: --ticket-weights trained, or another ticket")
         return state
 
     def identity(self, rounds: list[int], weights: str) -> str:
@@ -88,8 +88,9 @@ def read_source(path: Path) -> Source:
         ledger.check_settings(settings, f"{path}: its info")
         if not path.is_dir():
             whole = all(mask.all() for mask in file.masks.values())
-            masks = {} if whole else {round_of_file(file.masks, settings): file.masks}
-            return Source(path, settings, tokens, masks, file.rewind, file.trained, {})
+            masks, drawn = {} if whole else {round_of_file(file.masks, settings): file.masks}, drawn_again(path, file)
+            rewind = file.rewind or (files.kept_of(drawn, file.masks) if drawn else None)
+            return Source(path, settings, tokens, masks, rewind, drawn, file.trained, {})
         (config, rows), masks = ledger.read_run(path), {}
         if "rounds" in config or "control" in config:
             raise lottery.LotteryError(f"{path}: it searched for no ticket, but trained another run's: name that run")
@@ -104,12 +105,32 @@ def read_source(path: Path) -> Source:
         if lottery.sha256(rewind) != rows[-1]["rewind_sha256"]:
             raise lottery.LotteryError(f"{path}: rewind.safetensors is not the ledger's rewind state")
         paths = {key: path and str(path) for key, path in config["machine"].items() if key in PATHS}
-        return Source(path, ledger.settings_of(config), tokens, masks, rewind, file.trained, paths, rows[0])
+        return Source(path, ledger.settings_of(config), tokens, masks, rewind, rewind, file.trained, paths, rows[0])
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         if isinstance(error, lottery.LotteryError):
             raise
         why = f"{type(error).__name__}: {error}"
         raise lottery.LotteryError(f"{path}: not the tickets of a run ({why})") from None
+
+
+def drawn_again(path: Path, file: files.TicketFile) -> lottery.State | None:
+    """theta_0 as the file's seed draws it, whole, where that is what it rewinds to: its hash tells. Else None.
+
+    Raises LotteryError if the rewind state is left out and another one is drawn: it is a later step's, or another
+    run's, or another torch draws otherwise.
+    """
+    info = file.info
+    if file.rewind_sha256 is None:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(info["seed"])
+        drawn = lottery.copy_state(models.BACKBONES[info["backbone"]](len(info["tokens"]), **info["sizes"]))
+    if lottery.sha256(files.kept_of(drawn, file.masks)) == file.rewind_sha256:
+        return drawn
+    if file.rewind is None:
+        why = f"its rewind state is left out, and seed {info['seed']} draws another one (torch {torch.__version__})"
+        raise lottery.LotteryError(f"{path}: {why}")
+    return None
 
 
 def adopt(model: nn.Module, state: lottery.State, same_tokens: bool, path: Path) -> tuple[lottery.State, list[str]]:
@@ -265,6 +286,7 @@ def ticket_of_round(
         keep = sum(int(pruning.units(mask).sum()) for mask in masks.values())
         return rivals.ticket_of(control, model, pruning, keep, number, exclude), about, []
     if control in RANDOM:
+        start, _ = adopt(model, source.whole, source.tokens == tokens, source.path)
         masks = random_masks(masks, renewed, pruning, seed, control == "random-mask-matched")
     if control == "random-init":
         sizes = models.BACKBONES[backbone].SIZES[size]

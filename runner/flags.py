@@ -458,8 +458,8 @@ def check_ticket(p: Parser, args: argparse.Namespace) -> None:
         p.error(f"--rounds {min(missing)}: {args.ticket} has {', '.join(map(str, sorted(last))) or 'none'}")
     if args.control and args.ticket_weights != "rewind":
         p.error(f"--control {args.control} and --ticket-weights trained: controls start from initial weights")
-    if args.control in controls.RANDOM and not args.ticket.is_dir():
-        why = "a ticket file has 0 where it is pruned: name the run folder"
+    if args.control in controls.RANDOM and args.source.whole is None:
+        why = "the file has 0 there, and its seed does not draw them again: name the run folder"
         p.error(f"--control {args.control} keeps weights that the ticket does not, and {why}")
 
 

@@ -97,7 +97,7 @@ def test_a_ticket_alone_says_what_it_does_not_know(tmp_path, capsys):
     code, out, _ = told(capsys, tmp_path / "alone")
     assert code == 0
     for line in (
-        "rewind state: left out, so that it can be used, and not be rewound",
+        "rewind state: left out; train.py --ticket draws it again from its seed",
         f"trained on: a corpus whose name is not known here; SHA-256 of the corpus {'5' * 64}",
         "WER: not known here: the ledger of its run has it (--run RUN)",
         "licence of the data: not known here: a ticket's file does not name its corpus; --licence TEXT says it",

@@ -251,6 +251,29 @@ def test_ticket_files_and_trained_starts(source, corpus, tmp_path, capsys):
     assert "a ticket file does not say what it was trained on: give --data" in refused(capsys, "--ticket", file)
 
 
+def test_a_file_without_its_rewind_state_draws_it_again(source, corpus, tmp_path, capsys):
+    there, row = files.load_ticket(source), ledger.read_ledger(source / "ledger.jsonl")[-1]
+    small, data = tmp_path / "small", ("--data", corpus)
+    files.save_ticket(small, there.masks, None, there.trained, there.info, there.rewind_sha256)
+    generator = torch.get_rng_state()
+    drawn = controls.drawn_again(small, files.load_ticket(small))
+    assert lottery.sha256(drawn) == row["rewind_sha256"] and torch.equal(torch.get_rng_state(), generator)
+    flags = ("--rounds", 2, *data, "--dense", source)
+    run("--ticket", small, *flags, "--out", tmp_path / "again")
+    again = ledger.read_ledger(tmp_path / "again" / "ledger.jsonl")[-1]
+    assert again["trained_sha256"] == row["trained_sha256"] and verified(tmp_path / "again")
+    for name, ticket in {"of_file": small, "of_run": source}.items():  # masks that keep what the ticket does not
+        run("--ticket", ticket, "--control", "random-mask", *flags, "--out", tmp_path / name)
+    rows = [ledger.read_ledger(tmp_path / name / "ledger.jsonl")[-1] for name in ("of_file", "of_run")]
+    assert rows[0]["trained_sha256"] == rows[1]["trained_sha256"] != row["trained_sha256"]
+    assert verified(tmp_path / "of_file")
+    files.save_ticket(small, there.masks, None, there.trained, there.info | {"seed": 6}, there.rewind_sha256)
+    assert "left out, and seed 6 draws another one (torch " in refused(capsys, "--ticket", small, *data)
+    files.save_ticket(small, there.masks, there.rewind, there.trained, there.info | {"seed": 6})  # as of a later step
+    flags = ("--control", "random-mask", *data)
+    assert "keeps weights that the ticket does not" in refused(capsys, "--ticket", small, *flags)
+
+
 def test_a_ticket_that_does_not_fit_is_refused_before_training(source, corpus, tmp_path, capsys, monkeypatch):
     there, bad = files.load_ticket(source / "ticket.safetensors"), tmp_path / "bad.safetensors"
     flags = ("--data", corpus, "--backbone", "cnn-lstm", "--out", tmp_path / "run")
@@ -288,7 +311,6 @@ def test_a_ticket_that_does_not_fit_is_refused_before_training(source, corpus, t
         (["--ticket", "SOURCE", "--sparsity", "0.9"], "--sparsity is 0.36 in "),
         (["--ticket", "SOURCE", "--block", "1x2"], "--block is 1x1 in "),
         (["--ticket", "SOURCE", "--rewind-step", "1"], "--rewind-step is 0 in "),
-        (["--ticket", "SOURCE/ticket.safetensors", "--control", "random-mask"], "name the run folder"),
         (["--ticket", "SOURCE", "--rounds", "1", "--ticket-weights", "trained"], "--rounds 1: "),
         (["--ticket", "SOURCE", "--control", "x"], "argument --control: invalid choice: 'x'"),
         (["--ticket", "SOURCE", "--control", "random-init", "--ticket-weights", "trained"], "controls start from"),

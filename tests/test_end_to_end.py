@@ -39,7 +39,7 @@ def run(corpus, out, *flags):
 
 def of_the_ticket(path, backbone, row, utterances) -> list[str]:
     """What a ticket hears. Its theta_0 is of the seed alone, its masks are the row's, its weights test as there."""
-    masks, rewind, trained, info = files.load_ticket(path)
+    masks, rewind, trained, info, _ = files.load_ticket(path)
     assert info["sizes"] == json.loads(json.dumps(models.BACKBONES[backbone].SIZES["demo"]))
     assert lottery.sha256(masks) == row["mask_sha256"]
     torch.manual_seed(0)

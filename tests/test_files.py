@@ -26,7 +26,8 @@ def ticket_file(path):
 
 def test_a_ticket_comes_back_bit_for_bit(tmp_path):
     ticket, model = ticket_file(tmp_path / "t.safetensors")
-    masks, rewind, trained, info = files.load_ticket(tmp_path / "t.safetensors")
+    masks, rewind, trained, info, rewind_sha256 = files.load_ticket(tmp_path / "t.safetensors")
+    assert rewind_sha256 == lottery.sha256(rewind)
     assert info == {"tokens": ["é"]} and lottery.sha256(masks) == lottery.sha256(ticket.masks)
     assert torch.equal(rewind["0.weight"], ticket.rewind_state["0.weight"] * masks["0.weight"])
     assert set(trained) == set(model.state_dict())
@@ -165,6 +166,16 @@ def test_a_search_goes_on_from_a_file(tmp_path):
     assert [found.row | start for found in rest] == [row | start for row in rows[2:]] and len(rows) == 5
 
 
+def test_a_rewind_state_of_another_hash_is_refused(tmp_path):
+    path = tmp_path / "t.safetensors"
+    ticket_file(path)
+    tensors, about = files.read_sealed(path, "ticket")
+    fields = {key: about[key] for key in ("shapes", "mask_sha256", "info")}
+    files.write_sealed(path, "ticket", tensors, fields | {"rewind_sha256": "0" * 64})
+    with pytest.raises(lottery.LotteryError, match="its rewind state does not have the hash the ticket states"):
+        files.load_ticket(path)
+
+
 def test_going_on_with_another_ticket_is_refused_by_name(tmp_path):
     path = tmp_path / "t.safetensors"
     _, model = ticket_file(path)
@@ -293,10 +304,10 @@ def test_what_is_no_regular_file_is_not_read(ticket, tmp_path):
 
 @pytest.mark.parametrize("info", [None, [], 5, "x"])
 def test_info_is_an_object(info, ticket):
-    _, _, trained, _ = file = files.load_ticket(ticket)
+    file = files.load_ticket(ticket)
     before = ticket.read_bytes()
     with pytest.raises(lottery.LotteryError, match=r"t: its metadata, info: must be an object"):
-        files.save_ticket(ticket, file.masks, None, trained, info)
+        files.save_ticket(ticket, file.masks, None, file.trained, info)
     assert ticket.read_bytes() == before
 
 

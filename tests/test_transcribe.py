@@ -524,7 +524,7 @@ def test_a_ticket_by_its_run_folder(tickets, speech, tmp_path, capsys):
 def test_what_cannot_be_is_one_line(argv, message, tickets, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut").write_bytes(tickets["rnnt"].read_bytes()[:-1])
-    masks, _, trained, info = files.load_ticket(tickets["rnnt"])
+    masks, _, trained, info, _ = files.load_ticket(tickets["rnnt"])
     files.save_ticket(tmp_path / "other", masks, None, trained, {})
     files.save_ticket(tmp_path / "misfit", masks, None, trained, info | {"sizes": SIZES["rnnt"] | {"joiner": 8}})
     places = {name: tmp_path / name for name in ("empty", "cut", "other", "misfit")} | tickets
@@ -804,7 +804,7 @@ def test_size_by_hand(tmp_path, capsys):
     path = ticket(tmp_path, "conformer")
     command = [sys.executable, "-m", "audio_lottery", "size", str(path)]
     out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=DEMO.parent).stdout
-    masks, _, trained, _ = files.load_ticket(path)
+    masks, _, trained, *_ = files.load_ticket(path)
     # Convolutions 18 + 36, input 640; a block: 4 feed-forward of 16 x 64, attention 16 x 48 + 16 x 16, pointwise
     # 16 x 32 + 16 x 16, depthwise 16 x 5; output 16 x 12.
     assert sum(m.numel() for m in masks.values()) == 18 + 36 + 640 + 4 * 1024 + 768 + 256 + 512 + 256 + 80 + 192 == 6854
