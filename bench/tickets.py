@@ -87,7 +87,8 @@ def ways_of(model: nn.Module, ticket: files.TicketFile, run: Callable) -> Iterat
         else:
             yield "dense, onnxruntime int8", infer.Way(small, size, size), []
         return
-    name = f"{kept / total:.1%}, {ticket.info.get('block') or 'single weights'}"
+    block = ticket.info.get("block")
+    name = f"{kept / total:.1%}, {'x'.join(map(str, block)) if block else 'single weights'}"
     yield name + MASKED, infer.Way(looped(model), size, size), []
     disk = infer.ticket_bytes(model, ticket.masks)
     for dtype in sparse.DTYPES:
