@@ -710,5 +710,6 @@ def test_the_tables_of_an4_are_those_of_its_ledgers():
     told = tables.merged_report(groups, pictured=True)
     assert told == (folder / "tables" / "report.md").read_text()
     methods = next(iter(groups.values()))  # of the CNN-LSTM
-    curves = "\n".join(tables.curves(methods))
-    assert curves in told and curves in (folder.parents[1] / "RESULTS.md").read_text(), "not the table of RESULTS.md"
+    primary = max(methods, key=lambda method: max(len(point.seeds) for point in method.points.values()))
+    curves = "\n".join(tables.curves([primary]))
+    assert curves in (folder.parents[1] / "RESULTS.md").read_text(), "not the table of RESULTS.md"
