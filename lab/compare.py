@@ -311,19 +311,22 @@ def merge(runs: list[Run]) -> dict[str, list[Method]]:
 
 
 def give_names(methods: list[Method]) -> None:
-    """Name each by what differs among them or from PLAIN, in the words of the flags; by hashes if nothing else does."""
+    """Name each by what differs among them or from PLAIN, in the words of the flags; by how it is tested, and then by
+    hashes, if nothing else does."""
     keys = sorted({key for method in methods for key in method.settings} - {"control", "ticket"})
-    shown = PLAIN.keys() - {"test_snr"}  # which says how a ticket is tested, not what it is
-    keys = [key for key in keys if key in shown or any(m.get(key) != methods[0].get(key) for m in methods)]
+    of_tests = ("test_snr", "noise_draws")  # which do not say what a ticket is
+    always = PLAIN.keys() - {*of_tests}
+    keys = [key for key in keys if key in always or any(m.get(key) != methods[0].get(key) for m in methods)]
     plain = methods[0].settings | PLAIN
-    for with_hashes in (False, True):
+    for with_tests, with_hashes in ((False, False), (True, False), (True, True)):
         for method in methods:
             words, source = [method.get("control")] if method.get("control") else [], method.get("ticket")
             if source and (source != method.data or not words):
                 words.append("ticket" + (f" of {source}" if source != method.data else ""))
             for key in keys:
-                value = method.get(key)
-                if value != plain.get(key) and (with_hashes or not (key.endswith("sha256") or key in FOLLOWING)):
+                value, of_hashes = method.get(key), key.endswith("sha256") or key in FOLLOWING
+                shown = with_hashes or (not of_hashes and (with_tests or key not in of_tests))
+                if value != plain.get(key) and shown:
                     between = {"block": "x", "snr": ":", "seconds": ":"}.get(key, ",")
                     words.append(f"{key} {between.join(map(str, value)) if isinstance(value, list) else value}")
             method.name = ", ".join(words) or "global magnitude"

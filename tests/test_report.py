@@ -150,6 +150,16 @@ def test_a_method_alone_is_named_by_what_is_not_the_papers(tmp_path):
     assert method.name == "rewind_step 9, scope lamp"
 
 
+def test_how_it_is_tested_names_a_method_only_where_nothing_else_does(tmp_path):
+    def names(*others):
+        runs = [write_run(tmp_path / f"{i} {len(others[1])}", [ROUND_0] * 3, **o) for i, o in enumerate(others)]
+        ((*methods,),) = merged(*runs).values()
+        return [method.name for method in methods]
+
+    assert names({"test_snr": [5.0]}, {"scope": "lamp"}) == [GLOBAL, "scope lamp"]
+    assert names({"test_snr": [5.0]}, {}) == ["test_snr 5.0", GLOBAL]
+
+
 def sentences(title, methods):
     return [tables.said(title, claim) for claim in tables.claims(methods)]
 
