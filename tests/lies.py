@@ -384,7 +384,7 @@ class Lying:
 
     def __init__(self, path: Path, rng: random.Random):
         self.path, self.rng = path, rng
-        self.masks, self.rewind, self.trained, self.info = files.load_ticket(path)
+        self.masks, self.rewind, self.trained, self.info, _ = files.load_ticket(path)
         self.info, self.trained = json.loads(json.dumps(self.info)), dict(self.trained)
 
     def save(self) -> None:
