@@ -403,4 +403,4 @@ def test_the_commands_of_an4_are_understood():
         assert args.out not in made and all((here / source).exists() for source in sources), line
         assert args.threads == 1 and (args.ticket or args.recipe_name == "an4")
         made.add(args.out)
-    assert len(made) == 83
+    assert len(made) == 88
