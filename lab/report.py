@@ -183,9 +183,10 @@ def write_pictures(out: Path, groups: dict[str, list[Method]]) -> None:
     words = {title: re.split(", |: ", name) for title, name in full.items()}
     common = [word for word in min(words.values()) if all(word in others for others in words.values())]
     left = {title: ", ".join(word for word in own if word not in common) for title, own in words.items()}
-    rows = tables.forest_of({left[title]: tables.claims(methods) for title, methods in groups.items()})
-    if rows:
-        pictures.draw_forest(out / "forest.png", rows, *full.values() if len(full) == 1 else [", ".join(common)])
+    found = {left[title]: tables.claims(methods) for title, methods in groups.items()}
+    for name, claims in tables.forests(found).items():
+        rows = tables.forest_of(claims)
+        pictures.draw_forest(out / name, rows, *full.values() if len(full) == 1 else [", ".join(common)])
 
 
 def merged(paths: list[Path]) -> dict[str, list[Method]]:

@@ -221,6 +221,10 @@ def tables(methods: list[Method]) -> list[str]:
 # ---------------------------------------------------------------------------- claims
 
 MATCHES = ("winning", "matching")
+FORESTS = {
+    "forest.png": "each claim's interval against 0 and the margin",
+    "forest-other-tests.png": "the same of the other tests, as in noise",
+}
 
 
 class Claim(NamedTuple):
@@ -276,6 +280,15 @@ def claims(methods: list[Method]) -> list[Claim]:
     return found
 
 
+def forests(groups: dict[str, list[Claim]]) -> dict[str, dict[str, list[Claim]]]:
+    """The claims that each picture of FORESTS shows; none of a picture that would show none."""
+    found = {}
+    for name, others in zip(FORESTS, (False, True)):
+        shown = {title: [claim for claim in claims if bool(claim.test) is others] for title, claims in groups.items()}
+        found |= {name: shown} if any(shown.values()) else {}
+    return found
+
+
 def said(title: str, claim: Claim) -> str:
     _, _, p, test, true = claim
     return (
@@ -299,7 +312,8 @@ def merged_report(groups: dict[str, list[Method]], pictured: bool) -> str:
         if pictured:
             lines += ["", f"![WER and CER against remaining weights]({file_name(title)}.png)"]
             lines += ["", f"![weights kept, by layer]({file_name(title)}-layers.png)"]
-    found = [said(title, claim) for title, methods in groups.items() for claim in claims(methods)]
+    by_title = {title: claims(methods) for title, methods in groups.items()}
+    found = [said(title, claim) for title, those in by_title.items() for claim in those]
     explained = (
         "Each about a mark: rounds that were named before any result (comparisons of methods without one: the "
         "sparsest). Intervals are of a difference of test WER. A ticket matches if it is winning or matching, and does "
@@ -308,8 +322,8 @@ def merged_report(groups: dict[str, list[Method]], pictured: bool) -> str:
         "which it would be called better in 80 % of experiments as large."
     )
     found = found or ["None yet: no round is near a mark."]
-    forest = ["", "![every claim's interval against 0 and the margin](forest.png)"] * (pictured and "- " in found[0])
-    return "\n".join([*lines, "", "## Claims", "", explained, "", *found, *forest, ""])
+    shown = [line for name in forests(by_title) for line in ("", f"![{FORESTS[name]}]({name})")] if pictured else []
+    return "\n".join([*lines, "", "## Claims", "", explained, "", *found, *shown, ""])
 
 
 # ---------------------------------------------------------------------------- two sets of runs
