@@ -168,6 +168,7 @@ OPEN = ("seed", "sparsity", "rounds", "dense", "ticket_sha256", "init_sha256")
 PLAIN = {"control": None, "ticket": None, "ticket_weights": "rewind", "init": None, "rewind_step": 0}
 PLAIN |= {"prune_rate": 0.2, "block": [1, 1], "scope": "global", "min_remaining": 0.0, "keep_dense": [], "snr": None}
 PLAIN |= {"test_snr": None, "marks": list(MARKS)}
+OF_TESTS = ("test_snr", "noise_draws")  # settings that do not say what a ticket is
 
 
 @dataclass
@@ -314,8 +315,7 @@ def give_names(methods: list[Method]) -> None:
     """Name each by what differs among them or from PLAIN, in the words of the flags; by how it is tested, and then by
     hashes, if nothing else does."""
     keys = sorted({key for method in methods for key in method.settings} - {"control", "ticket"})
-    of_tests = ("test_snr", "noise_draws")  # which do not say what a ticket is
-    always = PLAIN.keys() - {*of_tests}
+    always = PLAIN.keys() - {*OF_TESTS}
     keys = [key for key in keys if key in always or any(m.get(key) != methods[0].get(key) for m in methods)]
     plain = methods[0].settings | PLAIN
     for with_tests, with_hashes in ((False, False), (True, False), (True, True)):
@@ -325,7 +325,7 @@ def give_names(methods: list[Method]) -> None:
                 words.append("ticket" + (f" of {source}" if source != method.data else ""))
             for key in keys:
                 value, of_hashes = method.get(key), key.endswith("sha256") or key in FOLLOWING
-                shown = with_hashes or (not of_hashes and (with_tests or key not in of_tests))
+                shown = with_hashes or (not of_hashes and (with_tests or key not in OF_TESTS))
                 if value != plain.get(key) and shown:
                     between = {"block": "x", "snr": ":", "seconds": ":"}.get(key, ",")
                     words.append(f"{key} {between.join(map(str, value)) if isinstance(value, list) else value}")
@@ -353,7 +353,8 @@ def rivals(methods: list[Method]) -> list[tuple[Method, Method]]:
     """
     pairs = []
     for a, b in itertools.permutations(methods, 2):
-        keys = (a.settings.keys() | b.settings.keys()) - {"ticket", *FOLLOWING}
+        keys = (a.settings.keys() | b.settings.keys()) - {"ticket", *FOLLOWING, *OF_TESTS}
+        keys -= set() if a.get("snr") or b.get("snr") else {"noise_sha256"}  # of tests alone, too
         different = {key for key in keys if a.get(key) != b.get(key)}
         fits = a.get("ticket") == b.get("ticket")
         if different == {"control"}:  # the control of a retrained ticket, or of a search's

@@ -117,7 +117,7 @@ def test_methods_are_named_by_what_differs(tmp_path):
     methods = merged(
         search,
         spanish,
-        write_run(tmp_path / "late", errors, epochs=20, rewind_step=200),
+        write_run(tmp_path / "late", errors, epochs=20, rewind_step=200, test_snr=[5], noise_sha256="34"),
         write_run(tmp_path / "lamp", errors, epochs=20, scope="lamp"),
         write_run(tmp_path / "faster", errors, epochs=20, prune_rate=0.3, scope="lamp"),
         write_run(tmp_path / "snr", errors, epochs=30, snr=[0, 20], noise_sha256="12"),
