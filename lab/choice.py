@@ -25,7 +25,7 @@ import lottery
 from audio_lottery import __version__, checked, compression, files, sound
 from audio_lottery.sparse import WAYS, byte_lanes
 
-MINUTES = 10  # of audio ahead, from which on measuring is repaid: docs/transcribe.md has the times
+MINUTES = 10  # of audio ahead, from which on measuring is repaid: docs/sparse.md has the times
 FRAMES = 200  # of each piece of a first batch that are enough to measure layers on
 LIMIT = 2**20  # bytes of a file
 LAYER = checked.one_of(*WAYS)
