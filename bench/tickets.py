@@ -77,11 +77,12 @@ def ways_of(model: nn.Module, ticket: files.TicketFile, run: Callable) -> Iterat
         if any(hasattr(module, "fused_parts") for module in model.modules()):  # a ticket's gain by it is not sparsity's
             fused, _ = compression.compress(model, ticket.masks, chosen={})
             yield "dense, fused", infer.Way(fused, size, size), []
-        small = infer.quantized(model)
+        linear = infer.to_quantize(model)
+        small = infer.quantized(linear)
         size = infer.saved_bytes(small)
         yield "dense, torch.ao int8", infer.Way(looped(small), size, size), []
         try:
-            small, size = onnxruntime_int8(model, ticket.info["tokens"])
+            small, size = onnxruntime_int8(linear, ticket.info["tokens"])
         except (ImportError, data.DataError) as error:
             print(f"  onnxruntime: not here ({error})")
         else:
