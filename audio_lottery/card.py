@@ -153,6 +153,7 @@ def command(info: dict, origin: Origin | None, line_of: Callable[[dict], list[st
         return [why, "", "```json", *map(printable, block), "```"]
     machine = config.get("machine", {"data": "DIR"})
     places = [f"--{key}={Path(machine[key]).name}" for key in PATHS if machine.get(key)]
+    places += [f"--threads={origin.row['threads']}"] if origin and "device" in origin.row else []  # bits depend on it
     line = shlex.join(["python", "train.py", *line_of(config), *places])
     whose = "" if origin else f" (its corpus, DIR, is {UNKNOWN})"
     return [f"The command that made it{whose}:", "", "```", printable(line), "```"]

@@ -87,7 +87,7 @@ def test_a_run_folder_says_all(tmp_path, capsys):
     size = (tmp_path / "run" / "ticket.safetensors").stat().st_size
     assert re.search(rf"\n- bytes: {size:,}, [\d,]+ without its rewind state; the dense float32 checkpoint has", out)
     assert out.endswith(
-        "The command that made it:\n\n```\npython train.py --backbone=rnnt --sparsity=0.2 --data=demo\n```\n"
+        "The command that made it:\n\n```\npython train.py --backbone=rnnt --sparsity=0.2 --data=demo --threads=2\n```\n"
     )
 
 
