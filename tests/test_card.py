@@ -86,9 +86,8 @@ def test_a_run_folder_says_all(tmp_path, capsys):
         assert f"\n- {line}\n" in out
     size = (tmp_path / "run" / "ticket.safetensors").stat().st_size
     assert re.search(rf"\n- bytes: {size:,}, [\d,]+ without its rewind state; the dense float32 checkpoint has", out)
-    assert out.endswith(
-        "The command that made it:\n\n```\npython train.py --backbone=rnnt --sparsity=0.2 --data=demo --threads=2\n```\n"
-    )
+    line = "python train.py --backbone=rnnt --sparsity=0.2 --data=demo --threads=2"
+    assert out.endswith(f"The command that made it:\n\n```\n{line}\n```\n")
 
 
 def test_a_ticket_alone_says_what_it_does_not_know(tmp_path, capsys):
