@@ -50,12 +50,12 @@ std::tuple<Tensor, Tensor, Tensor> lstm(const Tensor& x, const Matrix* m, const 
   const auto begin = !m ? share(bytes->offsets, bytes->groups, threads)
                         : w.groups < 0 ? share(m->offsets, m->groups, threads) : share(w.offsets, w.groups, threads);
   const auto bands = m ? share_bands(*m, threads) : std::vector<int64_t>(threads + 1);
-  // Projections that are made here stay in the second cache, those of some frames at a time.
+  // Projections are made here of some frames at a time: few stay near, many read W_ih seldom.
   std::optional<Standing> standing, input_standing;
   if (bytes) standing.emplace(*bytes);
   if (inputs) input_standing.emplace(*inputs);
   const int64_t of_state = bytes ? standing->bytes() : 0, of_input = inputs ? input_standing->bytes() : 0;
-  const int64_t fit = 4 * PANEL / std::max<int64_t>(batch * (4 * outputs + of_input), 1);
+  const int64_t fit = 32 * PANEL / std::max<int64_t>(batch * (4 * outputs + of_input), 1);
   const int64_t some = inputs ? std::max<int64_t>(std::min({fit, FRAMES, time}), 1) : 0;
   std::vector<float> made(some * batch * outputs);
   const auto input_begin = inputs ? share(inputs->offsets, inputs->groups, threads) : std::vector<int64_t>();
