@@ -54,7 +54,8 @@ def network(info: dict, file: files.TicketFile) -> list[str]:
     if isinstance(info.get("tokens"), list):
         found.append(f"tokens: {len(info['tokens'])}, the blank among them; features: {info.get('features', UNKNOWN)}")
     if file.rewind is None:
-        again = is_run(info) and file.rewind_sha256
+        others = info.get("rewind_step") or {"control", "init_sha256", "ticket_sha256"} & info.keys()  # not its seed's
+        again = is_run(info) and file.rewind_sha256 and not others
         why = "train.py --ticket draws it again from its seed" if again else "it can be used, and not be rewound"
         found.append(f"rewind state: left out; {why}")
     return found

@@ -220,7 +220,7 @@ class TicketFile(NamedTuple):
     rewind: State | None  # full tensors, 0 where pruned; None in a ticket without it
     trained: State
     info: dict
-    rewind_sha256: str | None = None  # of the rewind state, also where it is left out; older files do not say it
+    rewind_sha256: str | None = None  # of the rewind state, also where it is left out; None if neither is there
 
 
 def save_ticket(
@@ -365,6 +365,7 @@ def _ticket_of(path: Path, tensors: dict[str, Tensor], about: dict, buffers: Con
     rewind, stated = states["rewind"] or None, about.get("rewind_sha256")
     if rewind and stated not in (None, sha256(rewind)):
         raise LotteryError(f"{path}: its rewind state does not have the hash the ticket states")
+    stated = stated or (sha256(rewind) if rewind else None)  # an older file states none
     return TicketFile(masks, rewind, states["trained"], about["info"], stated)
 
 

@@ -12,6 +12,7 @@ data order:
                            or else the next smaller one
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,22 +46,33 @@ class Source:
     settings: dict  # the run's
     tokens: list[str]
     masks: dict[int, lottery.Masks]  # by round
-    rewind: lottery.State | None  # whole in a run folder; 0 where pruned of a file
-    whole: lottery.State | None  # what of it a control needs that keeps other weights: theta_0 as drawn, of a file
+    rewind: lottery.State | None  # whole in a run folder; 0 where pruned of a file, which may leave it out
     trained: lottery.State  # of the last round
     paths: dict[str, str | None]  # of PATHS; a file does not say them
     dense: dict | None = None  # the run's round 0 in its ledger
+    file: files.TicketFile | None = None  # None: a run folder
+
+    @functools.cached_property
+    def whole(self) -> lottery.State | None:
+        """The rewind state with nothing left out, for controls that keep other weights; None: a file cannot have it."""
+        return drawn_again(self.file) if self.file else self.rewind
 
     def state(self, weights: str) -> lottery.State:
-        """The "rewind" or "trained" weights."""
-        state = self.trained if weights == "trained" else self.rewind
-        if state is None:
+        """The "rewind" or "trained" weights. Raises LotteryError if a file leaves the first out and it is not drawn."""
+        if weights == "trained":
+            return self.trained
+        if self.rewind is None and self.whole is not None:
+            self.rewind = files.kept_of(self.whole, self.file.masks)
+        if self.rewind is None:
             why = "it has no rewind state, nor the hash of the one that its seed draws"
+            if self.file.rewind_sha256:
+                drawn = f"seed {self.settings['seed']} draws another one here (torch {torch.__version__})"
+                why = f"its rewind state is left out, and {drawn}"
             raise lottery.LotteryError(f"{self.path}: {why}: --ticket-weights trained, or another ticket")
-        return state
+        return self.rewind
 
     def identity(self, rounds: list[int], weights: str) -> str:
-        """Hash of all that trainings take from it."""
+        """Hash of all that trainings take from it; what random masks keep beside the ticket's is in their rows."""
         masks = [lottery.sha256(self.masks[number]) for number in rounds if number]
         return ledger.hash_json([masks, lottery.sha256(self.state(weights)), self.tokens])
 
@@ -88,9 +100,8 @@ def read_source(path: Path) -> Source:
         ledger.check_settings(settings, f"{path}: its info")
         if not path.is_dir():
             whole = all(mask.all() for mask in file.masks.values())
-            masks, drawn = {} if whole else {round_of_file(file.masks, settings): file.masks}, drawn_again(path, file)
-            rewind = file.rewind or (files.kept_of(drawn, file.masks) if drawn else None)
-            return Source(path, settings, tokens, masks, rewind, drawn, file.trained, {})
+            masks = {} if whole else {round_of_file(file.masks, settings): file.masks}
+            return Source(path, settings, tokens, masks, file.rewind, file.trained, {}, file=file)
         (config, rows), masks = ledger.read_run(path), {}
         if "rounds" in config or "control" in config:
             raise lottery.LotteryError(f"{path}: it searched for no ticket, but trained another run's: name that run")
@@ -105,7 +116,7 @@ def read_source(path: Path) -> Source:
         if lottery.sha256(rewind) != rows[-1]["rewind_sha256"]:
             raise lottery.LotteryError(f"{path}: rewind.safetensors is not the ledger's rewind state")
         paths = {key: path and str(path) for key, path in config["machine"].items() if key in PATHS}
-        return Source(path, ledger.settings_of(config), tokens, masks, rewind, rewind, file.trained, paths, rows[0])
+        return Source(path, ledger.settings_of(config), tokens, masks, rewind, file.trained, paths, rows[0])
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         if isinstance(error, lottery.LotteryError):
             raise
@@ -113,24 +124,20 @@ def read_source(path: Path) -> Source:
         raise lottery.LotteryError(f"{path}: not the tickets of a run ({why})") from None
 
 
-def drawn_again(path: Path, file: files.TicketFile) -> lottery.State | None:
-    """theta_0 as the file's seed draws it, whole, where that is what it rewinds to: its hash tells. Else None.
+def drawn_again(file: files.TicketFile) -> lottery.State | None:
+    """theta_0 as the file's seed draws it, whole, where that is what it rewinds to: its hash tells.
 
-    Raises LotteryError if the rewind state is left out and another one is drawn: it is a later step's, or another
-    run's, or another torch draws otherwise.
+    None where it is not, or not known: it is a later step's, or another run's, or another version of torch or another
+    processor drew it otherwise.
     """
-    info = file.info
     if file.rewind_sha256 is None:
         return None
+    info = file.info
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(info["seed"])
-        drawn = lottery.copy_state(models.BACKBONES[info["backbone"]](len(info["tokens"]), **info["sizes"]))
-    if lottery.sha256(files.kept_of(drawn, file.masks)) == file.rewind_sha256:
-        return drawn
-    if file.rewind is None:
-        why = f"its rewind state is left out, and seed {info['seed']} draws another one (torch {torch.__version__})"
-        raise lottery.LotteryError(f"{path}: {why}")
-    return None
+        torch.default_generator.manual_seed(info["seed"])
+        drawn = lottery.state_of(models.BACKBONES[info["backbone"]](len(info["tokens"]), **info["sizes"]))
+    drawn = {name: value.detach() for name, value in drawn.items()}
+    return drawn if lottery.sha256(files.kept_of(drawn, file.masks)) == file.rewind_sha256 else None
 
 
 def adopt(model: nn.Module, state: lottery.State, same_tokens: bool, path: Path) -> tuple[lottery.State, list[str]]:

@@ -90,6 +90,14 @@ def test_a_run_folder_says_all(tmp_path, capsys):
     assert out.endswith(f"The command that made it:\n\n```\n{line}\n```\n")
 
 
+def test_a_ticket_that_no_seed_draws_again_cannot_be_rewound(tmp_path, capsys):
+    file = files.load_ticket(save_run(tmp_path / "run"))
+    for more in ({"rewind_step": 1}, {"init_sha256": "5" * 64}):
+        info = file.info | more
+        files.save_ticket(tmp_path / "late", file.masks, None, file.trained, info, file.rewind_sha256)
+        assert "\n- rewind state: left out; it can be used, and not be rewound\n" in told(capsys, tmp_path / "late")[1]
+
+
 def test_a_ticket_alone_says_what_it_does_not_know(tmp_path, capsys):
     run = save_run(tmp_path / "run")
     assert audio_lottery.main(["copy", str(run), str(tmp_path / "alone"), "--without-rewind"]) == 0

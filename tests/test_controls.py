@@ -256,7 +256,7 @@ def test_a_file_without_its_rewind_state_draws_it_again(source, corpus, tmp_path
     small, data = tmp_path / "small", ("--data", corpus)
     files.save_ticket(small, there.masks, None, there.trained, there.info, there.rewind_sha256)
     generator = torch.get_rng_state()
-    drawn = controls.drawn_again(small, files.load_ticket(small))
+    drawn = controls.drawn_again(files.load_ticket(small))
     assert lottery.sha256(drawn) == row["rewind_sha256"] and torch.equal(torch.get_rng_state(), generator)
     flags = ("--rounds", 2, *data, "--dense", source)
     run("--ticket", small, *flags, "--out", tmp_path / "again")
@@ -268,7 +268,10 @@ def test_a_file_without_its_rewind_state_draws_it_again(source, corpus, tmp_path
     assert rows[0]["trained_sha256"] == rows[1]["trained_sha256"] != row["trained_sha256"]
     assert verified(tmp_path / "of_file")
     files.save_ticket(small, there.masks, None, there.trained, there.info | {"seed": 6}, there.rewind_sha256)
-    assert "left out, and seed 6 draws another one (torch " in refused(capsys, "--ticket", small, *data)
+    said = refused(capsys, "--ticket", small, *data)
+    assert "left out, and seed 6 draws another one here (torch " in said and "--ticket-weights trained, or" in said
+    run("--ticket", small, *flags[:4], "--ticket-weights", "trained", "--out", tmp_path / "trained")  # asks for no draw
+    assert ledger.read_ledger(tmp_path / "trained" / "ledger.jsonl")[-1]["start_sha256"] == row["trained_sha256"]
     files.save_ticket(small, there.masks, there.rewind, there.trained, there.info | {"seed": 6})  # as of a later step
     flags = ("--control", "random-mask", *data)
     assert "keeps weights that the ticket does not" in refused(capsys, "--ticket", small, *flags)

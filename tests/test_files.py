@@ -174,6 +174,9 @@ def test_a_rewind_state_of_another_hash_is_refused(tmp_path):
     files.write_sealed(path, "ticket", tensors, fields | {"rewind_sha256": "0" * 64})
     with pytest.raises(lottery.LotteryError, match="its rewind state does not have the hash the ticket states"):
         files.load_ticket(path)
+    files.write_sealed(path, "ticket", tensors, fields)  # as an older version wrote it
+    file = files.load_ticket(path)
+    assert file.rewind_sha256 == lottery.sha256(file.rewind)
 
 
 def test_going_on_with_another_ticket_is_refused_by_name(tmp_path):

@@ -34,7 +34,7 @@ def run_of(path: Path) -> card.Origin:
 def test_a_ticket_is_small_has_a_card_and_a_committed_run(path):
     origin = run_of(path)
     assert path.stat().st_size <= 3_000_000 and files.load_ticket(path).rewind is None
-    drawn = controls.drawn_again(path, files.load_ticket(path))
+    drawn = controls.drawn_again(files.load_ticket(path))
     assert lottery.sha256(drawn) == origin.row["rewind_sha256"]
     said = path.with_suffix(".md").read_text()
     assert f"{origin.row['test_wer']:.3f}" in said and origin.config["data_sha256"] in said
