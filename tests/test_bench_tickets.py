@@ -97,3 +97,17 @@ def test_wrong_input_is_one_line(corpus, tmp_path, capsys, monkeypatch):
     assert str(broken) in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"two tickets would both be called .*single weights, masked in torch"):
         bench.main([*infer, path, path])
+
+
+def test_a_dense_peer_quantizes_pointwise_convolutions_too():
+    torch.manual_seed(0)
+    model, x, lengths = models.build("conformer", "demo", 9).eval(), torch.randn(1, 60, 80), torch.tensor([60])
+    linear = tickets.infer.to_quantize(model)
+    small = [
+        m for m in tickets.infer.quantized(linear).modules() if isinstance(m, torch.ao.nn.quantized.dynamic.Linear)
+    ]
+    dense = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    pointwise = [m for m in model.modules() if isinstance(m, torch.nn.Conv1d) and m.kernel_size == (1,)]
+    assert len(small) == len(dense) + len(pointwise) > len(dense)
+    with torch.no_grad():
+        assert torch.allclose(linear(x, lengths)[0], model(x, lengths)[0], atol=1e-5)
