@@ -49,7 +49,7 @@ def source_of(monkeypatch, config: dict, rounds=range(1, 40), **paths) -> None:
     settings = {key: value for key, value in config.items() if key not in ("machine", *WITH_TICKET)}
     masks = {number: {} for number in rounds}
     there = dict.fromkeys(controls.PATHS) | {"data": "demo"} | paths
-    found = controls.Source(Path("run"), settings, [], masks, {}, {}, {}, there)
+    found = controls.Source(Path("run"), settings, [], masks, {}, {}, there)
     monkeypatch.setattr(controls, "read_source", lambda path: found)
 
 
